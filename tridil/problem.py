@@ -1,0 +1,249 @@
+"""The domain model: one 2D convolution as numbers. Imports nothing of the package."""
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+
+PASSES = ("fprop", "dgrad", "wgrad")
+DTYPE_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One spatial axis of a pass as a 1D correlation.
+
+    ``out[i] = sum over t < taps of src[i*stride + offset + t*dilation] * filter[tap0 + t*tap_step]``, where `src` has `size`
+    positions and is zero outside; the result is stored at position ``out0 + i*out_step``, for i < out.
+    """
+    size: int
+    out: int
+    stride: int
+    offset: int
+    dilation: int
+    taps: int
+    tap0: int = 0
+    tap_step: int = 1
+    out0: int = 0
+    out_step: int = 1
+
+    def live(self, i0: int, i1: int) -> tuple[int, int]:
+        """Half-open range of taps that touch the image for some output i0..i1 (inclusive)."""
+        lo = max(0, -((self.offset + i1 * self.stride) // self.dilation))
+        hi = min(self.taps, -((self.offset + i0 * self.stride - self.size) // self.dilation))
+        return (lo, hi) if lo < hi else (0, 0)
+
+    def live_out(self, t: int) -> tuple[int, int]:
+        """Half-open range of outputs for which tap t touches the image."""
+        shift = self.offset + t * self.dilation
+        lo = max(0, -(shift // self.stride))
+        hi = min(self.out, -((shift - self.size) // self.stride))
+        return (lo, hi) if lo < hi else (0, 0)
+
+    @cached_property
+    def useful(self) -> int:
+        """Number of (output, tap) pairs that read the image."""
+        return sum(hi - lo for lo, hi in map(self.live_out, range(self.taps)))
+
+    @lru_cache(maxsize=4096)
+    def executed(self, block: int) -> int:
+        """(output, tap) pairs multiplied when tiles of `block` outputs loop over their live taps."""
+        total = 0
+        for i in range(0, self.out, block):
+            lo, hi = self.live(i, min(i + block, self.out) - 1)
+            total += (hi - lo) * block
+        return total
+
+    @lru_cache(maxsize=4096)
+    def executed_out(self, block: int) -> int:
+        """(output, tap) pairs multiplied when each tap reduces over blocks of `block` of its live outputs (wgrad)."""
+        return sum(-(-(hi - lo) // block) * block for lo, hi in map(self.live_out, range(self.taps)))
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One convolution: input (n, c, h, w), filters (k, c/groups, r, s), padding ((h_lo, h_hi), (w_lo, w_hi)).
+
+    dtype is the name of the tensors' dtype; layout ("nchw" or "nhwc") is the memory format of the result.
+    Raises ValueError for every combination that has no output. 1-tap axes are normalised to dilation 1.
+    """
+    n: int
+    c: int
+    h: int
+    w: int
+    k: int
+    r: int
+    s: int
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[tuple[int, int], tuple[int, int]] = ((0, 0), (0, 0))
+    dilation: tuple[int, int] = (1, 1)
+    groups: int = 1
+    dtype: str = "float16"
+    layout: str = "nhwc"
+
+    def __post_init__(self):
+        if min(self.stride) < 1:
+            raise ValueError(f"stride must be positive, got {self.stride}")
+        if min(self.dilation) < 1:
+            raise ValueError(f"dilation must be positive, got {self.dilation}")
+        if min(map(min, self.padding)) < 0:
+            raise ValueError(f"padding must not be negative, got {self.padding}")
+        if self.groups < 1:
+            raise ValueError(f"groups must be positive, got {self.groups}")
+        if self.k < self.groups or self.k % self.groups:
+            raise ValueError(f"the number of output channels (={self.k}) must be a positive multiple of groups (={self.groups})")
+        if self.c % self.groups or self.c < self.groups:
+            raise ValueError(f"the number of input channels (={self.c}) must be a positive multiple of groups (={self.groups})")
+        if min(self.r, self.s) < 1:
+            raise ValueError(f"the filter must not be empty, got {self.r}x{self.s}")
+        if min(self.n, self.h, self.w) < 0:
+            raise ValueError(f"sizes must not be negative, got n={self.n}, h={self.h}, w={self.w}")
+        object.__setattr__(self, "dilation", (self.dilation[0] if self.r > 1 else 1, self.dilation[1] if self.s > 1 else 1))
+        for size, taps, (lo, hi), dil, name in zip((self.h, self.w), (self.r, self.s), self.padding, self.dilation, ("height", "width")):
+            if size + lo + hi < dil * (taps - 1) + 1:
+                raise ValueError(f"the filter's {name} extent {dil * (taps - 1) + 1} (={taps} taps at dilation {dil}) is larger than the "
+                                 f"padded input's {name} {size + lo + hi} (={lo}+{size}+{hi}): pad more or dilate less")
+
+    # ---- shapes
+    @cached_property
+    def p(self) -> int:
+        """Output height."""
+        return (self.h + sum(self.padding[0]) - self.dilation[0] * (self.r - 1) - 1) // self.stride[0] + 1
+
+    @cached_property
+    def q(self) -> int:
+        """Output width."""
+        return (self.w + sum(self.padding[1]) - self.dilation[1] * (self.s - 1) - 1) // self.stride[1] + 1
+
+    @property
+    def x_shape(self):
+        return (self.n, self.c, self.h, self.w)
+
+    @property
+    def w_shape(self):
+        return (self.k, self.c // self.groups, self.r, self.s)
+
+    @property
+    def y_shape(self):
+        return (self.n, self.k, self.p, self.q)
+
+    @property
+    def is_empty(self) -> bool:
+        return not (self.n and self.h and self.w and self.p and self.q)
+
+    def gemm_shape(self, pass_: str) -> tuple[int, int, int]:
+        """(M, N, K) of one group's implicit GEMM, zero padding included, for stride 1."""
+        c, k, taps = self.c // self.groups, self.k // self.groups, self.r * self.s
+        return {"fprop": (self.n * self.p * self.q, k, taps * c), "dgrad": (self.n * self.h * self.w, c, taps * k),
+                "wgrad": (k, taps * c, self.n * self.p * self.q)}[pass_]
+
+    # ---- geometry
+    @cached_property
+    def fprop_axes(self) -> tuple[Axis, Axis]:
+        """The correlation that fprop runs along h and w; wgrad reduces over the same one."""
+        return tuple(Axis(size, out, st, -lo, dil, taps) for size, out, st, (lo, _), dil, taps in zip(
+            (self.h, self.w), (self.p, self.q), self.stride, self.padding, self.dilation, (self.r, self.s)))
+
+    @cached_property
+    def dgrad_axes(self) -> tuple[tuple[Axis, ...], tuple[Axis, ...]]:
+        """Residue classes of dx along h and w that any tap reaches: dgrad is one stride-1 correlation of dy per pair of them.
+
+        With g = gcd(stride, dilation), the taps of a class are ``r0 + t*stride/g`` and its dilation is ``dilation/g``.
+        """
+        return tuple(tuple(_residue_classes(size, out, st, lo, dil, taps)) for size, out, st, (lo, _), dil, taps in zip(
+            (self.h, self.w), (self.p, self.q), self.stride, self.padding, self.dilation, (self.r, self.s)))
+
+    @property
+    def dgrad_covers(self) -> bool:
+        """Whether the residue classes of `dgrad_axes` write every element of dx (else dx starts as zeros)."""
+        return all(sum(a.out for a in axes) == size for axes, size in zip(self.dgrad_axes, (self.h, self.w)))
+
+    # ---- work
+    @property
+    def dense_macs(self) -> int:
+        """Multiply-accumulates of the definition, zero padding included (what FLOP counters report, halved)."""
+        return self.n * self.k * self.p * self.q * (self.c // self.groups) * self.r * self.s
+
+    @property
+    def useful_macs(self) -> int:
+        """Multiply-accumulates that read the image; the same for all three passes."""
+        h, w = self.fprop_axes
+        return self.n * self.k * (self.c // self.groups) * h.useful * w.useful
+
+    @property
+    def bytes(self) -> int:
+        """Compulsory traffic of any pass: x, w and y once."""
+        return DTYPE_BYTES[self.dtype] * sum(map(math.prod, (self.x_shape, self.w_shape, self.y_shape)))
+
+    def key(self) -> str:
+        """Readable identity, e.g. ``n4 c2048 h60 w60 k256 3x3 stride1 pad12 dil12 g1 float16 nhwc``."""
+        def pair(a, b):
+            return f"{a}" if a == b else f"{a},{b}"
+        pad = [pair(*p).replace(",", ":") for p in self.padding]
+        return (f"n{self.n} c{self.c} h{self.h} w{self.w} k{self.k} {self.r}x{self.s} stride{pair(*self.stride)} pad{pair(*pad)} "
+                f"dil{pair(*self.dilation)} g{self.groups} {self.dtype} {self.layout}")
+
+
+def _residue_classes(size, out, stride, pad_lo, dilation, taps):
+    g = math.gcd(stride, dilation)
+    for a in range(min(stride, size)):
+        r0 = next((r for r in range(min(taps, stride // g)) if (a + pad_lo - r * dilation) % stride == 0), None)
+        if r0 is not None:
+            n = -(-(taps - r0) // (stride // g))
+            # taps are walked from the last to the first, so that the dilation is positive
+            yield Axis(out, -(-(size - a) // stride), 1, (a + pad_lo - r0 * dilation) // stride - (n - 1) * (dilation // g), dilation // g, n,
+                       r0 + (n - 1) * (stride // g), -(stride // g), a, stride)
+
+
+def pair(value, name: str) -> tuple[int, int]:
+    """int, or a sequence of one or two ints -> (h, w), as `F.conv2d` reads stride, padding and dilation."""
+    if isinstance(value, (tuple, list)) or hasattr(value, "__iter__") and not isinstance(value, str):
+        values = tuple(value)
+        if len(values) == 1:
+            values *= 2
+        if len(values) != 2:
+            raise ValueError(f"{name} must be an int or a pair of ints, got {value!r}")
+    else:
+        values = (value, value)
+    for v in values:
+        if isinstance(v, (bool, float, complex, str)) or not hasattr(v, "__index__"):
+            raise TypeError(f"{name} must be an int or a pair of ints, got {value!r}")
+    return values
+
+
+def pads(padding, stride, dilation, taps) -> tuple[tuple[int, int], tuple[int, int]]:
+    """int, pair, "valid" or "same" -> ((h_lo, h_hi), (w_lo, w_hi)); "same" puts the odd zero last, as PyTorch does."""
+    if isinstance(padding, str):
+        if padding == "valid":
+            return ((0, 0), (0, 0))
+        if padding != "same":
+            raise ValueError(f"padding must be an int, a pair of ints, 'valid' or 'same', got {padding!r}")
+        if stride != (1, 1):
+            raise ValueError(f"padding='same' needs stride 1, got stride={stride}: give the padding as numbers")
+        return tuple((d * (t - 1) // 2, d * (t - 1) - d * (t - 1) // 2) for d, t in zip(dilation, taps))
+    return tuple((p, p) for p in pair(padding, "padding"))
+
+
+@lru_cache(maxsize=4096)
+def problem_of(x_shape, w_shape, bias_shape, stride, padding, dilation, groups, dtype, layout="nchw") -> Problem:
+    """The Problem of `F.conv2d` arguments: shapes are tuples (x_shape (N, C, H, W)), stride and dilation ints or tuples, padding also a string.
+
+    Raises ValueError or TypeError, with the values, wherever `F.conv2d` raises.
+    """
+    if len(w_shape) != 4:
+        raise ValueError(f"weight must be 4D (out_channels, in_channels/groups, R, S), got shape {w_shape}")
+    if len(x_shape) != 4:
+        raise ValueError(f"input must be 3D (C, H, W) or 4D (N, C, H, W), got shape {x_shape}")
+    if isinstance(groups, (bool, float)) or not hasattr(groups, "__index__"):
+        raise TypeError(f"groups must be an int, got {groups!r}")
+    if groups < 1:
+        raise ValueError(f"groups must be positive, got {groups}")
+    if x_shape[1] != w_shape[1] * groups:
+        raise ValueError(f"input has {x_shape[1]} channels, but weight {w_shape} with groups={groups} expects {w_shape[1] * groups}")
+    if bias_shape is not None and bias_shape != w_shape[:1]:
+        raise ValueError(f"bias must have shape ({w_shape[0]},), one element per output channel, got {bias_shape}")
+    stride, dilation = pair(stride, "stride"), pair(dilation, "dilation")
+    for name, v in (("stride", stride), ("dilation", dilation)):
+        if min(v) < 1:
+            raise ValueError(f"{name} must be positive, got {v}")
+    return Problem(*x_shape, w_shape[0], *w_shape[2:], stride, pads(padding, stride, dilation, w_shape[2:]), dilation, groups, dtype, layout)
