@@ -1,0 +1,105 @@
+"""What can run where: the one place that knows Triton's drivers."""
+from __future__ import annotations
+
+import os
+from functools import lru_cache
+from importlib.util import find_spec
+
+from .problem import DTYPE_BYTES, PASSES, Problem
+
+BACKENDS = ("auto", "triton", "aten")
+
+
+@lru_cache(maxsize=1)
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
+
+
+def interpreted() -> bool:
+    """Whether Triton interprets kernels on CPU tensors (TRITON_INTERPRET=1 before the first import of tridil's kernels)."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
+
+
+def _driver():
+    """The active Triton driver, or the reason why there is none."""
+    try:
+        from triton.runtime import driver
+        driver.active.get_current_target()   # the proxy creates the driver when first used
+        return driver.active
+    except Exception as e:                   # Triton raises RuntimeError, drivers whatever their vendor's library raises
+        return f"Triton has no active driver ({e})"
+
+
+def target() -> str:
+    """Target the kernels are compiled for, like "cuda:90": TRIDIL_TARGET, else the active driver's, else (interpreter) "cuda:80"."""
+    env = os.environ.get("TRIDIL_TARGET")
+    if env:
+        return env
+    if interpreted():
+        return "cuda:80"
+    return _driver_target()
+
+
+def _driver_target() -> str:
+    driver = _driver()
+    if isinstance(driver, str):
+        return "cuda:80"
+    t = driver.get_current_target()
+    return f"{t.backend}:{t.arch}"
+
+
+def can_run(problem: Problem, device) -> str | None:
+    """None when the Triton kernels can run `problem` on tensors of `device` (a torch.device), else the reason."""
+    if problem.dtype not in DTYPE_BYTES:
+        return f"dtype {problem.dtype} is not supported by the Triton kernels: use one of {', '.join(DTYPE_BYTES)}"
+    return _serves(device.type)
+
+
+def _serves(device_type: str) -> str | None:
+    if not _has_triton():
+        return "Triton is not installed: pip install triton"
+    if interpreted():
+        return None if device_type == "cpu" else f"TRITON_INTERPRET=1 runs kernels on CPU tensors, got a tensor on {device_type!r}"
+    driver = _driver()
+    if isinstance(driver, str):
+        return driver + ": set TRITON_INTERPRET=1 to interpret the kernels on CPU tensors"
+    served = driver.get_active_torch_device().type
+    return None if served == device_type else f"the active Triton driver serves {served!r} tensors, got a tensor on {device_type!r}"
+
+
+def choose(problem: Problem, device, backend: str = "auto") -> str:
+    """"triton" or "aten". "auto" (TRIDIL_BACKEND overrides it) is ATen on CPU tensors and wherever Triton cannot run.
+
+    Raises ValueError for an unknown backend, NotImplementedError with the reason when "triton" cannot run the problem.
+    """
+    if backend == "auto":
+        backend = os.environ.get("TRIDIL_BACKEND", "auto")
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
+    if backend == "auto":
+        return "aten" if device.type == "cpu" or can_run(problem, device) else "triton"
+    if backend == "triton":
+        reason = can_run(problem, device)
+        if reason:
+            raise NotImplementedError(f"backend='triton' cannot run this convolution: {reason}")
+    return backend
+
+
+def explain(problem: Problem, device, backend: str = "auto", target_: str | None = None) -> list[dict]:
+    """What runs for each pass, and why: rows with pass, backend, why, kernel, config, source of the config, dense/useful/executed MACs.
+
+    The figures of MACs are counts, not times. Where ATen runs, kernel and config are what Triton would run on `target_`.
+    """
+    from . import config as cfg
+    chosen, reason = choose(problem, device, backend), can_run(problem, device)
+    if chosen == "triton":
+        why = "asked for" if backend == "triton" else f"the Triton driver serves {device.type!r} tensors"
+    else:
+        why = "asked for" if backend == "aten" else reason or "CPU tensors run through ATen"
+    rows = []
+    for pass_ in PASSES:
+        config = cfg.default(problem, pass_, target_ or target())
+        rows.append({"pass": pass_, "backend": chosen, "why": why, "kernel": config["kernel"], "config": cfg.describe(config),
+                     "source": "least executed MACs / tile rate (nothing measured)", "dense_macs": problem.dense_macs,
+                     "useful_macs": problem.useful_macs, "executed_macs": cfg.executed_macs(problem, pass_, config)})
+    return rows

@@ -1,0 +1,264 @@
+"""Implicit GEMM with pointer loads: fprop and dgrad are one correlation, wgrad reduces over pixels. Every GPU, every geometry.
+
+x, w, y are NHWC, KRSC, NPQK. A correlation is described by two `tridil.problem.Axis`; H, W / P, Q are the sizes of its source / result, C and K
+its reduced and its output channels per group. dgrad is the correlation of dy, one residue class of dx at a time, with w read in place
+(TRANSPOSED), so C is then the layer's output channels. CW is the innermost size of w.
+"""
+import triton
+import triton.language as tl
+
+from .common import address, box_pixels, dot, live_outputs, live_taps, load_masked, output_tile, store_tile
+
+
+@triton.jit
+def correlate(x_ptr, w_ptr, bias_ptr, y_ptr, N, H, W, P, Q, K, G, stride_h, stride_w, off_h, off_w, dil_h, dil_w,
+              tap_r, tap_s, step_r, step_s, sy_n, sy_p, sy_q, sy_k, y0,
+              C: tl.constexpr, CW: tl.constexpr, R: tl.constexpr, S: tl.constexpr, FILTER_R: tl.constexpr, FILTER_S: tl.constexpr,
+              TRANSPOSED: tl.constexpr, HAS_BIAS: tl.constexpr, ALIGN: tl.constexpr, ALIGN_W: tl.constexpr,
+              PRECISION: tl.constexpr, ACC: tl.constexpr, INT64: tl.constexpr, CLAMP: tl.constexpr,
+              BLOCK_IMG: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+    """One flat loop over (live tap, channel block), so that cp.async runs ahead across taps."""
+    BITS: tl.constexpr = R * S <= 31
+    EVEN_C: tl.constexpr = C % BLOCK_K == 0
+    CB: tl.constexpr = (C + BLOCK_K - 1) // BLOCK_K
+    g, img, p0, q0, n0 = output_tile(N, P, Q, K, G, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_N)
+    r_lo, r_hi = live_taps(p0, tl.minimum(p0 + BLOCK_P, P) - 1, H, off_h, stride_h, dil_h, R)
+    s_lo, s_hi = live_taps(q0, tl.minimum(q0 + BLOCK_Q, Q) - 1, W, off_w, stride_w, dil_w, S)
+    nr = r_hi - r_lo
+    ns = s_hi - s_lo
+    # rows of the tile: offset of the pixel in its box, and which taps of it lie in the image
+    i, p, q = box_pixels(BLOCK_IMG, BLOCK_P, BLOCK_Q)
+    in_y = (img + i < N) & (p0 + p < P) & (q0 + q < Q)
+    h = (p0 + p) * stride_h + off_h
+    v = (q0 + q) * stride_w + off_w
+    if BITS:
+        bits = tl.zeros((BLOCK_IMG * BLOCK_P * BLOCK_Q,), tl.int32)
+        for r in tl.static_range(R):
+            in_h = in_y & (h + r * dil_h >= 0) & (h + r * dil_h < H)
+            for s in tl.static_range(S):
+                bits |= (in_h & (v + s * dil_w >= 0) & (v + s * dil_w < W)).to(tl.int32) << (r * S + s)
+        bits = (bits >> (r_lo * S + s_lo))[:, None]
+    else:
+        h = tl.where(in_y, h + r_lo * dil_h, -(1 << 30))
+        v = v + s_lo * dil_w
+    cg = C * G                                                          # channels of a source pixel
+    kk = tl.arange(0, BLOCK_K)
+    if INT64:
+        i, p, q = i.to(tl.int64), p.to(tl.int64), q.to(tl.int64)
+    pixel = tl.multiple_of(address(((i * H + p * stride_h) * W + q * stride_w) * cg, INT64), ALIGN)
+    x_rows = pixel[:, None] + address(kk, INT64)[None, :]
+    pixel0 = (img.to(tl.int64) * H + p0 * stride_h + off_h + r_lo * dil_h) * W + q0 * stride_w + off_w + s_lo * dil_w
+    xo = pixel0 * cg + g * C
+    # weights: rows beyond K are clamped where they are rows of w, masked where they are its innermost axis
+    n = tl.arange(0, BLOCK_N)
+    tap = (tap_r + r_lo * step_r) * FILTER_S + tap_s + s_lo * step_s
+    if TRANSPOSED:
+        w_rows = (kk * (FILTER_R * FILTER_S * CW))[:, None] + n[None, :]
+        w_step: tl.constexpr = BLOCK_K * FILTER_R * FILTER_S * CW
+        wo = (g.to(tl.int64) * (C * FILTER_R * FILTER_S) + tap) * CW + n0
+    else:
+        n = tl.minimum(n, K - 1 - n0)
+        w_rows = tl.multiple_of(n * (FILTER_R * FILTER_S * CW), ALIGN)[None, :] + kk[:, None]
+        w_step: tl.constexpr = BLOCK_K
+        wo = ((g * K + n0).to(tl.int64) * (FILTER_R * FILTER_S) + tap) * CW
+    EVEN_N: tl.constexpr = not TRANSPOSED or CW % BLOCK_N == 0
+    in_n = (n0 + n < K)[None, :]
+    # what the scalar offsets gain at the end of a tap, and of a row of taps
+    x_tap = dil_w * cg - CB * BLOCK_K
+    x_row = (dil_h * W - (ns - 1) * dil_w).to(tl.int64) * cg - CB * BLOCK_K
+    w_tap = step_s * CW - CB * w_step
+    w_row = (step_r * FILTER_S - (ns - 1) * step_s) * CW - CB * w_step
+    acc = tl.zeros((BLOCK_IMG * BLOCK_P * BLOCK_Q, BLOCK_N), ACC)
+    bit = 1
+    dh = 0
+    dv = 0
+    c = 0
+    u = 1
+    steps = nr * ns * CB
+    for it in range(steps):
+        if BITS:
+            in_x = (bits & bit) != 0
+        else:
+            in_x = (((h + dh).to(tl.uint32) < H.to(tl.uint32)) & ((v + dv).to(tl.uint32) < W.to(tl.uint32)))[:, None]
+        if not EVEN_C:
+            in_x = in_x & (kk < C - c)[None, :]
+        a = load_masked(x_ptr, xo, x_rows, in_x, 1, ALIGN, CLAMP)
+        if EVEN_C and EVEN_N:
+            b = tl.load(w_ptr + wo + w_rows)
+        else:
+            b = load_masked(w_ptr, wo, w_rows, in_n & (kk < C - c)[:, None], 1 if TRANSPOSED else 0, ALIGN_W, CLAMP)
+        acc = dot(a, b, acc, PRECISION)
+        c += BLOCK_K
+        wrap = c == CB * BLOCK_K
+        end = wrap & (u == ns)
+        xo += BLOCK_K + tl.where(wrap, tl.where(end, x_row, x_tap), 0)
+        wo_next = wo + w_step + tl.where(wrap, tl.where(end, w_row, w_tap), 0)
+        wo = tl.where(it + 1 < steps, wo_next, wo) if CLAMP else wo_next
+        if BITS:
+            bit = tl.where(wrap, bit << tl.where(end, S - ns + 1, 1), bit)
+        else:
+            dh += tl.where(end, dil_h, 0)
+            dv = tl.where(end, 0, tl.where(wrap, dv + dil_w, dv))
+        u = tl.where(end, 1, tl.where(wrap, u + 1, u))
+        c = tl.where(wrap, 0, c)
+    store_tile(y_ptr + y0, bias_ptr, acc, g, img, p0, q0, n0, N, P, Q, K, sy_n, sy_p, sy_q, sy_k,
+               BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_N, HAS_BIAS, INT64)
+
+
+@triton.jit
+def correlate_flat(x_ptr, w_ptr, bias_ptr, y_ptr, N, H, W, P, Q, K, G, stride_h, stride_w, off_h, off_w, dil_h, dil_w,
+                   tap_r, tap_s, step_r, step_s, sy_n, sy_p, sy_q, sy_k, y0,
+                   C: tl.constexpr, CW: tl.constexpr, R: tl.constexpr, S: tl.constexpr, FILTER_R: tl.constexpr, FILTER_S: tl.constexpr,
+                   TRANSPOSED: tl.constexpr, HAS_BIAS: tl.constexpr, ALIGN: tl.constexpr, ALIGN_W: tl.constexpr,
+                   PRECISION: tl.constexpr, ACC: tl.constexpr, INT64: tl.constexpr, CLAMP: tl.constexpr,
+                   BLOCK_IMG: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+    """The same for few channels: the reduction runs over the flattened (live tap, channel) index, in blocks of BLOCK_K."""
+    g, img, p0, q0, n0 = output_tile(N, P, Q, K, G, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_N)
+    r_lo, r_hi = live_taps(p0, tl.minimum(p0 + BLOCK_P, P) - 1, H, off_h, stride_h, dil_h, R)
+    s_lo, s_hi = live_taps(q0, tl.minimum(q0 + BLOCK_Q, Q) - 1, W, off_w, stride_w, dil_w, S)
+    ns = tl.maximum(s_hi - s_lo, 1)
+    total = (r_hi - r_lo) * (s_hi - s_lo) * C
+    i, p, q = box_pixels(BLOCK_IMG, BLOCK_P, BLOCK_Q)
+    in_y = (img + i < N) & (p0 + p < P) & (q0 + q < Q)
+    h = (p0 + p) * stride_h + off_h
+    v = (q0 + q) * stride_w + off_w
+    cg = C * G
+    if INT64:
+        i, p, q = i.to(tl.int64), p.to(tl.int64), q.to(tl.int64)
+    pixel = ((i * H + p * stride_h) * W + q * stride_w) * cg
+    xo = ((img.to(tl.int64) * H + p0 * stride_h + off_h) * W + q0 * stride_w + off_w) * cg + g * C
+    n = n0 + tl.arange(0, BLOCK_N)
+    acc = tl.zeros((BLOCK_IMG * BLOCK_P * BLOCK_Q, BLOCK_N), ACC)
+    for j0 in range(0, total, BLOCK_K):
+        j = j0 + tl.arange(0, BLOCK_K)
+        c = j % C
+        r = r_lo + j // C // ns
+        s = s_lo + j // C % ns
+        hr = h[:, None] + (r * dil_h)[None, :]
+        vs = v[:, None] + (s * dil_w)[None, :]
+        in_x = (in_y[:, None] & (j < total)[None, :]) & ((hr >= 0) & (hr < H) & (vs >= 0) & (vs < W))
+        shift = r * dil_h * W + s * dil_w
+        if INT64:
+            shift = shift.to(tl.int64)
+        x_offs = pixel[:, None] + (shift * cg + c)[None, :]
+        a = load_masked(x_ptr, xo, x_offs, in_x, 1, 1, CLAMP)
+        tap = (tap_r + r * step_r) * FILTER_S + tap_s + s * step_s
+        in_w = (j < total)[:, None] & (n < K)[None, :]
+        if TRANSPOSED:
+            w_offs = (((g * C + c) * (FILTER_R * FILTER_S) + tap) * CW)[:, None] + n[None, :]
+        else:
+            w_offs = (tap * CW + c)[:, None] + ((g * K + n) * (FILTER_R * FILTER_S * CW))[None, :]
+        b = load_masked(w_ptr, 0, w_offs, in_w, 1, 1, CLAMP)
+        acc = dot(a, b, acc, PRECISION)
+    store_tile(y_ptr + y0, bias_ptr, acc, g, img, p0, q0, n0, N, P, Q, K, sy_n, sy_p, sy_q, sy_k,
+               BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_N, HAS_BIAS, INT64)
+
+
+@triton.jit
+def wgrad(x_ptr, dy_ptr, dw_ptr, N, H, W, P, Q, K, G, stride_h, stride_w, off_h, off_w, dil_h, dil_w,
+          sw_split, sw_k, sw_r, sw_s, sw_c,
+          C: tl.constexpr, R: tl.constexpr, S: tl.constexpr, FLAT: tl.constexpr, ALIGN_C: tl.constexpr, ALIGN_K: tl.constexpr,
+          PRECISION: tl.constexpr, ACC: tl.constexpr, INT64: tl.constexpr, CLAMP: tl.constexpr,
+          BLOCK_IMG: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+          SPLIT_K: tl.constexpr):
+    """dw[k, columns] over pixel boxes of the tap's live output rectangle; split z of SPLIT_K writes its own partial sum.
+
+    Columns are BLOCK_N channels of one tap, or (FLAT) BLOCK_N flattened (tap, channel) pairs, whose live rectangles are united.
+    """
+    COLS: tl.constexpr = R * S * C if FLAT else C
+    pid = tl.program_id(0)
+    tiles_m = tl.cdiv(K, BLOCK_M)
+    tiles_n: tl.constexpr = (COLS + BLOCK_N - 1) // BLOCK_N
+    k0 = pid % tiles_m * BLOCK_M
+    t = pid // tiles_m
+    n0 = t % tiles_n * BLOCK_N
+    t = t // tiles_n
+    n = n0 + tl.arange(0, BLOCK_N)
+    if FLAT:
+        c = n % C
+        r = n // C // S
+        s = n // C % S
+        r_lo, r_hi = tl.min(r, axis=0), tl.max(tl.where(n < COLS, r, 0), axis=0)
+        s_lo, s_hi = tl.min(tl.where(n < COLS, s, S), axis=0), tl.max(tl.where(n < COLS, s, 0), axis=0)
+    else:
+        c = n
+        r = t % (R * S) // S
+        s = t % S
+        r_lo, r_hi, s_lo, s_hi = r, r, s, s
+        t = t // (R * S)
+    g = t % G
+    split = t // G
+    # live output rectangle: larger taps begin earlier and end earlier
+    p_lo, _ = live_outputs(r_hi, H, off_h, stride_h, dil_h, P)
+    _, p_hi = live_outputs(r_lo, H, off_h, stride_h, dil_h, P)
+    q_lo, _ = live_outputs(s_hi, W, off_w, stride_w, dil_w, Q)
+    _, q_hi = live_outputs(s_lo, W, off_w, stride_w, dil_w, Q)
+    boxes_p = tl.cdiv(tl.maximum(p_hi - p_lo, 0), BLOCK_P)
+    boxes_q = tl.cdiv(tl.maximum(q_hi - q_lo, 0), BLOCK_Q)
+    boxes = tl.cdiv(N, BLOCK_IMG) * boxes_p * boxes_q
+    per_split = tl.cdiv(boxes, SPLIT_K)
+    first = tl.minimum(split * per_split, boxes)
+    last = tl.minimum(first + per_split, boxes)
+    q = q_lo + first % tl.maximum(boxes_q, 1) * BLOCK_Q
+    t = first // tl.maximum(boxes_q, 1)
+    p = p_lo + t % tl.maximum(boxes_p, 1) * BLOCK_P
+    img = t // tl.maximum(boxes_p, 1) * BLOCK_IMG
+
+    i, bp, bq = box_pixels(BLOCK_IMG, BLOCK_P, BLOCK_Q)
+    kk = tl.arange(0, BLOCK_M)
+    in_k = (k0 + kk < K)[:, None]
+    in_c = (n < COLS)[None, :]
+    cg = C * G
+    kg = K * G
+    shift_h = r * dil_h + off_h
+    shift_w = s * dil_w + off_w
+    bi, br, bs = (i.to(tl.int64), bp.to(tl.int64), bq.to(tl.int64)) if INT64 else (i, bp, bq)
+    dy_cols = address(kk, INT64)[:, None] + tl.multiple_of(address(((bi * P + br) * Q + bs) * kg, INT64), ALIGN_K)[None, :]
+    x_pixel = tl.multiple_of(((bi * H + br * stride_h) * W + bs * stride_w) * cg, ALIGN_C)
+    if FLAT:
+        x_cols = (shift_h * W + shift_w).to(tl.int64) * cg + c
+        x_rows = x_pixel[:, None] + x_cols[None, :]
+        xt = g * C
+    else:
+        x_rows = address(x_pixel, INT64)[:, None] + address(tl.arange(0, BLOCK_N), INT64)[None, :]
+        xt = (shift_h * W + shift_w).to(tl.int64) * cg + g * C + n0
+    acc = tl.zeros((BLOCK_M, BLOCK_N), ACC)
+    for _ in range(first, last):
+        live = (i < N - img) & (bp < p_hi - p) & (bq < q_hi - q)
+        in_dy = in_k & live[None, :]
+        in_x = live[:, None] & in_c
+        if FLAT:
+            hr = ((p + bp) * stride_h)[:, None] + shift_h[None, :]
+            vs = ((q + bq) * stride_w)[:, None] + shift_w[None, :]
+            in_x = in_x & ((hr >= 0) & (hr < H) & (vs >= 0) & (vs < W))
+        dyo = ((img.to(tl.int64) * P + p) * Q + q) * kg + g * K + k0
+        xo = ((img.to(tl.int64) * H + p * stride_h) * W + q * stride_w) * cg + xt
+        a = load_masked(dy_ptr, dyo, dy_cols, in_dy, 0, ALIGN_K, CLAMP)
+        b = load_masked(x_ptr, xo, x_rows, in_x, 1, 1 if FLAT else ALIGN_C, CLAMP)
+        acc = dot(a, b, acc, PRECISION)
+        q += BLOCK_Q
+        wrap = q >= q_hi
+        q = tl.where(wrap, q_lo, q)
+        p = tl.where(wrap, p + BLOCK_P, p)
+        wrap = p >= p_hi
+        p = tl.where(wrap, p_lo, p)
+        img = tl.where(wrap, img + BLOCK_IMG, img)
+    dw = dw_ptr + split.to(tl.int64) * sw_split
+    rows = (g * K + k0 + kk).to(tl.int64) * sw_k
+    cols = r * sw_r + s * sw_s + c * sw_c
+    tl.store(dw + rows[:, None] + cols[None, :], acc.to(dw_ptr.dtype.element_ty), mask=in_k & in_c)
+
+
+@triton.jit
+def sum_splits(part_ptr, dw_ptr, R, S, C, total, sw_k, sw_r, sw_s, sw_c, SPLIT_K: tl.constexpr, BLOCK: tl.constexpr):
+    """dw = sum of the SPLIT_K partial sums (KRSC), always in the same order."""
+    j = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    in_w = j < total
+    acc = tl.load(part_ptr + j, mask=in_w, other=0.0)
+    for split in range(1, SPLIT_K):
+        acc += tl.load(part_ptr + split * total + j, mask=in_w, other=0.0)
+    c = j % C
+    s = j // C % S
+    r = j // C // S % R
+    k = j // C // S // R
+    tl.store(dw_ptr + k * sw_k + r * sw_r + s * sw_s + c * sw_c, acc.to(dw_ptr.dtype.element_ty), mask=in_w)
