@@ -1,0 +1,155 @@
+"""The torch boundary: operators tridil::fprop, dgrad and wgrad, and the autograd Functions that call each other. Imports no Triton."""
+from __future__ import annotations
+
+from contextlib import nullcontext
+from functools import lru_cache
+
+import torch
+
+from . import dispatch
+from .problem import Problem
+
+_GEOMETRY = "SymInt[2] stride, SymInt[4] padding, SymInt[2] dilation, SymInt groups, bool channels_last"
+lib = torch.library.Library("tridil", "DEF")
+lib.define(f"fprop(Tensor x, Tensor w, Tensor? bias, {_GEOMETRY}) -> Tensor")
+lib.define(f"dgrad(Tensor dy, Tensor w, SymInt[4] x_shape, {_GEOMETRY}) -> Tensor")
+lib.define(f"wgrad(Tensor dy, Tensor x, SymInt[4] w_shape, {_GEOMETRY}) -> Tensor")
+
+
+def is_channels_last(t: torch.Tensor) -> bool:
+    """Whether ATen suggests channels_last for a 4D tensor (c10 `is_channels_last_strides_2d`): what decides the format of conv results."""
+    if t.dim() != 4 or t.stride(1) == 0:
+        return False
+    least = 0
+    for d in (1, 3, 2, 0):
+        if t.size(d) == 0 or t.stride(d) < least or d == 0 and least == t.stride(1):
+            return False
+        least = t.stride(d) * max(t.size(d), 1)
+    return True
+
+
+def fp32_precision() -> str:
+    """"tf32" or "ieee", as torch.backends.cudnn.conv.fp32_precision (and the older allow_tf32) say."""
+    return "tf32" if torch.backends.cudnn.conv.fp32_precision == "tf32" else "ieee"
+
+
+@lru_cache(maxsize=4096)
+def _problem(x_shape, w_shape, stride, padding, dilation, groups, dtype, channels_last) -> Problem:
+    return Problem(*x_shape, w_shape[0], *w_shape[2:], stride, (padding[:2], padding[2:]), dilation, groups,
+                   str(dtype).removeprefix("torch."), "nhwc" if channels_last else "nchw")
+
+
+@lru_cache(maxsize=4096)
+def _config(problem, pass_, target):
+    from .config import default
+    return default(problem, pass_, target)
+
+
+def _run(pass_, a, b, *rest, x_shape, w_shape, geometry):
+    """One pass on its two tensors, under their device. Without images or pixels there is nothing to launch: the result is zero, or the bias."""
+    stride, padding, dilation, groups, channels_last = geometry
+    # the memory format belongs to the result: for wgrad that is dw
+    problem = _problem(tuple(x_shape), tuple(w_shape), tuple(stride), tuple(padding), tuple(dilation), groups, a.dtype, channels_last)
+    if problem.is_empty:
+        out = _empty(a, {"fprop": problem.y_shape, "dgrad": problem.x_shape, "wgrad": problem.w_shape}[pass_], channels_last).zero_()
+        return out if not rest or rest[0] is None else out.add_(rest[0].view(1, -1, 1, 1))
+    from . import launch
+    config = _config(problem, pass_, dispatch.target())
+    with torch.cuda.device(a.device) if a.is_cuda else nullcontext():
+        return getattr(launch, pass_)(problem, a, b, *rest, config, fp32_precision() if a.dtype == torch.float32 else "ieee")
+
+
+def _empty(like, shape, channels_last):
+    return torch.empty(shape, dtype=like.dtype, device=like.device,
+                       memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+
+
+def _fprop(x, w, bias, *geometry):
+    return _run("fprop", x, w, bias, x_shape=x.shape, w_shape=w.shape, geometry=geometry)
+
+
+def _dgrad(dy, w, x_shape, *geometry):
+    return _run("dgrad", dy, w, x_shape=x_shape, w_shape=w.shape, geometry=geometry)
+
+
+def _wgrad(dy, x, w_shape, *geometry):
+    return _run("wgrad", dy, x, x_shape=x.shape, w_shape=w_shape, geometry=geometry)
+
+
+def _fake_fprop(x, w, bias, stride, padding, dilation, groups, channels_last):
+    sizes = [(x.shape[2 + i] + padding[2 * i] + padding[2 * i + 1] - dilation[i] * (w.shape[2 + i] - 1) - 1) // stride[i] + 1 for i in (0, 1)]
+    return _empty(x, (x.shape[0], w.shape[0], *sizes), channels_last)
+
+
+for _name, _impl, _fake in (("fprop", _fprop, _fake_fprop),
+                            ("dgrad", _dgrad, lambda dy, w, x_shape, *geometry: _empty(dy, x_shape, geometry[-1])),
+                            ("wgrad", _wgrad, lambda dy, x, w_shape, *geometry: _empty(x, w_shape, geometry[-1]))):
+    lib.impl(_name, _impl, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"tridil::{_name}", _fake, lib=lib)
+
+
+class Fprop(torch.autograd.Function):
+    """y of (x, w, bias); geometry is (stride, padding (h_lo, h_hi, w_lo, w_hi), dilation, groups), channels_last the format of y and dx."""
+
+    @staticmethod
+    def forward(x, w, bias, geometry, channels_last):
+        return torch.ops.tridil.fprop(x, w, bias, *geometry, channels_last)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, w, _, ctx.geometry, ctx.channels_last = inputs
+        ctx.save_for_backward(x, w)
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, w = ctx.saved_tensors
+        dx = Dgrad.apply(dy, w, x.shape, ctx.geometry, ctx.channels_last) if ctx.needs_input_grad[0] else None
+        dw = Wgrad.apply(dy, x, w.shape, ctx.geometry, is_channels_last(w)) if ctx.needs_input_grad[1] else None
+        db = dy.sum((0, 2, 3)) if ctx.needs_input_grad[2] else None
+        return dx, dw, db, None, None
+
+
+class Dgrad(torch.autograd.Function):
+    """dx of (dy, w); channels_last is the format of dx."""
+
+    @staticmethod
+    def forward(dy, w, x_shape, geometry, channels_last):
+        return torch.ops.tridil.dgrad(dy, w, x_shape, *geometry, channels_last)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        dy, w, _, ctx.geometry, ctx.channels_last = inputs
+        ctx.save_for_backward(dy, w)
+
+    @staticmethod
+    def backward(ctx, ddx):
+        dy, w = ctx.saved_tensors
+        ddy = Fprop.apply(ddx, w, None, ctx.geometry, ctx.channels_last) if ctx.needs_input_grad[0] else None
+        dw = Wgrad.apply(dy, ddx, w.shape, ctx.geometry, is_channels_last(w)) if ctx.needs_input_grad[1] else None
+        return ddy, dw, None, None, None
+
+
+class Wgrad(torch.autograd.Function):
+    """dw of (dy, x); channels_last is the format of dw."""
+
+    @staticmethod
+    def forward(dy, x, w_shape, geometry, channels_last):
+        return torch.ops.tridil.wgrad(dy, x, w_shape, *geometry, channels_last)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        dy, x, _, ctx.geometry, _ = inputs
+        ctx.save_for_backward(dy, x)
+
+    @staticmethod
+    def backward(ctx, ddw):
+        dy, x = ctx.saved_tensors
+        ddy = Fprop.apply(x, ddw, None, ctx.geometry, is_channels_last(dy)) if ctx.needs_input_grad[0] else None
+        dx = Dgrad.apply(dy, ddw, x.shape, ctx.geometry, is_channels_last(x)) if ctx.needs_input_grad[1] else None
+        return ddy, dx, None, None, None
+
+
+def convolve(x, w, bias, problem: Problem) -> torch.Tensor:
+    """y (N, K, P, Q) of 4D tensors that `problem` describes, differentiable twice, through the Triton kernels."""
+    geometry = (problem.stride, (*problem.padding[0], *problem.padding[1]), problem.dilation, problem.groups)
+    return Fprop.apply(x, w, bias, geometry, problem.layout == "nhwc")
