@@ -107,6 +107,7 @@ def main(argv=None) -> int:
     commands.choices["aot"].add_argument("--json", help="write the rows to this file")
     args = parser.parse_args(argv)
     try:
+        dispatch.check_target(getattr(args, "target", None) or dispatch.target())
         return args.run(args)
     except (ValueError, NotImplementedError) as e:
         parser.error(str(e))

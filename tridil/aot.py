@@ -58,7 +58,7 @@ def compile_pass(problem: Problem, pass_: str, config: dict, target: str, precis
                     attrs[(i,)] = [["tt.divisibility", 16]]
         constexprs = {(fn.arg_names.index(name),): value for name, value in constants.items()}
         source = ASTSource(fn, signature, constexprs=constexprs, attrs=attrs)
-        out.append((item, triton.compile(source, target=gpu, options=dict(num_warps=item.num_warps, num_stages=item.num_stages))))
+        out.append((item, triton.compile(source, target=gpu, options=dict(item.options))))
     return out
 
 

@@ -1,9 +1,10 @@
 """Tile configurations: which are legal (`fits`), which are sensible (`candidates`), and the default one.
 
-A config is a plain dict: ``kernel`` ("gather" or "gather_flat"), the kernel's constexpr tile sizes, num_warps, num_stages.
-fprop and dgrad: the pixel box BLOCK_IMG x BLOCK_P x BLOCK_Q is the tile's M, BLOCK_N output channels, BLOCK_K reduced channels (gather_flat:
-flattened (tap, channel) pairs). wgrad: BLOCK_M output channels, BLOCK_N input channels (gather_flat: flattened (tap, channel) pairs), the box
-is the reduction step, SPLIT_K partial sums. CLAMP keeps the addresses of masked lanes inside the tensor.
+A config is a plain dict: ``kernel`` ("gather" or "gather_flat"), the kernel's constexpr tile sizes, num_warps, num_stages, maxnreg.
+fprop and dgrad: the pixel box BLOCK_IMG x BLOCK_P x BLOCK_Q is the tile's M, BLOCK_N output channels, BLOCK_K reduced channels
+(gather_flat: flattened (tap, channel) pairs). wgrad: BLOCK_M output channels, BLOCK_N input channels (gather_flat: flattened pairs), the
+box is the reduction step, SPLIT_K partial sums. CLAMP keeps the addresses of masked lanes inside the tensor. maxnreg is the registers a
+thread may have (None: the compiler decides, and ptxas may spill for occupancy).
 """
 from __future__ import annotations
 
@@ -45,8 +46,8 @@ def shared_bytes(config: dict, problem: Problem, pass_: str, target: str) -> int
     """Shared memory of the pipelined operand tiles; below sm_90 the last stage waits in registers."""
     m, n, k = (pixels(config), config["BLOCK_N"], config["BLOCK_K"]) if pass_ != "wgrad" else (config["BLOCK_M"], config["BLOCK_N"], pixels(config))
     stages = config["num_stages"] - (not target.startswith("cuda") or int(target[5:]) < 90)
-    tile = (m + n) * k * DTYPE_BYTES[problem.dtype]
-    return max(stages * tile, m * n * DTYPE_BYTES[problem.dtype])
+    nbytes = DTYPE_BYTES[problem.dtype]
+    return max(stages * (m + n) * k * nbytes, m * n * (max(nbytes, 4) if config.get("SPLIT_K", 1) > 1 else nbytes))     # the epilogue's layout change
 
 
 def fits(config: dict, problem: Problem, pass_: str, target: str) -> str | None:
@@ -54,13 +55,15 @@ def fits(config: dict, problem: Problem, pass_: str, target: str) -> str | None:
     if pass_ not in PASSES:
         return f"unknown pass {pass_!r}: use one of {PASSES}"
     blocks = ("BLOCK_IMG", "BLOCK_P", "BLOCK_Q", "BLOCK_N") + (("BLOCK_M", "SPLIT_K") if pass_ == "wgrad" else ("BLOCK_K",))
-    needed = ("kernel", *blocks, "CLAMP", "num_warps", "num_stages")
+    needed = ("kernel", *blocks, "CLAMP", "num_warps", "num_stages", "maxnreg")
     if set(config) != set(needed):
         return f"a {pass_} config has exactly the entries {sorted(needed)}, got {sorted(config)}"
     if config["kernel"] not in KERNELS:
         return f"unknown kernel {config['kernel']!r}: use one of {KERNELS}"
     if not isinstance(config["CLAMP"], bool):
         return f"CLAMP must be True or False, got {config['CLAMP']!r}"
+    if config["maxnreg"] is not None and (target.startswith("hip") or config["maxnreg"] not in range(24, 256)):
+        return f"maxnreg must be None, or on CUDA targets 24 to 255, got {config['maxnreg']!r} for {target}"
     for name in (*blocks, "num_warps", "num_stages"):
         if isinstance(config[name], bool) or not isinstance(config[name], int) or config[name] < 1:
             return f"{name} must be a positive int, got {config[name]!r}"
@@ -181,7 +184,8 @@ def candidates(problem: Problem, pass_: str, target: str) -> list[dict]:
     rows, cols, reduced = {"fprop": (None, k, c * taps), "dgrad": (None, c, k * taps), "wgrad": (k, c * taps, None)}[pass_]
     axes = passes_axes(problem, pass_)
     height, width = max((h.out for h, _ in axes), default=1), max((w.out for _, w in axes), default=1)
-    base = {"kernel": "gather_flat" if flat else "gather", "CLAMP": target.startswith("cuda") and int(target[5:]) >= 100, "num_stages": 3}
+    base = {"kernel": "gather_flat" if flat else "gather", "CLAMP": target.startswith("cuda") and int(target[5:]) >= 100, "num_stages": 3,
+            "maxnreg": 255 if target.startswith("cuda") else None}
     # operands whose aligned runs are too short for cp.async (4 bytes) are loaded through registers, an element at a time
     m_scattered, n_scattered = ((flat or gcd(x, 4) * nbytes < 4) for x in {"fprop": (c, c), "dgrad": (k, c), "wgrad": (k, c)}[pass_])
     if pass_ == "wgrad":
@@ -196,9 +200,11 @@ def candidates(problem: Problem, pass_: str, target: str) -> list[dict]:
         if n > 16 and n >= 2 * cols or (m > 16 and m >= 2 * rows if rows else m < 32) or nbytes == 4 and m * n > 128 * 128:
             continue
         fitting = [step for step in (steps if mma else [16]) if max(m * m_scattered, n * n_scattered) * step <= 16 * 32 * warps]
+        if m * n >= 128 * 128 and pass_ == "wgrad" and (cols % n or rows % m):
+            continue                                                   # the masks' registers would spill, here and below
+        if m * n == 128 * 128 and (pass_ == "dgrad" and cols % n or pass_ == "wgrad" and base["CLAMP"]):
+            fitting = [step for step in fitting if step * nbytes < 128]
         for step in fitting[:1 if rows else 2]:
-            if (m, n, step, warps) == (128, 128, 64, 4) and pass_ == "dgrad" and cols % n:
-                continue                                               # masked weights would spill
             option = dict(base, BLOCK_N=n, num_warps=warps)
             option |= dict(BLOCK_M=m, SPLIT_K=_splits(problem, m, n, flat, step, target)) if rows else dict(BLOCK_K=step)
             boxes = [dict(option, BLOCK_IMG=b, BLOCK_P=p, BLOCK_Q=q) for b, p, q in _boxes(step if rows else m, problem.n, height, width)]

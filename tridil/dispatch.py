@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import os
+import re
 from functools import lru_cache
 from importlib.util import find_spec
 
@@ -31,13 +32,23 @@ def _driver():
 
 
 def target() -> str:
-    """Target the kernels are compiled for, like "cuda:90": TRIDIL_TARGET, else the active driver's, else (interpreter) "cuda:80"."""
+    """Target the kernels are compiled for, like "cuda:90": TRIDIL_TARGET, else the active driver's, else (interpreter) "cuda:80".
+
+    Raises ValueError when TRIDIL_TARGET is not of that form.
+    """
     env = os.environ.get("TRIDIL_TARGET")
     if env:
-        return env
+        return check_target(env)
     if interpreted():
         return "cuda:80"
     return _driver_target()
+
+
+def check_target(name: str) -> str:
+    """`name`, when it reads like "cuda:90" or "hip:gfx942"; else ValueError."""
+    if not re.fullmatch(r"cuda:\d{2,3}|hip:gfx\w+", name):
+        raise ValueError(f"a target reads like cuda:80, cuda:90 or hip:gfx942, got {name!r}")
+    return name
 
 
 def _driver_target() -> str:

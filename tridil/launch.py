@@ -17,20 +17,19 @@ FORMATS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
 
 @dataclass(frozen=True)
 class Launch:
-    """One kernel launch but for its pointers: `kernel[grid](*pointers, **scalars)`; tl_scalars are filled in as constexprs."""
+    """One kernel launch but for its pointers; options are num_warps and the like."""
     kernel: str
     grid: tuple[int]
     scalars: tuple[tuple[str, int], ...]
     constexprs: tuple[tuple[str, object], ...]
-    num_warps: int
-    num_stages: int
+    options: tuple[tuple[str, int], ...]
 
     @property
     def fn(self):
         return getattr(gather, self.kernel)
 
     def __call__(self, *pointers):
-        self.fn[self.grid](*pointers, **dict(self.scalars), **_constexprs(self.constexprs), num_warps=self.num_warps, num_stages=self.num_stages)
+        self.fn[self.grid](*pointers, **dict(self.scalars), **_constexprs(self.constexprs), **dict(self.options))
 
 
 @lru_cache(maxsize=4096)
@@ -60,7 +59,7 @@ def _plan(problem, pass_, config, out_stride, precision, has_bias):
     common |= {name: value for name, value in config.items() if name.startswith("BLOCK_")}
     flat = config["kernel"] == "gather_flat"
     vector = 16 // DTYPE_BYTES[p.dtype]
-    options = config["num_warps"], config["num_stages"]
+    options = {name: config[name] for name in ("num_warps", "num_stages", "maxnreg") if config[name] is not None}
     if pass_ == "wgrad":
         h, w = p.fprop_axes
         split = config["SPLIT_K"]
@@ -73,7 +72,7 @@ def _plan(problem, pass_, config, out_stride, precision, has_bias):
         if split > 1:
             total = prod(p.w_shape)
             launches.append(_launch("sum_splits", -(-total // 256), dict(R=p.r, S=p.s, C=c, total=total, **strides),
-                                  dict(SPLIT_K=split, BLOCK=256), (4, 3)))
+                                  dict(SPLIT_K=split, BLOCK=256), {}))
         return tuple(launches)
     source, out = (c, k) if pass_ == "fprop" else (k, c)
     launches = []
@@ -82,7 +81,8 @@ def _plan(problem, pass_, config, out_stride, precision, has_bias):
                        step_r=h.tap_step, step_s=w.tap_step, sy_n=out_stride[0], sy_p=out_stride[2] * h.out_step,
                        sy_q=out_stride[3] * w.out_step, sy_k=out_stride[1], y0=h.out0 * out_stride[2] + w.out0 * out_stride[3])
         constexprs = dict(common, C=source, CW=c, R=h.taps, S=w.taps, FILTER_R=p.r, FILTER_S=p.s, TRANSPOSED=pass_ == "dgrad",
-                          HAS_BIAS=has_bias, ALIGN=gcd(source, vector), ALIGN_W=gcd(c, vector))
+                          HAS_BIAS=has_bias, ALIGN=gcd(source, vector), ALIGN_W=gcd(c, vector),
+                          ALIGN_Y=gcd(out, vector) if out_stride[1] == 1 else 1)
         launches.append(_launch("correlate_flat" if flat else "correlate", cfg.tiles(p, pass_, config, (h, w)), scalars, constexprs, options))
     return tuple(launches)
 
@@ -92,7 +92,7 @@ def _geometry(h: Axis, w: Axis) -> dict:
 
 
 def _launch(kernel, programs, scalars, constexprs, options) -> Launch:
-    return Launch(kernel, (programs,), tuple(scalars.items()), tuple(constexprs.items()), *options)
+    return Launch(kernel, (programs,), tuple(scalars.items()), tuple(constexprs.items()), tuple(options.items()))
 
 
 def _nhwc(t: torch.Tensor) -> torch.Tensor:
@@ -138,11 +138,11 @@ def wgrad(problem: Problem, dy, x, config: dict, precision: str = "ieee") -> tor
 
 
 def _check(problem, pass_, config):
-    reason = _fits(problem, pass_, tuple(config.items()), target())
+    reason = _fits(problem, pass_, tuple(config.items()), tuple(map(type, config.values())), target())
     if reason:
         raise ValueError(f"config {config} does not fit {pass_} of {problem.key()}: {reason}")
 
 
 @lru_cache(maxsize=4096)
-def _fits(problem, pass_, config, target):
+def _fits(problem, pass_, config, types, target):          # types: 1 == True == 1.0 as keys
     return cfg.fits(dict(config), problem, pass_, target)

@@ -11,10 +11,10 @@ def cdiv_pos(a, b):
 
 @triton.jit
 def live_taps(first, last, size, offset, stride, dilation, taps):
-    """Half-open range of taps that touch an axis of `size` for some output first..last (inclusive); empty is (lo, lo)."""
-    lo = tl.minimum(cdiv_pos(-offset - last * stride, dilation), taps)
+    """(first, count) of the taps that touch an axis of `size` for some output first..last (inclusive)."""
+    lo = cdiv_pos(-offset - last * stride, dilation)
     hi = tl.minimum(cdiv_pos(size - offset - first * stride, dilation), taps)
-    return lo, tl.maximum(hi, lo)
+    return tl.minimum(lo, taps), tl.maximum(hi - lo, 0)
 
 
 @triton.jit
@@ -78,18 +78,24 @@ def load_masked(ptr, base, offsets, mask, AXIS: tl.constexpr, ALIGN: tl.constexp
 
 
 @triton.jit
-def store_tile(y_ptr, bias_ptr, acc, g, img, p0, q0, n0, N, P, Q, K, sy_n, sy_p, sy_q, sy_k,
+def below(x, limit, ALIGN: tl.constexpr):
+    """x < limit, where limit is a multiple of ALIGN: in a form that shows that aligned runs of ALIGN elements share the answer."""
+    return x // ALIGN < limit // ALIGN
+
+
+@triton.jit
+def store_tile(y_ptr, bias_ptr, acc, g, img, p0, q0, n0, N, P, Q, K, sy_n, sy_p, sy_q, sy_k, y0,
                BLOCK_IMG: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr,
-               HAS_BIAS: tl.constexpr, INT64: tl.constexpr):
-    """acc [pixels, BLOCK_N] (+ bias) -> y, through y's own strides (NHWC or NCHW)."""
+               ALIGN_Y: tl.constexpr, HAS_BIAS: tl.constexpr, INT64: tl.constexpr):
+    """acc [pixels, BLOCK_N] (+ bias) -> y + y0, through y's own strides: NHWC, all but sy_k multiples of ALIGN_Y, or NCHW with ALIGN_Y = 1."""
     n = tl.arange(0, BLOCK_N)
-    in_k = n0 + n < K
+    in_k = below(n0 + n, K, ALIGN_Y)
     if HAS_BIAS:
         acc += tl.load(bias_ptr + g * K + n0 + n, mask=in_k, other=0.0).to(acc.dtype)[None, :]
     i, p, q = box_pixels(BLOCK_IMG, BLOCK_P, BLOCK_Q)
     in_y = (img + i < N) & (p0 + p < P) & (q0 + q < Q)
-    base = y_ptr + (img.to(tl.int64) * sy_n + p0.to(tl.int64) * sy_p + q0.to(tl.int64) * sy_q + (g * K + n0).to(tl.int64) * sy_k)
+    base = y0 + img.to(tl.int64) * sy_n + p0.to(tl.int64) * sy_p + q0.to(tl.int64) * sy_q + (g * K + n0).to(tl.int64) * sy_k
     if INT64:
         i, p, q, n = i.to(tl.int64), p.to(tl.int64), q.to(tl.int64), n.to(tl.int64)
-    offset = (i * sy_n + p * sy_p + q * sy_q)[:, None] + (n * sy_k)[None, :]
-    tl.store(base + offset, acc.to(y_ptr.dtype.element_ty), mask=in_y[:, None] & in_k[None, :])
+    offset = tl.multiple_of(i * sy_n + p * sy_p + q * sy_q, ALIGN_Y)[:, None] + (n * sy_k)[None, :]
+    tl.store(y_ptr + tl.multiple_of(base, ALIGN_Y) + offset, acc.to(y_ptr.dtype.element_ty), mask=in_y[:, None] & in_k[None, :])

@@ -7,14 +7,14 @@ its reduced and its output channels per group. dgrad is the correlation of dy, o
 import triton
 import triton.language as tl
 
-from .common import address, box_pixels, dot, live_outputs, live_taps, load_masked, output_tile, store_tile
+from .common import address, below, box_pixels, dot, live_outputs, live_taps, load_masked, output_tile, store_tile
 
 
 @triton.jit
 def correlate(x_ptr, w_ptr, bias_ptr, y_ptr, N, H, W, P, Q, K, G, stride_h, stride_w, off_h, off_w, dil_h, dil_w,
               tap_r, tap_s, step_r, step_s, sy_n, sy_p, sy_q, sy_k, y0,
               C: tl.constexpr, CW: tl.constexpr, R: tl.constexpr, S: tl.constexpr, FILTER_R: tl.constexpr, FILTER_S: tl.constexpr,
-              TRANSPOSED: tl.constexpr, HAS_BIAS: tl.constexpr, ALIGN: tl.constexpr, ALIGN_W: tl.constexpr,
+              TRANSPOSED: tl.constexpr, HAS_BIAS: tl.constexpr, ALIGN: tl.constexpr, ALIGN_W: tl.constexpr, ALIGN_Y: tl.constexpr,
               PRECISION: tl.constexpr, ACC: tl.constexpr, INT64: tl.constexpr, CLAMP: tl.constexpr,
               BLOCK_IMG: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
     """One flat loop over (live tap, channel block), so that cp.async runs ahead across taps."""
@@ -22,10 +22,8 @@ def correlate(x_ptr, w_ptr, bias_ptr, y_ptr, N, H, W, P, Q, K, G, stride_h, stri
     EVEN_C: tl.constexpr = C % BLOCK_K == 0
     CB: tl.constexpr = (C + BLOCK_K - 1) // BLOCK_K
     g, img, p0, q0, n0 = output_tile(N, P, Q, K, G, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_N)
-    r_lo, r_hi = live_taps(p0, tl.minimum(p0 + BLOCK_P, P) - 1, H, off_h, stride_h, dil_h, R)
-    s_lo, s_hi = live_taps(q0, tl.minimum(q0 + BLOCK_Q, Q) - 1, W, off_w, stride_w, dil_w, S)
-    nr = r_hi - r_lo
-    ns = s_hi - s_lo
+    r_lo, nr = live_taps(p0, tl.minimum(p0 + BLOCK_P, P) - 1, H, off_h, stride_h, dil_h, R)
+    s_lo, ns = live_taps(q0, tl.minimum(q0 + BLOCK_Q, Q) - 1, W, off_w, stride_w, dil_w, S)
     # rows of the tile: offset of the pixel in its box, and which taps of it lie in the image
     i, p, q = box_pixels(BLOCK_IMG, BLOCK_P, BLOCK_Q)
     in_y = (img + i < N) & (p0 + p < P) & (q0 + q < Q)
@@ -45,7 +43,7 @@ def correlate(x_ptr, w_ptr, bias_ptr, y_ptr, N, H, W, P, Q, K, G, stride_h, stri
     kk = tl.arange(0, BLOCK_K)
     if INT64:
         i, p, q = i.to(tl.int64), p.to(tl.int64), q.to(tl.int64)
-    pixel = tl.multiple_of(address(((i * H + p * stride_h) * W + q * stride_w) * cg, INT64), ALIGN)
+    pixel = address(tl.multiple_of(((i * H + p * stride_h) * W + q * stride_w) * cg, ALIGN), INT64)
     x_rows = pixel[:, None] + address(kk, INT64)[None, :]
     pixel0 = (img.to(tl.int64) * H + p0 * stride_h + off_h + r_lo * dil_h) * W + q0 * stride_w + off_w + s_lo * dil_w
     xo = pixel0 * cg + g * C
@@ -62,7 +60,7 @@ def correlate(x_ptr, w_ptr, bias_ptr, y_ptr, N, H, W, P, Q, K, G, stride_h, stri
         w_step: tl.constexpr = BLOCK_K
         wo = ((g * K + n0).to(tl.int64) * (FILTER_R * FILTER_S) + tap) * CW
     EVEN_N: tl.constexpr = not TRANSPOSED or CW % BLOCK_N == 0
-    in_n = (n0 + n < K)[None, :]
+    in_n = below(n0 + n, CW if TRANSPOSED else K, ALIGN_W if TRANSPOSED else 1)[None, :]
     # what the scalar offsets gain at the end of a tap, and of a row of taps
     x_tap = dil_w * cg - CB * BLOCK_K
     x_row = (dil_h * W - (ns - 1) * dil_w).to(tl.int64) * cg - CB * BLOCK_K
@@ -75,11 +73,13 @@ def correlate(x_ptr, w_ptr, bias_ptr, y_ptr, N, H, W, P, Q, K, G, stride_h, stri
     c = 0
     u = 1
     steps = nr * ns * CB
+    if CLAMP:
+        wo = tl.where(steps > 0, wo, 0)
     for it in range(steps):
         if BITS:
             in_x = (bits & bit) != 0
         else:
-            in_x = (((h + dh).to(tl.uint32) < H.to(tl.uint32)) & ((v + dv).to(tl.uint32) < W.to(tl.uint32)))[:, None]
+            in_x = (((h + dh).to(tl.uint32) < H) & ((v + dv).to(tl.uint32) < W))[:, None]       # negative is huge
         if not EVEN_C:
             in_x = in_x & (kk < C - c)[None, :]
         a = load_masked(x_ptr, xo, x_rows, in_x, 1, ALIGN, CLAMP)
@@ -93,7 +93,7 @@ def correlate(x_ptr, w_ptr, bias_ptr, y_ptr, N, H, W, P, Q, K, G, stride_h, stri
         end = wrap & (u == ns)
         xo += BLOCK_K + tl.where(wrap, tl.where(end, x_row, x_tap), 0)
         wo_next = wo + w_step + tl.where(wrap, tl.where(end, w_row, w_tap), 0)
-        wo = tl.where(it + 1 < steps, wo_next, wo) if CLAMP else wo_next
+        wo = tl.where(it + 1 < steps, wo_next, 0) if CLAMP else wo_next         # prefetches behind the last step stay inside w
         if BITS:
             bit = tl.where(wrap, bit << tl.where(end, S - ns + 1, 1), bit)
         else:
@@ -101,23 +101,23 @@ def correlate(x_ptr, w_ptr, bias_ptr, y_ptr, N, H, W, P, Q, K, G, stride_h, stri
             dv = tl.where(end, 0, tl.where(wrap, dv + dil_w, dv))
         u = tl.where(end, 1, tl.where(wrap, u + 1, u))
         c = tl.where(wrap, 0, c)
-    store_tile(y_ptr + y0, bias_ptr, acc, g, img, p0, q0, n0, N, P, Q, K, sy_n, sy_p, sy_q, sy_k,
-               BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_N, HAS_BIAS, INT64)
+    store_tile(y_ptr, bias_ptr, acc, g, img, p0, q0, n0, N, P, Q, K, sy_n, sy_p, sy_q, sy_k, y0,
+               BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_N, ALIGN_Y, HAS_BIAS, INT64)
 
 
 @triton.jit
 def correlate_flat(x_ptr, w_ptr, bias_ptr, y_ptr, N, H, W, P, Q, K, G, stride_h, stride_w, off_h, off_w, dil_h, dil_w,
                    tap_r, tap_s, step_r, step_s, sy_n, sy_p, sy_q, sy_k, y0,
                    C: tl.constexpr, CW: tl.constexpr, R: tl.constexpr, S: tl.constexpr, FILTER_R: tl.constexpr, FILTER_S: tl.constexpr,
-                   TRANSPOSED: tl.constexpr, HAS_BIAS: tl.constexpr, ALIGN: tl.constexpr, ALIGN_W: tl.constexpr,
+                   TRANSPOSED: tl.constexpr, HAS_BIAS: tl.constexpr, ALIGN: tl.constexpr, ALIGN_W: tl.constexpr, ALIGN_Y: tl.constexpr,
                    PRECISION: tl.constexpr, ACC: tl.constexpr, INT64: tl.constexpr, CLAMP: tl.constexpr,
                    BLOCK_IMG: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
     """The same for few channels: the reduction runs over the flattened (live tap, channel) index, in blocks of BLOCK_K."""
     g, img, p0, q0, n0 = output_tile(N, P, Q, K, G, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_N)
-    r_lo, r_hi = live_taps(p0, tl.minimum(p0 + BLOCK_P, P) - 1, H, off_h, stride_h, dil_h, R)
-    s_lo, s_hi = live_taps(q0, tl.minimum(q0 + BLOCK_Q, Q) - 1, W, off_w, stride_w, dil_w, S)
-    ns = tl.maximum(s_hi - s_lo, 1)
-    total = (r_hi - r_lo) * (s_hi - s_lo) * C
+    r_lo, nr = live_taps(p0, tl.minimum(p0 + BLOCK_P, P) - 1, H, off_h, stride_h, dil_h, R)
+    s_lo, ns = live_taps(q0, tl.minimum(q0 + BLOCK_Q, Q) - 1, W, off_w, stride_w, dil_w, S)
+    total = nr * ns * C
+    ns = tl.maximum(ns, 1)
     i, p, q = box_pixels(BLOCK_IMG, BLOCK_P, BLOCK_Q)
     in_y = (img + i < N) & (p0 + p < P) & (q0 + q < Q)
     h = (p0 + p) * stride_h + off_h
@@ -150,8 +150,8 @@ def correlate_flat(x_ptr, w_ptr, bias_ptr, y_ptr, N, H, W, P, Q, K, G, stride_h,
             w_offs = (tap * CW + c)[:, None] + ((g * K + n) * (FILTER_R * FILTER_S * CW))[None, :]
         b = load_masked(w_ptr, 0, w_offs, in_w, 1, 1, CLAMP)
         acc = dot(a, b, acc, PRECISION)
-    store_tile(y_ptr + y0, bias_ptr, acc, g, img, p0, q0, n0, N, P, Q, K, sy_n, sy_p, sy_q, sy_k,
-               BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_N, HAS_BIAS, INT64)
+    store_tile(y_ptr, bias_ptr, acc, g, img, p0, q0, n0, N, P, Q, K, sy_n, sy_p, sy_q, sy_k, y0,
+               BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_N, ALIGN_Y, HAS_BIAS, INT64)
 
 
 @triton.jit
@@ -206,14 +206,14 @@ def wgrad(x_ptr, dy_ptr, dw_ptr, N, H, W, P, Q, K, G, stride_h, stride_w, off_h,
 
     i, bp, bq = box_pixels(BLOCK_IMG, BLOCK_P, BLOCK_Q)
     kk = tl.arange(0, BLOCK_M)
-    in_k = (k0 + kk < K)[:, None]
+    in_k = below(k0 + kk, K, ALIGN_K)[:, None]
     in_c = (n < COLS)[None, :]
     cg = C * G
     kg = K * G
     shift_h = r * dil_h + off_h
     shift_w = s * dil_w + off_w
     bi, br, bs = (i.to(tl.int64), bp.to(tl.int64), bq.to(tl.int64)) if INT64 else (i, bp, bq)
-    dy_cols = address(kk, INT64)[:, None] + tl.multiple_of(address(((bi * P + br) * Q + bs) * kg, INT64), ALIGN_K)[None, :]
+    dy_cols = address(kk, INT64)[:, None] + address(tl.multiple_of(((bi * P + br) * Q + bs) * kg, ALIGN_K), INT64)[None, :]
     x_pixel = tl.multiple_of(((bi * H + br * stride_h) * W + bs * stride_w) * cg, ALIGN_C)
     if FLAT:
         x_cols = (shift_h * W + shift_w).to(tl.int64) * cg + c
@@ -231,7 +231,7 @@ def wgrad(x_ptr, dy_ptr, dw_ptr, N, H, W, P, Q, K, G, stride_h, stride_w, off_h,
             hr = ((p + bp) * stride_h)[:, None] + shift_h[None, :]
             vs = ((q + bq) * stride_w)[:, None] + shift_w[None, :]
             in_x = in_x & ((hr >= 0) & (hr < H) & (vs >= 0) & (vs < W))
-        dyo = ((img.to(tl.int64) * P + p) * Q + q) * kg + g * K + k0
+        dyo = tl.multiple_of(((img.to(tl.int64) * P + p) * Q + q) * kg + g * K + k0, ALIGN_K)
         xo = ((img.to(tl.int64) * H + p * stride_h) * W + q * stride_w) * cg + xt
         a = load_masked(dy_ptr, dyo, dy_cols, in_dy, 0, ALIGN_K, CLAMP)
         b = load_masked(x_ptr, xo, x_rows, in_x, 1, 1 if FLAT else ALIGN_C, CLAMP)

@@ -1,0 +1,34 @@
+"""Executed MACs of the ASPP layers' default boxes, counted by an emulator of tensor-core instructions, against what the sweep reports.
+
+Channels are reduced to one tile and images to one box; neither changes executed/useful, which the boxes alone decide.
+"""
+import sys
+from dataclasses import replace
+
+import ptxemu
+
+ptxemu.install(int(sys.argv[1]), halo="ignore")
+
+from tridil import config, dispatch, launch, testing, workloads  # noqa: E402
+from tridil.problem import PASSES  # noqa: E402
+
+for pass_ in PASSES:
+    executed = useful = 0
+    seen = {}
+    for w in workloads.suite("aspp"):
+        if w.problem.groups > 1:
+            continue
+        cfg = config.default(w.problem, pass_, dispatch.target())
+        cfg |= {"BLOCK_N": 32} | ({"BLOCK_M": 32, "SPLIT_K": 1} if pass_ == "wgrad" else {"BLOCK_K": 32})
+        p = replace(w.problem, n=min(w.problem.n, cfg["BLOCK_IMG"]), c=32, k=32)
+        key = p, tuple(cfg.items())
+        if key not in seen:
+            x, weight, bias, dy = testing.random_tensors(p)
+            before = ptxemu.totals["macs"]
+            getattr(launch, pass_)(p, *{"fprop": (x, weight, bias), "dgrad": (dy, weight), "wgrad": (dy, x)}[pass_], cfg)
+            seen[key] = ptxemu.totals["macs"] - before
+            assert seen[key] == config.executed_macs(p, pass_, cfg), (pass_, p.key(), seen[key], config.executed_macs(p, pass_, cfg))
+        executed += seen[key] * w.problem.useful_macs / p.useful_macs
+        useful += w.problem.useful_macs
+    print(f"{pass_}: {len(seen)} geometries, executed/useful {executed / useful:.3f} counted on {dispatch.target()}", flush=True)
+    assert executed / useful <= 1.20

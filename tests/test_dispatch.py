@@ -1,0 +1,124 @@
+"""Which backend runs, and what is said when one cannot."""
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from tridil import dispatch
+from tridil.problem import PASSES, Problem
+
+P = Problem(1, 16, 9, 9, 16, 3, 3, padding=((2, 2), (2, 2)), dilation=(2, 2))
+CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
+
+
+@pytest.fixture(autouse=True)
+def no_variables(monkeypatch):
+    for name in ("TRIDIL_BACKEND", "TRIDIL_TARGET"):
+        monkeypatch.delenv(name, raising=False)
+
+
+class Driver:
+    def __init__(self, device="cuda", backend="cuda", arch=90):
+        self.device, self.target = torch.device(device), type("Target", (), dict(backend=backend, arch=arch))
+
+    def get_active_torch_device(self):
+        return self.device
+
+    def get_current_target(self):
+        return self.target
+
+
+@pytest.fixture
+def driver(monkeypatch):
+    """Sets the active Triton driver, or the reason why there is none."""
+    monkeypatch.setattr(dispatch, "_has_triton", lambda: True)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+
+    def use(value):
+        monkeypatch.setattr(dispatch, "_driver", lambda: value)
+    return use
+
+
+def test_auto(driver):
+    driver(Driver("cuda"))
+    assert dispatch.choose(P, GPU) == "triton" and dispatch.choose(P, CPU) == "aten"
+    assert dispatch.target() == "cuda:90"
+    driver(Driver("cuda", "hip", "gfx942"))
+    assert dispatch.target() == "hip:gfx942"
+    driver(Driver("cpu"))                                     # an emulating driver: asked for, not chosen
+    assert dispatch.choose(P, CPU) == "aten" and dispatch.choose(P, CPU, "triton") == "triton"
+    assert dispatch.choose(P, GPU) == "aten"
+    driver("no driver: libcuda was not found")
+    assert dispatch.choose(P, GPU) == "aten"
+
+
+def test_interpreter_serves_cpu_tensors(driver, monkeypatch):
+    driver("no driver")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert dispatch.can_run(P, CPU) is None and "TRITON_INTERPRET" in dispatch.can_run(P, GPU)
+    assert dispatch.choose(P, CPU) == "aten" and dispatch.choose(P, CPU, "triton") == "triton"
+
+
+@pytest.mark.parametrize("state, device, reason", [
+    (Driver("cuda"), CPU, "serves 'cuda' tensors, got a tensor on 'cpu'"), ("no driver: x", GPU, "no driver: x")])
+def test_explicit_triton_never_falls_back(driver, state, device, reason):
+    driver(state)
+    with pytest.raises(NotImplementedError, match=reason):
+        dispatch.choose(P, device, "triton")
+
+
+@pytest.mark.parametrize("dtype", ["int64", "complex64", "float8_e4m3fn", "bool"])
+def test_dtypes(driver, dtype):
+    import dataclasses
+    driver(Driver("cuda"))
+    odd = dataclasses.replace(P, dtype=dtype)
+    assert dispatch.choose(odd, GPU) == "aten"
+    with pytest.raises(NotImplementedError, match=f"dtype {dtype} is not supported"):
+        dispatch.choose(odd, GPU, "triton")
+
+
+def test_without_triton(monkeypatch):
+    monkeypatch.setattr(dispatch, "_has_triton", lambda: False)
+    assert dispatch.choose(P, GPU) == "aten"
+    with pytest.raises(NotImplementedError, match="pip install triton"):
+        dispatch.choose(P, GPU, "triton")
+
+
+def test_variables(driver, monkeypatch):
+    driver(Driver("cuda"))
+    monkeypatch.setenv("TRIDIL_BACKEND", "aten")
+    assert dispatch.choose(P, GPU) == "aten" and dispatch.choose(P, GPU, "triton") == "triton"
+    monkeypatch.setenv("TRIDIL_BACKEND", "cudnn")
+    with pytest.raises(ValueError, match="cudnn"):
+        dispatch.choose(P, GPU)
+    monkeypatch.setenv("TRIDIL_TARGET", "cuda:80")
+    assert dispatch.target() == "cuda:80"
+    monkeypatch.setenv("TRIDIL_TARGET", "sm_90")
+    with pytest.raises(ValueError, match="sm_90"):
+        dispatch.target()
+    with pytest.raises(ValueError, match="inductor"):
+        dispatch.choose(P, GPU, "inductor")
+
+
+def test_explain(driver):
+    driver(Driver("cuda"))
+    rows = dispatch.explain(P, GPU)
+    assert [r["pass"] for r in rows] == list(PASSES) and {r["backend"] for r in rows} == {"triton"}
+    assert all(r["executed_macs"] >= r["useful_macs"] > 0 for r in rows)
+    assert {r["why"] for r in dispatch.explain(P, CPU)} == {"the active Triton driver serves 'cuda' tensors, got a tensor on 'cpu'"}
+    assert {r["why"] for r in dispatch.explain(P, GPU, "aten")} == {"asked for"}
+
+
+def run(*args):
+    return subprocess.run([sys.executable, "-m", "tridil", *args], capture_output=True, text=True)
+
+
+def test_command_line():
+    out = run("info")
+    assert out.returncode == 0 and "torch" in out.stdout and "auto runs aten" in out.stdout
+    out = run("explain", "--shape", "n=4 c=256 h=60 w=60 k=256 r=3 d=12", "--target", "cuda:90", "--device", "cpu")
+    assert out.returncode == 0 and "dense 8494M" in out.stdout.replace("8493", "8494") and out.stdout.count("kernel gather") == 3
+    for bad in ("n=4 c=256 h=60 w=60", "c=256 h=60 w=60 k=256 z=3", "c=a h=60 w=60 k=256", "c=6 h=9 w=9 k=6 g=4"):
+        out = run("explain", "--shape", bad)
+        assert out.returncode == 2 and "error" in out.stderr and "Traceback" not in out.stderr

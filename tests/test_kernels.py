@@ -1,0 +1,261 @@
+"""The kernels against the float64 reference: in the interpreter on CPU, natively on a GPU, the same tests."""
+import itertools
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from tridil import config, dispatch, launch, reference, testing
+from tridil.problem import PASSES, problem_of
+
+
+@pytest.fixture(autouse=True)
+def poison():
+    """torch.empty returns NaN, so a result that was not written shows."""
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def problem(x, w, **kw):
+    args = dict(stride=1, padding=0, dilation=1, groups=1, dtype="float16", layout="nhwc") | kw
+    return problem_of(x, w, None, args["stride"], args["padding"], args["dilation"], args["groups"], args["dtype"], args["layout"])
+
+
+def check(p, passes=PASSES, configs=None, device=None, seed=None, precision="ieee", tensors=None):
+    """Runs the passes with the given (or default) configs; raises when one is off; returns the results."""
+    device = device or kernel_device()
+    x, w, bias, dy = tensors or testing.random_tensors(p, device, random.randrange(2**31) if seed is None else seed)
+    out = []
+    for pass_ in passes:
+        args = {"fprop": (x, w, bias), "dgrad": (dy, w), "wgrad": (dy, x)}[pass_]
+        expected = getattr(reference, pass_)(p, *args)
+        for cfg in configs or [config.default(p, pass_, dispatch.target())]:
+            got = getattr(launch, pass_)(p, *args, cfg, precision)
+            assert got.dtype == x.dtype and got.shape == expected.shape
+            error, budget = testing.check(got, expected, p, pass_, precision)
+            assert error <= budget, f"{pass_} of {p.key()} with {cfg}: error {error} exceeds the budget {budget}"
+            out.append(got)
+    return out
+
+
+def kernel_device():
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+GEOMETRIES = {
+    "aspp": problem((2, 32, 9, 11), (24, 32, 3, 3), padding=2, dilation=2),
+    "dilation beyond the map": problem((1, 16, 6, 7), (16, 16, 3, 3), padding=18, dilation=18),
+    "padding beyond the extent": problem((1, 16, 5, 5), (16, 16, 3, 3), padding=9, dilation=2),
+    "stride 2, dilation 2": problem((2, 16, 9, 10), (32, 16, 3, 3), stride=2, padding=2, dilation=2),
+    "stride 2, dilation 3": problem((1, 16, 13, 12), (16, 16, 3, 3), stride=2, padding=3, dilation=3),
+    "stride beyond the filter": problem((1, 16, 11, 13), (16, 16, 2, 2), stride=(5, 4), padding=1, dilation=(2, 1)),
+    "stride 3x2, dilation 2x4": problem((1, 32, 14, 15), (16, 32, 3, 3), stride=(3, 2), padding=(2, 5), dilation=(2, 4)),
+    "dilations differ": problem((1, 16, 12, 14), (16, 16, 3, 3), padding=(1, 4), dilation=(1, 4)),
+    "3x1": problem((1, 16, 12, 6), (16, 16, 3, 1), padding=(3, 0), dilation=(3, 1)),
+    "1x3": problem((1, 16, 6, 12), (16, 16, 1, 3), padding=(0, 3), dilation=(1, 3)),
+    "1D, 41 taps": problem((1, 20, 1, 60), (17, 20, 1, 41), padding=(0, 40), dilation=(1, 2)),
+    "49 taps": problem((1, 32, 7, 7), (16, 32, 7, 7), padding=9, dilation=3),
+    "RGB": problem((2, 3, 13, 12), (16, 3, 3, 3), padding=2, dilation=2),
+    "4 channels, 5x5": problem((1, 4, 13, 12), (20, 4, 5, 5), padding=4, dilation=2),
+    "1 channel in, 1 out": problem((2, 1, 9, 9), (1, 1, 3, 3), padding=2, dilation=2),
+    "ragged channels": problem((1, 25, 9, 9), (33, 25, 3, 3), padding=2, dilation=2),
+    "channels off by one": problem((1, 65, 7, 7), (31, 65, 3, 3), padding=2, dilation=2),
+    "groups": problem((1, 48, 8, 9), (32, 24, 3, 3), padding=2, dilation=2, groups=2),
+    "narrow groups": problem((1, 12, 9, 9), (9, 4, 3, 3), padding=3, dilation=3, groups=3),
+    "depthwise": problem((2, 6, 9, 9), (6, 1, 3, 3), padding=3, dilation=3, groups=6),
+    "depthwise, multiplier 2": problem((1, 3, 9, 9), (6, 1, 5, 5), padding=4, dilation=2, groups=3, stride=2),
+    "even filter, same": problem((1, 16, 7, 8), (16, 16, 2, 4), padding="same", dilation=(3, 1)),
+    "1x1, dilation 4": problem((2, 16, 5, 5), (16, 16, 1, 1), dilation=4),
+    "one pixel": problem((2, 16, 1, 1), (16, 16, 3, 3), padding=4, dilation=4),
+    "height 1": problem((1, 16, 1, 9), (16, 16, 3, 3), padding=2, dilation=2),
+    "many images": problem((9, 16, 3, 3), (16, 16, 3, 3), padding=2, dilation=2),
+    "NCHW": problem((2, 16, 9, 7), (24, 16, 3, 3), padding=2, dilation=2, layout="nchw"),
+    "NCHW, strided": problem((2, 16, 9, 7), (24, 16, 3, 3), stride=2, padding=2, dilation=2, layout="nchw"),
+}
+
+
+@pytest.mark.parametrize("name, dtype", [*itertools.product(GEOMETRIES, ("float16", "float32")), *itertools.product(
+    ("aspp", "stride 2, dilation 3", "49 taps", "RGB", "ragged channels", "depthwise", "NCHW"), ("bfloat16", "float64"))])
+def test_geometry(name, dtype):
+    check(replace(GEOMETRIES[name], dtype=dtype))
+
+
+@pytest.mark.parametrize("pass_", PASSES)
+@pytest.mark.parametrize("name", ["aspp", "ragged channels", "RGB", "groups", "stride 2, dilation 3", "depthwise"])
+def test_every_candidate_gives_the_reference(name, pass_):
+    p = GEOMETRIES[name]
+    configs = config.candidates(p, pass_, dispatch.target())
+    assert configs
+    check(p, [pass_], configs)
+
+
+@pytest.mark.parametrize("pass_", PASSES)
+@pytest.mark.parametrize("kernel", config.KERNELS)
+def test_both_kernels_serve_every_channel_count(kernel, pass_):
+    """The flat kernel is a choice, not a need."""
+    for channels, name in itertools.product((1, 40), ("aspp", "stride 2, dilation 2")):
+        p = replace(GEOMETRIES[name], c=channels, k=24)
+        check(p, [pass_], [dict(cfg, kernel=kernel) for cfg in config.candidates(p, pass_, dispatch.target())[-1:]])
+
+
+@pytest.mark.parametrize("box", [(1, 1, 64), (1, 64, 1), (64, 1, 1), (1, 8, 8), (2, 4, 8), (4, 4, 4), (16, 2, 2)])
+@pytest.mark.parametrize("name", ["dilation beyond the map", "many images", "stride 2, dilation 2"])
+def test_every_box(name, box):
+    p = GEOMETRIES[name]
+    sides = dict(zip(("BLOCK_IMG", "BLOCK_P", "BLOCK_Q"), box))
+    for pass_ in PASSES:
+        cfg = next(c for c in config.candidates(p, pass_, dispatch.target()) if config.pixels(c) == 64)
+        check(p, [pass_], [{**cfg, **sides}])
+
+
+@pytest.mark.parametrize("pass_", PASSES)
+@pytest.mark.parametrize("name", ["aspp", "RGB", "ragged channels", "dilation beyond the map", "1D, 41 taps"])
+def test_clamped_addresses_change_nothing(name, pass_):
+    """pytorch#187222: a masked load must not need its address; with CLAMP no address leaves the tensor, without it the result is the same."""
+    p = GEOMETRIES[name]
+    cfg = config.default(p, pass_, dispatch.target())
+    clamped, = check(p, [pass_], [dict(cfg, CLAMP=True)], seed=3)
+    assert torch.isfinite(clamped).all()
+
+
+@pytest.mark.unclamped
+@pytest.mark.parametrize("pass_", PASSES)
+def test_clamping_is_bit_identical(pass_):
+    p = GEOMETRIES["aspp"]
+    cfg = config.default(p, pass_, dispatch.target())
+    a, b = check(p, [pass_], [dict(cfg, CLAMP=True), dict(cfg, CLAMP=False)])
+    assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("pass_", PASSES)
+def test_eight_warps_in_a_flat_reduction_loop(pass_):
+    """triton#1254, pytorch#173068."""
+    p = problem((2, 48, 9, 9), (64, 48, 3, 3), padding=2, dilation=2)
+    cfgs = [dict(c, num_warps=8) for c in config.candidates(p, pass_, dispatch.target())[:2]]
+    check(p, [pass_], cfgs)
+
+
+@pytest.mark.parametrize("stages", [1, 2, 3, 4])
+def test_long_reduction_in_one_accumulator(stages):
+    """triton#10821: 45 to 90 chained dots per accumulator."""
+    p = problem((1, 80, 4, 5), (32, 80, 3, 3), padding=2, dilation=2)
+    for pass_ in PASSES:
+        check(p, [pass_], [dict(config.candidates(p, pass_, dispatch.target())[-1], num_stages=stages)])
+
+
+@pytest.mark.parametrize("split", [1, 2, 3, 7])
+def test_split_k_sums_every_split(split):
+    """Also more splits than there are reduction steps."""
+    for name in ("dilation beyond the map", "RGB", "NCHW"):
+        p = GEOMETRIES[name]
+        check(p, ["wgrad"], [dict(config.default(p, "wgrad", dispatch.target()), SPLIT_K=split)])
+
+
+@pytest.mark.parametrize("pass_", PASSES)
+def test_reruns_are_bit_identical(pass_):
+    p = replace(GEOMETRIES["aspp"], dtype="float32")
+    cfg = config.default(p, pass_, dispatch.target())
+    if pass_ == "wgrad":
+        cfg["SPLIT_K"] = 5
+    first, again = check(p, [pass_], [cfg, dict(cfg)], seed=1)
+    assert torch.equal(first, again)
+
+
+@pytest.mark.parametrize("layout", ["nchw", "nhwc"])
+def test_layouts_of_inputs_and_results(layout):
+    """Channels_last weights in wgrad, expanded, sliced and transposed inputs; the result has the problem's format."""
+    p = problem((2, 16, 9, 7), (24, 16, 3, 3), padding=2, dilation=2, layout=layout)
+    x, w, bias, dy = testing.random_tensors(p, kernel_device(), 0)
+    wide = torch.randn(4, 40, 9, 7, device=x.device).to(x.dtype)
+    variants = {"sliced": wide[::2, 4:36:2], "channels_last slice": wide.contiguous(memory_format=torch.channels_last)[1:3, :16],
+                "expanded": x[:1, :1].expand(2, 16, 9, 7), "transposed": x.transpose(2, 3).contiguous().transpose(2, 3)}
+    for name, xv in variants.items():
+        wv = w.contiguous(memory_format=torch.channels_last) if "last" in name else w.flip(0)[::1]
+        for got in check(p, tensors=(xv, wv, bias, dy.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2))):
+            assert got.is_contiguous(memory_format=launch.FORMATS[layout])
+
+
+def test_a_misaligned_base_pointer():
+    p = problem((1, 16, 7, 7), (16, 16, 3, 3), padding=2, dilation=2)
+    x, w, bias, dy = testing.random_tensors(p, kernel_device(), 0)
+
+    def shifted(t):
+        """The same values in channels_last memory that begins one element into its storage."""
+        flat = torch.empty(t.numel() + 1, dtype=t.dtype, device=t.device)[1:]
+        n, c, h, w_ = t.shape
+        return flat.view(n, h, w_, c).permute(0, 3, 1, 2).copy_(t)
+    check(p, tensors=(shifted(x), shifted(w), bias, shifted(dy)))
+
+
+@pytest.mark.parametrize("pass_", PASSES)
+def test_more_than_2_31_elements(pass_):
+    """int64 addressing: x (or dx) has 2**31 + 2**20 elements, of which a stride touches few; the last pixels lie beyond 2**31."""
+    torch.utils.deterministic.fill_uninitialized_memory = False         # do not fill 4 GiB
+    width = 2**23 + 2**12
+    p = problem((1, 256, 1, width), (16, 256, 1, 2), stride=(1, width - 2))
+    small = replace(p, w=4, stride=(1, 2))
+    assert p.c * p.w > 2**31 and (small.p, small.q) == (p.p, p.q) == (1, 2)
+    xs, w, bias, dy = testing.random_tensors(small, kernel_device(), 0)
+    cfg = config.default(p, pass_, dispatch.target())
+    args = {"fprop": (xs, w, bias), "dgrad": (dy, w), "wgrad": (dy, xs)}[pass_]
+    expected = getattr(reference, pass_)(small, *args)
+    if pass_ == "dgrad":
+        dx = launch.dgrad(p, *args, cfg)
+        got = torch.cat((dx[..., :2], dx[..., -2:]), 3)
+    else:
+        x = torch.empty(1, 1, width, 256, dtype=torch.float16, device=xs.device).permute(0, 3, 1, 2)
+        x[..., :2], x[..., -2:] = xs[..., :2], xs[..., 2:]
+        got = getattr(launch, pass_)(p, *(x if a is xs else a for a in args), cfg)
+    error, budget = testing.check(got, expected, small, pass_)
+    assert error <= budget
+
+
+@pytest.mark.parametrize("allow", [False, True])
+def test_tf32(allow):
+    """tf32 keeps 10 mantissa bits; ieee keeps fp32's."""
+    check(replace(GEOMETRIES["aspp"], dtype="float32"), precision="tf32" if allow else "ieee")
+
+
+def test_nan_weight_on_a_dead_tap_is_not_read():
+    """Documented difference to cuDNN: padding is never multiplied."""
+    p = problem((1, 16, 5, 5), (16, 16, 3, 3), padding=12, dilation=12)
+    x, w, bias, dy = testing.random_tensors(p, kernel_device(), 0)
+    poisoned = w.clone()
+    poisoned[:, :, 0] = poisoned[:, :, 2] = float("nan")
+    cfg = config.default(p, "fprop", dispatch.target())
+    got = launch.fprop(p, x, poisoned, bias, cfg)
+    assert torch.equal(got, launch.fprop(p, x, w, bias, cfg)) and torch.isfinite(got).all()
+
+
+def test_illegal_config_raises_before_any_launch():
+    p = GEOMETRIES["aspp"]
+    x, w, bias, dy = testing.random_tensors(p, kernel_device(), 0)
+    good = config.default(p, "fprop", dispatch.target())
+    for change in ({"BLOCK_N": 24}, {"BLOCK_K": 8}, {"num_stages": 0}, {"BLOCK_N": 4096}, {"kernel": "im2col"}, {"CLAMP": 1}, {"BLOCK_IMG": 0}):
+        with pytest.raises(ValueError, match="does not fit"):
+            launch.fprop(p, x, w, bias, {**good, **change})
+    with pytest.raises(ValueError, match="exactly the entries"):
+        launch.wgrad(p, dy, x, good)
+
+
+@pytest.mark.skipif(not dispatch.interpreted(), reason="counts the interpreter's matrix products")
+@pytest.mark.parametrize("name", GEOMETRIES)
+def test_executed_macs_are_those_that_run(name, monkeypatch):
+    """config.executed_macs, which the sweep reports, against a count of the products that the kernels form."""
+    from triton.runtime.interpreter import InterpreterBuilder
+    p, count, create_dot = GEOMETRIES[name], 0, InterpreterBuilder.create_dot
+
+    def counting(self, a, b, *args):
+        nonlocal count
+        count += a.data.shape[0] * a.data.shape[1] * b.data.shape[1]
+        return create_dot(self, a, b, *args)
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", counting)
+    for pass_ in PASSES:
+        cfg, count = config.default(p, pass_, dispatch.target()), 0
+        check(p, [pass_], [cfg])
+        assert count == config.executed_macs(p, pass_, cfg)
