@@ -22,7 +22,7 @@ KERNELS = ("gather", "gather_flat")
 TILES = {(128, 128, 4): 1.0, (128, 256, 8): 1.0, (256, 128, 8): 0.98, (64, 128, 4): 0.8, (128, 64, 4): 0.8, (64, 64, 4): 0.65,
          (128, 32, 4): 0.5, (64, 32, 4): 0.42, (128, 16, 4): 0.3, (64, 16, 4): 0.25,
          (32, 128, 4): 0.5, (32, 64, 4): 0.42, (16, 128, 4): 0.3, (16, 64, 4): 0.25, (16, 32, 4): 0.2, (16, 16, 4): 0.15}
-SIMT_TILES = {(64, 64, 4): 1.0, (64, 32, 4): 0.8, (64, 16, 4): 0.5, (32, 32, 4): 0.5, (16, 64, 4): 0.5, (16, 16, 4): 0.2}   # fp64
+SIMT_TILES = {(64, 64, 4): 1.0, (64, 32, 4): 0.8, (64, 16, 4): 0.5, (32, 32, 4): 0.5, (32, 16, 4): 0.3, (16, 64, 4): 0.5, (16, 16, 4): 0.2}   # fp64
 
 
 def device_limits(target: str) -> tuple[int, int]:
@@ -199,7 +199,8 @@ def candidates(problem: Problem, pass_: str, target: str) -> list[dict]:
     for m, n, warps in TILES if mma else SIMT_TILES:
         if n > 16 and n >= 2 * cols or (m > 16 and m >= 2 * rows if rows else m < 32) or nbytes == 4 and m * n > 128 * 128:
             continue
-        fitting = [step for step in (steps if mma else [16]) if max(m * m_scattered, n * n_scattered) * step <= 16 * 32 * warps]
+        most = (16 if mma else 4) * 32 * warps                         # scattered elements: 16 (fp64: 4) a thread
+        fitting = [step for step in (steps if mma else [16]) if max(m * m_scattered, n * n_scattered) * step <= most]
         if m * n >= 128 * 128 and pass_ == "wgrad" and (cols % n or rows % m):
             continue                                                   # the masks' registers would spill, here and below
         if m * n == 128 * 128 and (pass_ == "dgrad" and cols % n or pass_ == "wgrad" and base["CLAMP"]):

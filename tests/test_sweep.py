@@ -1,0 +1,248 @@
+"""perf/sweep.py: both paths end to end on tiny layers, the GPU's with a fake clock on CPU tensors."""
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+
+from tridil import config, launch, reference, testing, workloads
+from tridil.dispatch import interpreted
+from tridil.problem import PASSES, Problem
+
+PERF = Path(__file__).resolve().parents[1] / "perf"
+sys.path.insert(0, str(PERF))
+import report  # noqa: E402
+import sweep  # noqa: E402
+
+pytestmark = pytest.mark.skipif(not interpreted(), reason="the sweep without a GPU, and with a fake one, interprets kernels")
+TINY = [workloads.Workload("net", "d3", 2, Problem(2, 16, 5, 6, 16, 3, 3, padding=((3, 3), (3, 3)), dilation=(3, 3)), "made up"),
+        workloads.Workload("net", "grouped", 1, Problem(1, 8, 4, 4, 8, 3, 3, padding=((1, 1), (1, 1)), groups=2), "made up")]
+
+
+class FakeGpu(sweep.Gpu):
+    """CPU tensors, and a clock that says 1, 2, 3 ms for the three providers of a pass."""
+    device = "cpu"
+
+    def __init__(self):
+        self.calls = 0
+
+    def describe(self):
+        return "Fake GPU 9000", "1.2.3"
+
+    def quartiles(self, fn):
+        assert isinstance(fn(), torch.Tensor)
+        self.calls += 1
+        ms = (self.calls - 1) % 3 + 1
+        return ms - 0.25, ms, ms + 0.25
+
+    def extra_bytes(self, fn):
+        return 3 * 2**20
+
+
+@pytest.fixture
+def run(monkeypatch, tmp_path, capsys):
+    """run(*arguments, gpu=None) -> (exit status, rows of results.csv, terminal output), on the tiny layers."""
+    monkeypatch.setattr(workloads, "suite", lambda name, dtype: [_with_dtype(w, dtype) for w in TINY])
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    for name in ("TRITON_INTERPRET", "TRIDIL_TARGET"):                 # main sets them: put them back
+        monkeypatch.setenv(name, os.environ.get(name, "cuda:80"))
+
+    def run(*arguments, gpu=None):
+        status = sweep.main(["--out", str(tmp_path), *arguments], gpu)
+        return status, report.read(tmp_path / "results.csv"), capsys.readouterr().out
+    run.out = tmp_path
+    return run
+
+
+def _with_dtype(w, dtype):
+    return replace(w, problem=replace(w.problem, dtype=dtype))
+
+
+def no_compiler(monkeypatch):
+    """Cheap stand-in for the compiling worker, where a test is about something else."""
+    class Pool:
+        def __init__(self, *_):
+            pass
+
+        def submit(self, *_):
+            class Done:
+                def result(self):
+                    return {}
+            return Done()
+
+        def shutdown(self, **_):
+            pass
+    monkeypatch.setattr(sweep, "ProcessPoolExecutor", Pool)
+
+
+def test_without_a_gpu(run):
+    status, rows, out = run("--target", "cuda:80")
+    assert status == 0
+    assert list(zip(rows["layer"], rows["pass"])) == [(w.layer, pass_) for w in TINY for pass_ in PASSES]
+    assert (rows["target"] == "cuda:80").all() and (rows["count"] == [2] * 3 + [1] * 3).all()
+    assert (rows["error"] <= rows["budget"]).all() and (rows["budget"] > 0).all()
+    assert rows["mma"].str.startswith("HMMA").all() and (rows["registers"] >= 32).all() and (rows["shared_bytes"] > 0).all()
+    for row in rows.to_dict("records"):
+        problem = next(w.problem for w in TINY if w.layer == row["layer"])
+        chosen = config.default(problem, row["pass"], "cuda:80")
+        assert row["executed_macs"] == config.executed_macs(problem, row["pass"], chosen)
+        assert (row["dense_macs"], row["useful_macs"]) == (problem.dense_macs, problem.useful_macs)
+    assert rows[["ms", "tflops_dense", "gb_s", "extra_mib", "ratio"]].isna().all(axis=None)          # no invented time
+    assert "measured" in out and "predicted" in out and "not measured" in out
+    ratio = rows[rows["pass"] == "fprop"]["executed_macs"].sum() / rows[rows["pass"] == "fprop"]["useful_macs"].sum()
+    assert f"executed/useful MACs {ratio:.3f}" in out
+    assert (run.out / "results.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    page = (run.out / "results.md").read_text()
+    assert "error/budget measured" in page and "executed/useful predicted" in page and "target cuda:80" in page and "| net d3: n2 c16" in page
+
+
+def test_a_second_run_does_what_is_missing(run, monkeypatch):
+    no_compiler(monkeypatch)
+    seen = []
+    interpret = sweep._interpreted
+    monkeypatch.setattr(sweep, "_interpreted", lambda problem, pass_, target: seen.append(pass_) or interpret(problem, pass_, target))
+    run("--passes", "fprop")
+    assert seen == ["fprop"] * 2
+    _, rows, out = run("--passes", "fprop,wgrad")
+    assert seen == ["fprop"] * 2 + ["wgrad"] * 2 and len(rows) == 4 and "2 of them already in" in out
+    run("--passes", "fprop,wgrad")
+    assert len(seen) == 4
+    monkeypatch.setattr(sweep, "fingerprint", lambda: "othercode")
+    assert len(run("--passes", "fprop")[1]) == 6 and len(seen) == 6                                  # other sources: measured again
+    assert len(run("--passes", "fprop", "--fresh")[1]) == 2 and len(seen) == 8
+
+
+def test_ctrl_c_keeps_what_is_done(run, monkeypatch):
+    no_compiler(monkeypatch)
+    interpret, calls = sweep._interpreted, []
+
+    def interrupted(*arguments):
+        calls.append(arguments)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return interpret(*arguments)
+    monkeypatch.setattr(sweep, "_interpreted", interrupted)
+    status, rows, out = run()
+    assert status == 130 and len(rows) == 2 and "interrupted: 2 of 6 rows" in out
+    status, rows, _ = run()
+    assert status == 0 and len(rows) == 6 and len(calls) == 7
+
+
+def test_rows_of_changing_sources_are_not_kept(run, monkeypatch):
+    no_compiler(monkeypatch)
+    codes = iter(["first", "first", "second"])
+    monkeypatch.setattr(sweep, "fingerprint", lambda: next(codes))
+    status, rows, out = run("--passes", "fprop")
+    assert status == 1 and len(rows) == 1 and "the sources changed under the sweep: 1 of 2 rows" in out
+
+
+def test_sigint_in_a_real_process_keeps_rows(tmp_path):
+    command = [sys.executable, str(PERF / "sweep.py"), "--filter", "dw d2", "--suite", "all", "--passes", "wgrad", "--out", str(tmp_path)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    path, deadline = tmp_path / "results.csv", time.time() + 60
+    while time.time() < deadline and not (path.exists() and path.read_text().count("\n") >= 2):
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, out
+    assert "Traceback" not in out and "interrupted" in out
+    assert 1 <= len(report.read(path)) < len([w for w in workloads.load() if "dw d2" in w.name])
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+def test_a_wrong_kernel_gives_status_1(run, monkeypatch, gpu):
+    no_compiler(monkeypatch)
+    right = launch.dgrad
+    monkeypatch.setattr(launch, "dgrad", lambda *arguments: right(*arguments) * 1.01)
+    status, rows, out = run("--providers", "tridil", gpu=FakeGpu() if gpu else None)
+    assert status == 1
+    assert list(rows["error"] > rows["budget"]) == list(rows["pass"] == "dgrad")
+    assert out.count("BROKEN BUDGET tridil dgrad") == 2
+    monkeypatch.setattr(launch, "dgrad", right)                                                    # the rows say so until measured again
+    assert run("--providers", "tridil", gpu=FakeGpu() if gpu else None)[0] == 1
+
+
+def test_a_layer_that_fails_says_why_and_is_tried_again(run, monkeypatch):
+    no_compiler(monkeypatch)
+    right = launch.wgrad
+
+    def broken(*_):
+        raise RuntimeError("no such instruction")
+    monkeypatch.setattr(launch, "wgrad", broken)
+    status, rows, out = run()
+    assert status == 1 and len(rows) == 6 and rows["failure"].notna().sum() == 2
+    assert "FAILED tridil wgrad float16 of net d3: RuntimeError: no such instruction" in " ".join(out.split())
+    monkeypatch.setattr(launch, "wgrad", right)
+    status, rows, _ = run()
+    assert status == 0 and len(rows) == 6 and rows["failure"].isna().all()
+
+
+def test_with_a_fake_gpu(run):
+    status, rows, out = run("--dtypes", "float16,float32", gpu=FakeGpu())
+    assert status == 0 and len(rows) == 2 * 2 * 3 * 3
+    assert torch.backends.cudnn.benchmark
+    assert rows["failure"].isna().all() and (rows["bit_identical"] == "True").all() and (rows["extra_mib"] == 3).all()
+    first = rows[(rows["layer"] == "d3") & (rows["pass"] == "fprop") & (rows["dtype"] == "float16")].set_index("provider")
+    problem = TINY[0].problem
+    assert list(first["ms"]) == [1, 2, 3] and list(first["ms_q1"]) == [0.75, 1.75, 2.75] and list(first["ms_q3"]) == [1.25, 2.25, 3.25]
+    assert list(first["ratio"]) == pytest.approx([2, 1, 2 / 3])                                     # best cuDNN: 2 ms
+    assert first["tflops_dense"]["cudnn"] == pytest.approx(2 * problem.dense_macs / 2e-3 / 1e12)
+    assert first["tflops_useful"]["tridil"] == pytest.approx(2 * problem.useful_macs / 1e-3 / 1e12)
+    assert first["gb_s"]["tridil"] == pytest.approx(problem.bytes / 1e-3 / 1e9)
+    assert first["executed_macs"].notna().tolist() == [True, False, False]                          # counted for our tiles only
+    assert "device Fake GPU 9000" in out and "driver 1.2.3" in out and "2.00 x the best cuDNN" in out
+    assert (run.out / "results.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def test_an_unstable_kernel_is_told(run, monkeypatch):
+    right, noise = launch.fprop, iter(range(100))
+    monkeypatch.setattr(launch, "fprop", lambda *arguments: right(*arguments) + next(noise))
+    _, rows, _ = run("--providers", "tridil", "--passes", "fprop,dgrad", gpu=FakeGpu())
+    assert list(rows["bit_identical"] == "False") == list(rows["pass"] == "fprop")
+
+
+@pytest.mark.parametrize("pass_", PASSES)
+@pytest.mark.parametrize("groups", [1, 4])
+@pytest.mark.parametrize("limit", [1, 60_000, 2**40])
+def test_the_checked_part_is_a_part_of_the_result(pass_, groups, limit):
+    problem = Problem(3, 8, 7, 9, 12, 3, 3, padding=((2, 1), (2, 2)), dilation=(2, 2), groups=groups, dtype="float64")
+    x, w, _, dy = testing.random_tensors(problem)
+    operands = {"fprop": (x, w), "dgrad": (dy, w), "wgrad": (dy, x)}[pass_]
+    part, cuts, result_cut = sweep.part_of(problem, pass_, limit)
+    found = getattr(reference, pass_)(part, *(t[cut] for t, cut in zip(operands, cuts)))
+    torch.testing.assert_close(found, getattr(reference, pass_)(problem, *operands)[result_cut])
+    assert (part == problem) == (limit == 2**40)
+
+
+def test_reduced_layers_keep_what_matters():
+    for w in workloads.load():
+        p = w.problem
+        small, _ = sweep.reduced(p, {})
+        assert (small.r, small.s, small.stride, small.padding, small.dilation) == (p.r, p.s, p.stride, p.padding, p.dilation)
+        assert (small.groups == small.c) == (p.groups == p.c) and (small.groups > 1) == (p.groups > 1)
+        assert p.c // p.groups % 32 == small.c // small.groups % 32 and p.k // p.groups % 32 == small.k // small.groups % 32
+        assert small.dense_macs <= 2e8 and small.n * small.p * small.q <= 5400, w.name
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--passes", "forward"], "forward cannot be had here: use fprop, dgrad, wgrad"),
+    (["--providers", "cudnn"], "cudnn cannot be had here: use tridil"),
+    (["--filter", "nothing"], "no layer of suite 'quick' matches --filter 'nothing'"), (["--suite", "vision"], "invalid choice: 'vision'")])
+def test_arguments_that_make_no_sense(arguments, message, capsys):
+    with pytest.raises(SystemExit) as e:
+        sweep.main(arguments)
+    assert e.value.code == 2
+    assert message in re.sub(r"\s+", " ", capsys.readouterr().err)
+
+
+def test_results_of_another_version_are_refused(run):
+    pd.DataFrame({"layer": ["d3"], "ms": [1.0]}).to_csv(run.out / "results.csv", index=False)
+    with pytest.raises(ValueError, match="columns of another version: start over with --fresh"):
+        run()
