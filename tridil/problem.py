@@ -2,8 +2,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from functools import cached_property, lru_cache
+from operator import index
 
 PASSES = ("fprop", "dgrad", "wgrad")
 DTYPE_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
@@ -92,17 +93,27 @@ class Problem:
             raise ValueError(f"groups must be positive, got {self.groups}")
         if self.k < self.groups or self.k % self.groups:
             raise ValueError(f"the number of output channels (={self.k}) must be a positive multiple of groups (={self.groups})")
-        if self.c % self.groups or self.c < self.groups:
-            raise ValueError(f"the number of input channels (={self.c}) must be a positive multiple of groups (={self.groups})")
-        if min(self.r, self.s) < 1:
+        if self.c % self.groups:
+            raise ValueError(f"the number of input channels (={self.c}) must be divisible by groups (={self.groups})")
+        if self.r < 1 or self.s < 1:
             raise ValueError(f"the filter must not be empty, got {self.r}x{self.s}")
-        if min(self.n, self.h, self.w) < 0:
-            raise ValueError(f"sizes must not be negative, got n={self.n}, h={self.h}, w={self.w}")
+        if any(size < 0 for size in (self.n, self.c, self.h, self.w)):     # min() of symbolic sizes adds guards
+            raise ValueError(f"sizes must not be negative, got n={self.n}, c={self.c}, h={self.h}, w={self.w}")
         object.__setattr__(self, "dilation", (self.dilation[0] if self.r > 1 else 1, self.dilation[1] if self.s > 1 else 1))
         for size, taps, (lo, hi), dil, name in zip((self.h, self.w), (self.r, self.s), self.padding, self.dilation, ("height", "width")):
             if size + lo + hi < dil * (taps - 1) + 1:
                 raise ValueError(f"the filter's {name} extent {dil * (taps - 1) + 1} (={taps} taps at dilation {dil}) is larger than the "
                                  f"padded input's {name} {size + lo + hi} (={lo}+{size}+{hi}): pad more or dilate less")
+
+    def __hash__(self):
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash(astuple(self))
+
+    def __reduce__(self):                                # hashes of strings differ between processes
+        return Problem, astuple(self)
 
     # ---- shapes
     @cached_property
@@ -129,7 +140,8 @@ class Problem:
 
     @property
     def is_empty(self) -> bool:
-        return not (self.n and self.h and self.w and self.p and self.q)
+        """Whether there is nothing to multiply: no images, channels or pixels."""
+        return not (self.n and self.c and self.h and self.w)
 
     def gemm_shape(self, pass_: str) -> tuple[int, int, int]:
         """(M, N, K) of one group's implicit GEMM, zero padding included, for stride 1."""
@@ -195,55 +207,63 @@ def _residue_classes(size, out, stride, pad_lo, dilation, taps):
                        r0 + (n - 1) * (stride // g), -(stride // g), a, stride)
 
 
+def to_int(value, name: str) -> int:
+    """A Python int from what PyTorch takes for one: ints, NumPy's, 0-dimensional integer tensors; no bools."""
+    if type(value) is int and -2**63 <= value < 2**63:
+        return value
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        number = index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be made of ints, got {value!r}") from None
+    if not -2**63 <= number < 2**63:
+        raise ValueError(f"{name} must fit in 64 bits, got {number}")
+    return number
+
+
 def pair(value, name: str) -> tuple[int, int]:
-    """int, or a sequence of one or two ints -> (h, w), as `F.conv2d` reads stride, padding and dilation."""
-    if isinstance(value, (tuple, list)) or hasattr(value, "__iter__") and not isinstance(value, str):
-        values = tuple(value)
-        if len(values) == 1:
-            values *= 2
-        if len(values) != 2:
-            raise ValueError(f"{name} must be an int or a pair of ints, got {value!r}")
-    else:
-        values = (value, value)
-    for v in values:
-        if isinstance(v, (bool, float, complex, str)) or not hasattr(v, "__index__"):
-            raise TypeError(f"{name} must be an int or a pair of ints, got {value!r}")
-    return values
+    """int, or a tuple or list of one or two ints -> (h, w), as `F.conv2d` reads stride, padding and dilation."""
+    values = value if isinstance(value, (tuple, list)) else (value,)
+    if len(values) not in (1, 2):
+        raise ValueError(f"{name} must be an int or a pair of ints, got {value!r}")
+    return to_int(values[0], name), to_int(values[-1], name)
 
 
 def pads(padding, stride, dilation, taps) -> tuple[tuple[int, int], tuple[int, int]]:
     """int, pair, "valid" or "same" -> ((h_lo, h_hi), (w_lo, w_hi)); "same" puts the odd zero last, as PyTorch does."""
-    if isinstance(padding, str):
-        if padding == "valid":
-            return ((0, 0), (0, 0))
-        if padding != "same":
-            raise ValueError(f"padding must be an int, a pair of ints, 'valid' or 'same', got {padding!r}")
-        if stride != (1, 1):
-            raise ValueError(f"padding='same' needs stride 1, got stride={stride}: give the padding as numbers")
-        return tuple((d * (t - 1) // 2, d * (t - 1) - d * (t - 1) // 2) for d, t in zip(dilation, taps))
-    return tuple((p, p) for p in pair(padding, "padding"))
+    if not isinstance(padding, str):
+        return tuple((p, p) for p in pair(padding, "padding"))
+    if padding == "valid":
+        return ((0, 0), (0, 0))
+    if padding != "same":
+        raise ValueError(f"padding must be an int, a pair of ints, 'valid' or 'same', got {padding!r}")
+    if stride != (1, 1):
+        raise ValueError(f"padding='same' needs stride 1, got stride={stride}: give the padding as numbers")
+    return tuple((d * (t - 1) // 2, d * (t - 1) - d * (t - 1) // 2) for d, t in zip(dilation, taps))
 
 
-@lru_cache(maxsize=4096)
 def problem_of(x_shape, w_shape, bias_shape, stride, padding, dilation, groups, dtype, layout="nchw") -> Problem:
-    """The Problem of `F.conv2d` arguments: shapes are tuples (x_shape (N, C, H, W)), stride and dilation ints or tuples, padding also a string.
+    """The Problem of `F.conv2d` arguments: x_shape (N, C, H, W) or (C, H, W), bias_shape a shape or None, the rest as users give it.
 
     Raises ValueError or TypeError, with the values, wherever `F.conv2d` raises.
     """
+    x_shape, w_shape, groups = tuple(x_shape), tuple(w_shape), to_int(groups, "groups")
     if len(w_shape) != 4:
         raise ValueError(f"weight must be 4D (out_channels, in_channels/groups, R, S), got shape {w_shape}")
-    if len(x_shape) != 4:
+    if len(x_shape) not in (3, 4):
         raise ValueError(f"input must be 3D (C, H, W) or 4D (N, C, H, W), got shape {x_shape}")
-    if isinstance(groups, (bool, float)) or not hasattr(groups, "__index__"):
-        raise TypeError(f"groups must be an int, got {groups!r}")
+    n, c, h, w = (1, *x_shape)[-4:]
     if groups < 1:
         raise ValueError(f"groups must be positive, got {groups}")
-    if x_shape[1] != w_shape[1] * groups:
-        raise ValueError(f"input has {x_shape[1]} channels, but weight {w_shape} with groups={groups} expects {w_shape[1] * groups}")
-    if bias_shape is not None and bias_shape != w_shape[:1]:
-        raise ValueError(f"bias must have shape ({w_shape[0]},), one element per output channel, got {bias_shape}")
+    if c != w_shape[1] * groups:
+        raise ValueError(f"input {x_shape} has {c} channels, but weight {w_shape} with groups={groups} expects {w_shape[1] * groups}")
+    if n and c and not (h and w):
+        raise ValueError(f"only the batch or the channels of input may be empty, got shape {x_shape}")
+    if bias_shape is not None and tuple(bias_shape) != w_shape[:1]:
+        raise ValueError(f"bias must have shape ({w_shape[0]},), one element per output channel, got {tuple(bias_shape)}")
     stride, dilation = pair(stride, "stride"), pair(dilation, "dilation")
     for name, v in (("stride", stride), ("dilation", dilation)):
-        if min(v) < 1:
+        if v[0] < 1 or v[1] < 1:
             raise ValueError(f"{name} must be positive, got {v}")
-    return Problem(*x_shape, w_shape[0], *w_shape[2:], stride, pads(padding, stride, dilation, w_shape[2:]), dilation, groups, dtype, layout)
+    return Problem(n, c, h, w, w_shape[0], *w_shape[2:], stride, pads(padding, stride, dilation, w_shape[2:]), dilation, groups, dtype, layout)

@@ -1,0 +1,57 @@
+"""One switch: without a Triton driver that serves tensors, kernels are interpreted on the CPU. Set before anything imports a kernel."""
+import os
+import random
+import sys
+
+import hypothesis
+import pytest
+import torch
+
+hypothesis.settings.register_profile("tridil", deadline=None)      # the first call of anything is slow
+hypothesis.settings.load_profile("tridil")
+
+
+def _driver_serves() -> bool:
+    """Whether Triton is there (not imported where no driver can be) and has a driver: a GPU's, or one that a plugin made active."""
+    if "triton" not in sys.modules and not torch.cuda.is_available():
+        return False
+    try:
+        from triton.runtime import driver
+        return driver.active.get_active_torch_device() is not None
+    except Exception:                   # no Triton, or whatever a driver raises where it finds no device
+        return False
+
+
+if not _driver_serves():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+
+@pytest.fixture
+def device():
+    """Where the kernels run: the GPU if there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(params=["aten", "triton"])
+def backend(request):
+    if request.param == "triton":
+        pytest.importorskip("triton")
+    return request.param
+
+
+@pytest.fixture
+def seed():
+    """A fresh seed, shown when the test fails."""
+    value = random.randrange(2**31)
+    print(f"seed {value}")
+    torch.manual_seed(value)
+    return value
+
+
+@pytest.fixture
+def poisoned():
+    """torch.empty returns NaN, so a result that was not written shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)

@@ -1,0 +1,112 @@
+"""Random geometries through tridil.launch against the float64 reference: python tests/fuzz.py --count 500 --seed 0 --seconds 600 --state FILE
+
+Every geometry runs its three passes with the default config and with random candidates, in each dtype. The result must stay inside its error
+budget and every element must be written. Geometry i of a seed is the same on every machine; with --state a later run goes on where the last
+one stopped. Exit status 1 and a line that repeats the case where one is broken.
+"""
+import argparse
+import json
+import os
+import random
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")           # before anything imports a kernel
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from tridil import config, dispatch, launch, reference, testing  # noqa: E402
+from tridil.problem import PASSES  # noqa: E402
+
+
+def configs(problem, pass_, rng):
+    """The default config and, every other time, a random candidate with a random split, stage count and clamping."""
+    target = dispatch.target()
+    default, candidates = config.default(problem, pass_, target), config.candidates(problem, pass_, target)
+    yield default
+    for cfg in rng.sample(candidates, rng.randrange(2)):
+        changed = dict(cfg, num_stages=rng.choice([1, 2, 3]), CLAMP=cfg["CLAMP"] or rng.random() < 0.5)
+        if pass_ == "wgrad":
+            changed["SPLIT_K"] = rng.choice([1, 1, 2, 3, 5])
+        yield cfg if config.fits(changed, problem, pass_, target) else changed
+
+
+def run_geometry(seed, index, dtypes, device, max_macs=2e5):
+    """Runs one geometry in every dtype; returns (passes run, largest share of a budget used, message of the first failure or None)."""
+    rng = random.Random(f"{seed}/{index}")
+    geometry, runs, most = testing.random_problem(rng, max_macs=max_macs), 0, 0.0
+    for dtype in dtypes:
+        p = replace(geometry, dtype=dtype)
+        x, w, bias, dy = testing.random_tensors(p, device, rng.randrange(2**31))
+        bias = bias if rng.random() < 0.5 else None
+        for pass_, args in (("fprop", (x, w, bias)), ("dgrad", (dy, w)), ("wgrad", (dy, x))):
+            expected = getattr(reference, pass_)(p, *args)
+            for cfg in configs(p, pass_, rng):
+                got = getattr(launch, pass_)(p, *args, cfg)
+                error, budget = testing.check(got, expected, p, pass_)
+                runs += 1
+                most = max(most, error / budget if budget else 0.0)
+                if not error <= budget:
+                    return runs, most, (f"FAILED {pass_} of {p.key()}: error {error:.3g} exceeds the budget {budget:.3g} with {cfg}; "
+                                        f"repeat: python tests/fuzz.py --seed {seed} --start {index} --count 1 --dtypes {','.join(dtypes)}")
+    return runs, most, None
+
+
+def fuzz(count, seed, seconds, dtypes, device, start=0, state=None):
+    """Runs geometries start .. start+count-1 for at most `seconds`, from `state` (a dict) on; returns the state."""
+    state = state or {"next": start, "geometries": 0, "runs": 0, "most": 0.0, "failures": []}
+    deadline = time.monotonic() + seconds
+    while state["next"] < start + count and time.monotonic() < deadline:
+        runs, most, failure = run_geometry(seed, state["next"], dtypes, device)
+        state["next"] += 1
+        state["geometries"] += 1
+        state["runs"] += runs
+        state["most"] = max(state["most"], most)
+        state["failures"] += [failure] if failure else []
+    return state
+
+
+def main(argv=None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--count", type=int, default=500, help="geometries")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--start", type=int, default=0, help="index of the first geometry")
+    parser.add_argument("--seconds", type=float, default=600, help="stop after this time")
+    parser.add_argument("--state", type=Path, help="file that keeps progress")
+    parser.add_argument("--dtypes", default="float16,float32")
+    args = parser.parse_args(argv)
+    dtypes = args.dtypes.split(",")
+    unknown = set(dtypes) - {"float16", "bfloat16", "float32", "float64"}
+    if unknown:
+        parser.error(f"unknown dtypes {sorted(unknown)}: use float16, bfloat16, float32, float64")
+    torch.use_deterministic_algorithms(True, warn_only=True)     # torch.empty returns NaN
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    identity = {"seed": args.seed, "start": args.start, "dtypes": dtypes, "target": dispatch.target()}
+    state = json.loads(args.state.read_text()) if args.state and args.state.exists() else None
+    if state and state.pop("of") != identity:
+        parser.error(f"{args.state} belongs to another seed, start, dtypes or target: give another file")
+    end = time.monotonic() + args.seconds
+    while True:
+        done = state["geometries"] if state else 0
+        step = min(args.count, done + 10)
+        state = fuzz(step, args.seed, end - time.monotonic(), dtypes, device, args.start, state)
+        if args.state:
+            temporary = args.state.with_suffix(".part")
+            temporary.write_text(json.dumps({**state, "of": identity}))
+            temporary.replace(args.state)
+        if state["geometries"] >= args.count or time.monotonic() >= end:
+            break
+    for failure in state["failures"]:
+        print(failure)
+    print(f"fuzz: {state['geometries']} of {args.count} geometries x {len(PASSES)} passes x {args.dtypes} (seed {args.seed}, {device.type}, "
+          f"{dispatch.target()}): {state['runs']} runs, {len(state['failures'])} failures, at most {state['most']:.0%} of a budget used")
+    return 1 if state["failures"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,345 @@
+"""dilated_conv2d is F.conv2d: what it accepts, refuses and returns, with both backends."""
+import itertools
+import subprocess
+import sys
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn import functional as F
+
+from tridil import dilated_conv2d, functional
+
+TOLERANCE = {torch.float16: 4e-3, torch.bfloat16: 3e-2, torch.float32: 2e-5, torch.float64: 1e-12}
+pytestmark = pytest.mark.usefixtures("poisoned")
+
+
+def draw(*shape, dtype=torch.float32):
+    return torch.randn(shape).to(dtype)
+
+
+def same(got, expected):
+    """Type, shape, strides, dtype, requires_grad and values agree."""
+    assert type(got) is type(expected) and got.shape == expected.shape and got.dtype == expected.dtype and got.device == expected.device
+    assert got.stride() == expected.stride() and got.requires_grad == expected.requires_grad
+    tolerance = TOLERANCE.get(got.dtype, 1e-5)
+    if got.device.type != "meta":
+        torch.testing.assert_close(got, expected, rtol=tolerance, atol=4 * tolerance)
+
+
+def outcome(f, *args, **kwargs):
+    try:
+        return f(*args, **kwargs)
+    except Exception as e:
+        return e
+
+
+def parity(backend, device, *args, **kwargs):
+    """Raises where the two differ; returns whether F.conv2d raised."""
+    args = [a.to(device) if isinstance(a, torch.Tensor) and a.dim() and a.device.type == "cpu" else a for a in args]
+    expected, got = outcome(F.conv2d, *args, **kwargs), outcome(dilated_conv2d, *args, backend=backend, **kwargs)
+    if isinstance(expected, Exception):
+        assert isinstance(got, (ValueError, TypeError)), f"F.conv2d raised {expected!r}, dilated_conv2d gave {got!r}"
+        assert str(got)
+        return True
+    assert not isinstance(got, Exception), f"F.conv2d accepts this, dilated_conv2d raised {got!r}"
+    same(got, expected)
+    return False
+
+
+SCALARS = [1, 2, 0, -1, 2**63, True, 1.0, "1", None, (1,), (2, 1), [2, 2], [1], (), (1, 1, 1), ((1, 2),), (0, 1), (1.0, 1.0), (True, 2), {1, 2},
+           range(1, 3), torch.Size([2, 1]), np.int64(2), np.int32(2), np.float64(1), np.array([1, 2]), (np.int64(1), np.int64(2)),
+           torch.tensor(2), torch.tensor([1, 2]), torch.tensor(1.0), (torch.tensor(1), torch.tensor(2))]
+
+
+@pytest.mark.parametrize("name", ["stride", "padding", "dilation"])
+def test_every_kind_of_argument(name, backend, device, seed):
+    """The plain call comes first: a cache must not take True or 1.0 for the 1 it has seen."""
+    args = draw(2, 4, 7, 8), draw(6, 4, 3, 3), draw(6)
+    raised = [parity(backend, device, *args, **{name: value}) for value in SCALARS]
+    assert 5 < sum(raised) < len(raised) - 5
+
+
+@pytest.mark.parametrize("groups", [0, -1, 1, 2, 3, 4, True, 2.0, "2", None, (2,), np.int64(2), torch.tensor(2), 2**40])
+def test_groups(groups, backend, device, seed):
+    for per_group in (1, 2, 4):
+        parity(backend, device, draw(2, 4, 7, 8), draw(6, per_group, 3, 3), draw(6), groups=groups)
+
+
+@pytest.mark.parametrize("padding", ["valid", "same", "SAME", "reflect", ""])
+def test_padding_strings(padding, backend, device, seed):
+    for shape, stride, dilation in itertools.product([(6, 4, 3, 3), (6, 4, 2, 4), (6, 4, 1, 1)], [1, 2, (1, 2), (1,)], [1, 3, (2, 1)]):
+        for x in (draw(2, 4, 13, 12), draw(4, 13, 12)):
+            parity(backend, device, x, draw(*shape), draw(6), stride, padding, dilation)
+
+
+@pytest.mark.parametrize("x_shape, w_shape", [
+    ((0, 4, 7, 8), (6, 4, 3, 3)), ((2, 4, 0, 8), (6, 4, 3, 3)), ((2, 4, 7, 0), (6, 4, 3, 1)), ((2, 4, 0, 8), (6, 4, 1, 1)), ((2, 0, 7, 8),
+    (6, 0, 3, 3)),
+    ((2, 0, 7, 8), (6, 4, 3, 3)), ((2, 4, 7, 8), (0, 4, 3, 3)), ((2, 4, 7, 8), (6, 4, 0, 3)), ((0, 0, 0, 0), (6, 0, 3, 3)), ((0, 4, 0, 8),
+    (6, 4, 3, 3)),
+    ((0, 4, 7, 8), (0, 4, 3, 3)), ((7, 8), (6, 4, 3, 3)), ((1, 2, 4, 7, 8), (6, 4, 3, 3)), ((7,), (6, 4, 3, 3)), ((), (6, 4, 3, 3)),
+    ((2, 4, 7, 8), (6, 4, 3)), ((2, 4, 7, 8), (6, 4, 3, 3, 3)), ((2, 4, 7, 8), (6, 4)), ((4, 7, 8), (6, 4, 3, 3)), ((0, 7, 8), (6, 0, 3, 3)),
+    ((4, 0, 8), (6, 4, 3, 3)), ((2, 4, 2, 2), (6, 4, 3, 3)), ((0, 4, 2, 2), (6, 4, 3, 3)), ((2, 5, 7, 8), (6, 4, 3, 3)), ((0, 5, 7, 8), (6, 4, 3, 3)),
+    ((2, 4, 1, 1), (6, 4, 1, 1)), ((2, 1, 9, 9), (1, 1, 3, 3)), ((4, 4, 4), (6, 4, 1, 3))])
+def test_shapes(x_shape, w_shape, backend, device, seed):
+    for stride, padding, dilation in [(1, 0, 1), (1, 2, 1), (2, 2, 2), (1, "same", 2), (1, 5, (1, 4))]:
+        for bias in (None, draw(w_shape[0])):
+            parity(backend, device, draw(*x_shape), draw(*w_shape), bias, stride, padding, dilation)
+
+
+@pytest.mark.parametrize("k, groups", [(5, 2), (1, 2), (0, 2), (4, 2), (4, 4), (8, 4), (6, 4)])
+def test_groups_and_output_channels(k, groups, backend, device, seed):
+    for n in (2, 0):
+        parity(backend, device, draw(n, 4, 7, 8), draw(k, 4 // groups, 3, 3), None, 1, 0, 1, groups)
+
+
+def test_bias(backend, device, seed):
+    wide = draw(12)
+    biases = [draw(1), draw(5), draw(6, 1), draw(1, 6), draw(0), torch.tensor(1.0), torch.tensor([1.0]).expand(6), wide[::2], wide[:6],
+    1.0, [1.0] * 6]
+    assert sum(parity(backend, device, draw(2, 4, 7, 8), draw(6, 4, 3, 3), bias) for bias in biases) == 8
+
+
+def test_not_tensors(backend, device, seed):
+    x, w, b = draw(2, 4, 7, 8), draw(6, 4, 3, 3), draw(6)
+    for args in ((x.numpy(), w, b), (x.tolist(), w, b), (x, None, b), (None, w), (x, w, b.numpy()), (x,), (), (x, w, b, 1, 0, 1, 1, 1)):
+        assert parity(backend, device, *args)
+    with pytest.raises(TypeError, match="got ndarray, Tensor and NoneType"):
+        dilated_conv2d(x.numpy(), w, backend=backend)
+
+
+@pytest.mark.parametrize("d", [1, 2])
+def test_mixed_dtypes(d, backend, device, seed):
+    names = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+    for n, (x, w, b) in itertools.product((2, 0), itertools.product(names, names, [*names, None])):
+        if not n or len({x, w, b} - {None}) > 1:
+            parity(backend, device, draw(n, 4, 7, 8, dtype=x), draw(6, 4, 3, 3, dtype=w), b and draw(6, dtype=b), 1, d, d)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_floating_dtypes(dtype, backend, device, seed):
+    for d, bias in itertools.product((1, 2), (draw(6, dtype=dtype), None)):
+        assert not parity(backend, device, draw(2, 4, 7, 8, dtype=dtype), draw(6, 4, 3, 3, dtype=dtype), bias, 1, d, d)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int32, torch.int64, torch.bool, torch.complex64, torch.complex128])
+def test_other_dtypes(dtype, device, seed):
+    """ATen does what F.conv2d does; the Triton backend refuses, with the dtype and those it has."""
+    args = [t.to(device, dtype) for t in (draw(2, 4, 7, 8), draw(6, 4, 3, 3), draw(6))]
+    expected, got = outcome(F.conv2d, *args, 1, 2, 2), outcome(dilated_conv2d, *args, 1, 2, 2, backend="aten")
+    assert type(got) is type(expected) and (isinstance(got, Exception) or torch.equal(got, expected))
+    pytest.importorskip("triton")
+    with pytest.raises((TypeError, NotImplementedError), match=f"dtype {str(dtype)[6:]} .*float16, bfloat16, float32, float64"):
+        dilated_conv2d(*args, 1, 2, 2, backend="triton")
+
+
+def test_devices(device, seed):
+    x, w, b = draw(2, 4, 7, 8), draw(6, 4, 3, 3), draw(6)
+    for args in ((x.to("meta"), w, b), (x, w.to("meta"), b), (x, w, b.to("meta"))):
+        with pytest.raises(ValueError, match="must be on one device, got .*meta"):
+            dilated_conv2d(*args)
+    assert not parity("aten", device, x.to("meta"), w.to("meta"), b.to("meta"), 1, 2, 2)
+    assert not parity("auto", device, x.to("meta"), w.to("meta"), b.to("meta"), 1, 2, 2)
+
+
+def test_layouts_that_are_not_strided(seed):
+    x, w, b = draw(2, 4, 7, 8), draw(6, 4, 3, 3), draw(6)
+    for args in ((x.to_sparse(), w, b), (x, w.to_sparse(), b)):
+        with pytest.raises(TypeError, match="must be strided tensors, got .*sparse"):
+            dilated_conv2d(*args)
+    if torch.backends.mkldnn.is_available():
+        torch.testing.assert_close(dilated_conv2d(x.to_mkldnn(), w, b).to_dense(), F.conv2d(x, w, b))
+        with pytest.raises(TypeError, match="mkldnn"):
+            dilated_conv2d(x.to_mkldnn(), w, b, backend="triton")
+
+
+class Sub(torch.Tensor):
+    pass
+
+
+def test_tensor_subclasses_and_views(backend, device, seed):
+    x, w, b = draw(2, 4, 7, 8), draw(6, 4, 3, 3), draw(6)
+    for args in ((x, torch.nn.Parameter(w), torch.nn.Parameter(b)), (x.as_subclass(Sub), w, b), (x, w.as_subclass(Sub), b),
+        (torch._neg_view(x), w, b),
+                 (x.requires_grad_(), w, b)):
+        assert not parity(backend, device, *args, 1, 2, 2)
+    with torch.no_grad():
+        assert not parity(backend, device, x, w, b, 1, 2, 2)
+    with torch.inference_mode():
+        assert not parity(backend, device, draw(2, 4, 7, 8), draw(6, 4, 3, 3), None, 1, 2, 2)
+
+
+def test_keywords(backend, device, seed):
+    x, w, b = (t.to(device) for t in (draw(2, 4, 9, 8), draw(6, 2, 3, 3), draw(6)))
+    kwargs = dict(input=x, weight=w, bias=b, stride=(1, 2), padding=(2, 1), dilation=(2, 3), groups=2)
+    same(dilated_conv2d(**kwargs, backend=backend), F.conv2d(**kwargs))
+    with pytest.raises(TypeError):
+        dilated_conv2d(x, w, b, 1, 0, 1, 1, backend)
+    with pytest.raises(ValueError, match="backend must be one of .*'cudnn'"):
+        dilated_conv2d(x[:, :2], w, backend="cudnn")
+
+
+def variants(t):
+    """The same values in other memory."""
+    yield t.contiguous(memory_format=torch.channels_last)
+    yield t.transpose(2, 3).contiguous().transpose(2, 3)
+    yield torch.cat((t, t), 1)[:, :t.shape[1]]
+    yield t.repeat_interleave(2, 3)[..., ::2]
+    yield t.permute(0, 2, 3, 1).repeat_interleave(2, 1).permute(0, 3, 1, 2)[:, :, ::2]
+    yield t.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_memory_formats(dtype, backend, device, seed):
+    """Result strides for every pair of input and weight memory, ambiguous shapes (C = 1, 1x1, one image) included."""
+    for n, c, h, w, k, r, s in [(2, 4, 5, 6, 6, 3, 3), (2, 1, 5, 6, 1, 3, 3), (1, 1, 5, 6, 4, 1, 1), (2, 4, 1, 1, 6, 1, 1), (2, 4, 1, 6, 4, 1, 3),
+                                (1, 4, 5, 1, 1, 3, 1), (1, 1, 1, 6, 1, 1, 3)]:
+        x, weight = draw(n, c, h, w, dtype=dtype), draw(k, c, r, s, dtype=dtype)
+        for xv, wv in itertools.product([x, *variants(x)], [weight, *list(variants(weight))[:3]]):
+            assert not parity(backend, device, xv, wv, None, 1, (2 * (r - 1), 2 * (s - 1)), 2)
+        assert not parity(backend, device, x[:, :1].expand(n, c, h, w), weight[:1].expand(k, c, r, s), None, 1, 2, 1)
+    x = draw(4, 9, 8, dtype=dtype)
+    for xv in (x, x.permute(1, 2, 0).contiguous().permute(2, 0, 1), x.transpose(1, 2)):
+        assert not parity(backend, device, xv, draw(6, 4, 3, 3, dtype=dtype), None, 1, 2, 2)
+
+
+@settings(max_examples=400)
+@given(st.tuples(*[st.integers(1, 3)] * 4), st.permutations(range(4)), st.tuples(*[st.integers(1, 2)] * 4), st.integers(-1, 3))
+def test_the_rule_of_memory_formats_is_atens(shape, order, step, expanded):
+    """Result strides of F.conv2d for every order of dimensions, sliced and expanded."""
+    t = torch.empty([shape[d] * step[d] for d in order]).permute(*[order.index(d) for d in range(4)])
+    t = t[tuple(slice(None, None, s) for s in step)]
+    if expanded >= 0:
+        t = t.narrow(expanded, 0, 1).expand(*[3 if d == expanded else n for d, n in enumerate(t.shape)])
+    x = t
+    expected = F.conv2d(x, torch.empty(2, x.shape[1], 1, 1)).stride()
+    nhwc = functional._is_channels_last(x.shape, x.stride())
+    wanted = torch.empty(x.shape[0], 2, *x.shape[2:], memory_format=torch.channels_last if nhwc else torch.contiguous_format).stride()
+    assert wanted == expected
+
+
+@pytest.mark.parametrize("args", [dict(), dict(stride=2), dict(groups=2), dict(padding="same", stride=1), dict(stride=(2, 3), dilation=3, padding=4)])
+def test_gradients(args, backend, device, seed):
+    args = dict(padding=2, dilation=2) | args
+    shapes = (2, 4, 9, 8), (6, 4 // args.get("groups", 1), 3, 3), (6,)
+    for layout, needs in itertools.product((torch.contiguous_format, torch.channels_last), itertools.product((True, False), repeat=3)):
+        tensors = [draw(*shape).to(device) for shape in shapes]
+        tensors[0] = tensors[0].contiguous(memory_format=layout)
+        results = []
+        for f in (F.conv2d, partial(dilated_conv2d, backend=backend)):
+            leaves = [t.detach().clone().requires_grad_(need) for t, need in zip(tensors, needs)]
+            y = f(*leaves, **args)
+            assert y.requires_grad == any(needs)
+            if any(needs):
+                (y * torch.linspace(-1, 1, y.numel(), device=device).view(y.shape)).sum().backward()
+            results.append([t.grad for t in leaves])
+        for got, expected in zip(*results):
+            assert (got is None) == (expected is None)
+            if got is not None:
+                same(got, expected)
+
+
+@pytest.mark.parametrize("shape", [(0, 4, 9, 8), (2, 4, 9, 8), (4, 9, 8)])
+def test_gradients_of_unbatched_and_empty_inputs(shape, backend, device, seed):
+    results = []
+    x, w, b = draw(*shape), draw(6, 4, 3, 3), draw(6)
+    for f in (F.conv2d, partial(dilated_conv2d, backend=backend)):
+        leaves = [t.to(device).clone().requires_grad_() for t in (x, w, b)]
+        f(*leaves, 1, 2, 2).square().sum().backward()
+        results.append([t.grad for t in leaves])
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("lower", [torch.bfloat16, torch.float16])
+def test_autocast(lower, backend, device, seed):
+    dtypes = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+    with torch.autocast(device.type, lower):
+        for x, w, b in itertools.product(dtypes, dtypes, [torch.float32, lower, None]):
+            parity(backend, device, draw(2, 4, 7, 8, dtype=x), draw(6, 4, 3, 3, dtype=w), b and draw(6, dtype=b), 1, 2, 2)
+    leaves = [t.to(device).requires_grad_() for t in (draw(2, 4, 7, 8), draw(6, 4, 3, 3), draw(6))]
+    with torch.autocast(device.type, lower):
+        y = dilated_conv2d(*leaves, 1, 2, 2, backend=backend)
+        expected = F.conv2d(*leaves, 1, 2, 2)
+    same(y.detach(), expected.detach())
+    for got, wanted in zip(torch.autograd.grad(y.sum(), leaves), torch.autograd.grad(expected.sum(), leaves)):
+        assert got.dtype == torch.float32
+        same(got.to(lower), wanted.to(lower))
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiles_in_one_graph(dynamic, backend, device, seed):
+    def f(conv, x, w, b):
+        return conv(x.relu(), w, b, 1, "same", (2, 3), 2) * 2
+    torch._dynamo.reset()
+    compiled = torch.compile(partial(f, partial(dilated_conv2d, backend=backend)), fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    for n in (2, 3):
+        tensors = [t.to(device).requires_grad_() for t in (draw(n, 4, 9 + n, 9), draw(6, 2, 3, 2), draw(6))]
+        y, expected = compiled(*tensors), f(F.conv2d, *tensors)
+        same(y.detach(), expected.detach())
+        for got, wanted in zip(torch.autograd.grad(y.sin().sum(), tensors), torch.autograd.grad(expected.sin().sum(), tensors)):
+            torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_exports_with_symbolic_sizes(strict, backend, device, seed):
+    from tridil import DilatedConv2d
+    layer, x = DilatedConv2d(4, 6, 3, padding=2, dilation=2, backend=backend).to(device), draw(2, 4, 9, 9).to(device)
+    sizes = {"input": {0: torch.export.Dim("n"), 2: torch.export.Dim("h", min=8, max=64)}}
+    exported = torch.export.export(layer, (x,), strict=strict, dynamic_shapes=sizes).module()
+    x = draw(3, 4, 12, 9).to(device)
+    torch.testing.assert_close(exported(x), layer(x))
+
+
+def test_problems_are_looked_up_once(monkeypatch, seed):
+    """A second call builds nothing; another stride, memory format, dtype or bias does."""
+    functional._problem.cache_clear()
+    x, w, b = draw(2, 4, 9, 8), draw(6, 4, 3, 3), draw(6)
+    for _ in range(3):
+        dilated_conv2d(x, w, b, 1, 2, 2)
+    assert functional._problem.cache_info().misses == 1
+    for args in ((x, w, b, 2, 2, 2), (x, w, None, 1, 2, 2), (x, w, b, 1, 2, 1), (x.contiguous(memory_format=torch.channels_last), w, b, 1, 2, 2),
+                 (x.double(), w.double(), b.double(), 1, 2, 2)):
+        misses = functional._problem.cache_info().misses
+        dilated_conv2d(*args)
+        assert functional._problem.cache_info().misses == misses + 1
+
+
+def test_import_needs_no_triton_and_calls_no_cuda():
+    code = """
+import sys
+sys.modules["triton"] = None
+import torch
+def no(*a, **k): raise AssertionError("a CUDA call")
+torch.cuda._lazy_init = torch._C._cuda_getDeviceCount = no
+import tridil
+assert not any(m.startswith("triton.") for m in sys.modules)
+x = torch.randn(1, 3, 256, 256)
+y = tridil.dilated_conv2d(x, torch.randn(16, 3, 3, 3), dilation=2)
+assert y.shape == (1, 16, 252, 252) and tridil.DilatedConv2d(3, 16, 3, dilation=2)(x).shape == y.shape
+assert set(tridil.__all__) == {"dilated_conv2d", "DilatedConv2d", "Problem"} and tridil.__version__
+try:
+    tridil.dilated_conv2d(x, torch.randn(16, 3, 3, 3), backend="triton")
+except NotImplementedError as e:
+    assert "riton is not installed" in str(e), e
+else:
+    raise AssertionError("the Triton backend ran without Triton")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_environment_chooses_the_backend(monkeypatch, device, seed):
+    pytest.importorskip("triton")
+    ran = []
+    monkeypatch.setattr(functional.ops, "convolve", lambda *a: ran.append(a) or F.conv2d(a[0], a[1], a[2]))
+    x, w = draw(1, 4, 5, 5).to(device), draw(4, 4, 3, 3).to(device)
+    for name, count in (("aten", 0), ("triton", 1)):
+        monkeypatch.setenv("TRIDIL_BACKEND", name)
+        dilated_conv2d(x, w)
+        assert len(ran) == count
+        dilated_conv2d(x, w, backend="aten")
+        assert len(ran) == count

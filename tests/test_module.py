@@ -1,0 +1,112 @@
+"""DilatedConv2d is nn.Conv2d."""
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+from tridil import DilatedConv2d
+
+LAYERS = [dict(), dict(dilation=2, padding=2), dict(stride=(2, 1), padding=(2, 3), dilation=(2, 3)), dict(padding="same", dilation=3),
+          dict(padding="valid", dilation=2), dict(groups=4, padding=2, dilation=2), dict(bias=False, dilation=(1, 4)),
+          dict(kernel_size=(2, 4), padding="same"),
+          *[dict(padding=2, dilation=2, padding_mode=mode) for mode in ("reflect", "replicate", "circular")],
+          dict(padding="same", dilation=2, kernel_size=(2, 3), padding_mode="reflect"), dict(padding=(1, 2), padding_mode="circular", stride=2)]
+
+
+def layers(backend, device, args):
+    args = dict(in_channels=4, out_channels=8, kernel_size=3) | args
+    plain, ours = nn.Conv2d(**args, device=device), DilatedConv2d(**args, device=device, backend=backend)
+    ours.load_state_dict(plain.state_dict())
+    return plain, ours
+
+
+@pytest.mark.parametrize("args", LAYERS, ids=str)
+def test_forward_backward_and_state(args, backend, device, seed, poisoned):
+    plain, ours = layers(backend, device, args)
+    for shape in ((2, 4, 12, 11), (4, 12, 11), (0, 4, 12, 11)):
+        inputs = [torch.randn(shape, device=device, requires_grad=True)]
+        inputs.append(inputs[0].detach().clone().requires_grad_())
+        for layer, x in zip((plain, ours), inputs):
+            layer.zero_grad()
+            y = layer(x)
+            (y * torch.linspace(-1, 1, y.numel(), device=device).view(y.shape)).sum().backward()
+        expected, got = plain(inputs[0]), ours(inputs[1])
+        assert got.shape == expected.shape and got.stride() == expected.stride()
+        pairs = [(got, expected), (inputs[1].grad, inputs[0].grad), *((a.grad, b.grad) for a, b in zip(ours.parameters(), plain.parameters()))]
+        for a, b in pairs:
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    assert list(ours.state_dict()) == list(plain.state_dict())
+    plain.load_state_dict(ours.state_dict())
+
+
+def test_same_initialisation_and_construction():
+    for args in LAYERS:
+        built = []
+        for cls in (nn.Conv2d, DilatedConv2d):
+            torch.manual_seed(0)
+            built.append(cls(4, 8, **dict(dict(kernel_size=3), **args)))
+        assert all(torch.equal(a, b) for a, b in zip(built[0].parameters(), built[1].parameters()))
+    assert DilatedConv2d(4, 8, 3, 1, 2, 2, 1, True, "zeros").dilation == (2, 2)
+    assert DilatedConv2d(4, 8, 3, dtype=torch.float64, device="meta").weight.dtype == torch.float64
+
+
+@pytest.mark.parametrize("args", [
+    dict(groups=3), dict(padding="same", stride=2), dict(padding="full"), dict(padding_mode="mirror"), dict(backend="cudnn")])
+def test_bad_layers(args):
+    with pytest.raises(ValueError):
+        DilatedConv2d(4, 8, **dict(dict(kernel_size=3), **args))
+
+
+@pytest.mark.parametrize("args, backend_", [
+    (dict(), "auto"), (dict(stride=2, padding=1, dilation=2, groups=2, bias=False), "auto"), (dict(padding="same"), "aten")])
+def test_repr(args, backend_):
+    plain, ours = nn.Conv2d(4, 8, 3, **args), DilatedConv2d(4, 8, 3, **args, backend=backend_)
+    suffix = "" if backend_ == "auto" else f", backend='{backend_}'"
+    assert repr(ours) == f"Dilated{repr(plain)[:-1]}{suffix})"
+
+
+def saved(layer):
+    stream = io.BytesIO()
+    torch.save(layer, stream)
+    stream.seek(0)
+    return torch.load(stream, weights_only=False)
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, copy.copy, lambda m: pickle.loads(pickle.dumps(m)), saved])
+def test_copies(duplicate, device, seed):
+    layer, x = DilatedConv2d(4, 8, 3, padding="same", dilation=3, backend="aten").to(device), torch.randn(1, 4, 9, 9, device=device)
+    other = duplicate(layer)
+    assert type(other) is DilatedConv2d and other.backend == "aten" and torch.equal(other(x), layer(x))
+
+
+def test_objects_saved_without_a_backend(seed):
+    """An nn.Conv2d's state, or an older pickle's."""
+    plain, layer = nn.Conv2d(4, 8, 3, padding=2, dilation=2), DilatedConv2d.__new__(DilatedConv2d)
+    layer.__setstate__(plain.__dict__.copy())
+    x = torch.randn(1, 4, 9, 9)
+    assert layer.backend == "auto" and torch.equal(layer(x), plain(x)) and "backend" not in repr(layer)
+    plain.__class__ = DilatedConv2d
+    assert torch.equal(pickle.loads(pickle.dumps(plain))(x), layer(x))
+
+
+def test_the_layer_uses_its_backend(device, seed):
+    pytest.importorskip("triton")
+    layer = DilatedConv2d(4, 8, 3, backend="triton").to(device)
+    with pytest.raises((TypeError, NotImplementedError), match="dtype complex64"):
+        layer.to(torch.complex64)(torch.randn(1, 4, 5, 5, dtype=torch.complex64, device=device))
+    layer.backend = "aten"
+    assert layer(torch.randn(1, 4, 5, 5, dtype=torch.complex64, device=device)).shape == (1, 8, 3, 3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_conversions(dtype, backend, device, seed):
+    plain, ours = (layer.to(dtype) for layer in layers(backend, device, dict(padding=2, dilation=2)))
+    x = torch.randn(2, 4, 9, 9, device=device).to(dtype)
+    tolerance = 8 * torch.finfo(dtype).eps
+    torch.testing.assert_close(ours(x), plain(x), rtol=tolerance, atol=tolerance)
+    channels_last = ours.to(memory_format=torch.channels_last)(x)
+    assert channels_last.stride() == plain.to(memory_format=torch.channels_last)(x).stride()
+    torch.testing.assert_close(channels_last, plain(x), rtol=tolerance, atol=tolerance)
