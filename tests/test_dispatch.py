@@ -74,7 +74,7 @@ def test_dtypes(driver, dtype):
     driver(Driver("cuda"))
     odd = dataclasses.replace(P, dtype=dtype)
     assert dispatch.choose(odd, GPU) == "aten"
-    with pytest.raises(NotImplementedError, match=f"dtype {dtype} is not supported"):
+    with pytest.raises(TypeError, match=f"dtype {dtype} is not supported"):
         dispatch.choose(odd, GPU, "triton")
 
 

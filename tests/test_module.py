@@ -95,7 +95,7 @@ def test_objects_saved_without_a_backend(seed):
 def test_the_layer_uses_its_backend(device, seed):
     pytest.importorskip("triton")
     layer = DilatedConv2d(4, 8, 3, backend="triton").to(device)
-    with pytest.raises((TypeError, NotImplementedError), match="dtype complex64"):
+    with pytest.raises(TypeError, match="dtype complex64"):
         layer.to(torch.complex64)(torch.randn(1, 4, 5, 5, dtype=torch.complex64, device=device))
     layer.backend = "aten"
     assert layer(torch.randn(1, 4, 5, 5, dtype=torch.complex64, device=device)).shape == (1, 8, 3, 3)

@@ -61,9 +61,11 @@ def _driver_target() -> str:
 
 def can_run(problem: Problem, device) -> str | None:
     """None when the Triton kernels can run `problem` on tensors of `device` (a torch.device), else the reason."""
-    if problem.dtype not in DTYPE_BYTES:
-        return f"dtype {problem.dtype} is not supported by the Triton kernels: use one of {', '.join(DTYPE_BYTES)}"
-    return _serves(device.type)
+    return _unsupported(problem.dtype) or _serves(device.type)
+
+
+def _unsupported(dtype: str) -> str | None:
+    return None if dtype in DTYPE_BYTES else f"dtype {dtype} is not supported by the Triton kernels: use one of {', '.join(DTYPE_BYTES)}"
 
 
 def _serves(device_type: str) -> str | None:
@@ -78,10 +80,15 @@ def _serves(device_type: str) -> str | None:
     return None if served == device_type else f"the active Triton driver serves {served!r} tensors, got a tensor on {device_type!r}"
 
 
+# torch.compile asks it and does not trace a driver: torch.compiler.assume_constant_result without its import of the compiler
+_serves._dynamo_marked_constant = True
+
+
 def choose(problem: Problem, device, backend: str = "auto") -> str:
     """"triton" or "aten". "auto" (TRIDIL_BACKEND overrides it) is ATen on CPU tensors and wherever Triton cannot run.
 
-    Raises ValueError for an unknown backend, NotImplementedError with the reason when "triton" cannot run the problem.
+    Raises ValueError for an unknown backend; when "triton" cannot run the problem, TypeError for its dtype, else NotImplementedError, with the
+    reason.
     """
     if backend == "auto":
         backend = os.environ.get("TRIDIL_BACKEND", "auto")
@@ -92,7 +99,8 @@ def choose(problem: Problem, device, backend: str = "auto") -> str:
     if backend == "triton":
         reason = can_run(problem, device)
         if reason:
-            raise NotImplementedError(f"backend='triton' cannot run this convolution: {reason}")
+            error = TypeError if _unsupported(problem.dtype) else NotImplementedError
+            raise error(f"backend='triton' cannot run this convolution: {reason}")
     return backend
 
 

@@ -63,21 +63,9 @@ def _problem(x_shape, x_stride, w_shape, w_stride, bias_shape, stride, padding, 
     if len(x_shape) == 3:
         x_shape, x_stride = (1, *x_shape), (x_shape[0] * x_stride[0], *x_stride)
     # cuDNN returns float64 contiguous
-    if (device_type, dtype) != ("cuda", torch.float64) and (_is_channels_last(x_shape, x_stride) or _is_channels_last(w_shape, w_stride)):
+    if (device_type, dtype) != ("cuda", torch.float64) and (ops.is_channels_last(x_shape, x_stride) or ops.is_channels_last(w_shape, w_stride)):
         problem = replace(problem, layout="nhwc")
     return problem
-
-
-def _is_channels_last(shape, strides) -> bool:
-    """Whether ATen takes 4D strides for channels_last (c10's `is_channels_last_strides_2d`); ambiguous ones are contiguous."""
-    if strides[1] == 0:
-        return False
-    least = 0
-    for d in (1, 3, 2, 0):
-        if shape[d] == 0 or strides[d] < least or d == 0 and least == strides[1]:
-            return False
-        least = strides[d] * shape[d]
-    return True
 
 
 def _autocast(t: torch.Tensor) -> torch.dtype:

@@ -16,15 +16,15 @@ lib.define(f"dgrad(Tensor dy, Tensor w, SymInt[4] x_shape, {_GEOMETRY}) -> Tenso
 lib.define(f"wgrad(Tensor dy, Tensor x, SymInt[4] w_shape, {_GEOMETRY}) -> Tensor")
 
 
-def is_channels_last(t: torch.Tensor) -> bool:
-    """Whether ATen suggests channels_last for a 4D tensor (c10 `is_channels_last_strides_2d`): what decides the format of conv results."""
-    if t.dim() != 4 or t.stride(1) == 0:
+def is_channels_last(shape, strides) -> bool:
+    """Whether ATen takes 4D strides for channels_last (c10's `is_channels_last_strides_2d`); ambiguous ones are contiguous."""
+    if strides[1] == 0:
         return False
     least = 0
     for d in (1, 3, 2, 0):
-        if t.size(d) == 0 or t.stride(d) < least or d == 0 and least == t.stride(1):
+        if shape[d] == 0 or strides[d] < least or d == 0 and least == strides[1]:
             return False
-        least = t.stride(d) * max(t.size(d), 1)
+        least = strides[d] * shape[d]
     return True
 
 
@@ -104,7 +104,7 @@ class Fprop(torch.autograd.Function):
     def backward(ctx, dy):
         x, w = ctx.saved_tensors
         dx = Dgrad.apply(dy, w, x.shape, ctx.geometry, ctx.channels_last) if ctx.needs_input_grad[0] else None
-        dw = Wgrad.apply(dy, x, w.shape, ctx.geometry, is_channels_last(w)) if ctx.needs_input_grad[1] else None
+        dw = Wgrad.apply(dy, x, w.shape, ctx.geometry, is_channels_last(w.shape, w.stride())) if ctx.needs_input_grad[1] else None
         db = dy.sum((0, 2, 3)) if ctx.needs_input_grad[2] else None
         return dx, dw, db, None, None
 
@@ -125,7 +125,7 @@ class Dgrad(torch.autograd.Function):
     def backward(ctx, ddx):
         dy, w = ctx.saved_tensors
         ddy = Fprop.apply(ddx, w, None, ctx.geometry, ctx.channels_last) if ctx.needs_input_grad[0] else None
-        dw = Wgrad.apply(dy, ddx, w.shape, ctx.geometry, is_channels_last(w)) if ctx.needs_input_grad[1] else None
+        dw = Wgrad.apply(dy, ddx, w.shape, ctx.geometry, is_channels_last(w.shape, w.stride())) if ctx.needs_input_grad[1] else None
         return ddy, dw, None, None, None
 
 
@@ -144,8 +144,8 @@ class Wgrad(torch.autograd.Function):
     @staticmethod
     def backward(ctx, ddw):
         dy, x = ctx.saved_tensors
-        ddy = Fprop.apply(x, ddw, None, ctx.geometry, is_channels_last(dy)) if ctx.needs_input_grad[0] else None
-        dx = Dgrad.apply(dy, ddw, x.shape, ctx.geometry, is_channels_last(x)) if ctx.needs_input_grad[1] else None
+        ddy = Fprop.apply(x, ddw, None, ctx.geometry, is_channels_last(dy.shape, dy.stride())) if ctx.needs_input_grad[0] else None
+        dx = Dgrad.apply(dy, ddw, x.shape, ctx.geometry, is_channels_last(x.shape, x.stride())) if ctx.needs_input_grad[1] else None
         return ddy, dx, None, None, None
 
 
