@@ -119,7 +119,7 @@ def _on_gpu(gpu, problem, pass_, tensors, expected, row):
     if not expected:
         expected.append(getattr(reference, pass_)(part, *(t[cut] for t, cut in zip(operands, cuts))))
     tridil = row["provider"] == "tridil"
-    config = cfg.default(problem, pass_, row["target"]) if tridil else None
+    config = cfg.default(problem, pass_, row["target"], _precision(problem)) if tridil else None
     fn = call(row["provider"], problem, pass_, operands, config)
     result = fn()
     error, budget = testing.check(result[result_cut], expected[0], part, pass_, _precision(problem))
@@ -171,7 +171,7 @@ def _compiling_worker():
 
 def _resources(problem, pass_, target, precision):
     from tridil.aot import resources
-    rows = resources(problem, pass_, cfg.default(problem, pass_, target), target, precision)
+    rows = resources(problem, pass_, cfg.default(problem, pass_, target, precision), target, precision)
     mma = dict.fromkeys(row["mma"] for row in rows if row["mma"] != "none")
     return dict(kernels="+".join(dict.fromkeys(row["kernel"] for row in rows)), registers=max(row["registers"] for row in rows),
                 spills=sum(row["spills"] for row in rows), shared_bytes=max(row["shared_bytes"] for row in rows), mma="+".join(mma) or "none")
@@ -179,7 +179,7 @@ def _resources(problem, pass_, target, precision):
 
 def _interpreted(problem, pass_, target):
     from tridil import launch
-    config = cfg.default(problem, pass_, target)
+    config = cfg.default(problem, pass_, target, _precision(problem))
     part, part_config = reduced(problem, config)
     x, w, bias, dy = testing.random_tensors(part)
     operands = {"fprop": (x, w, bias), "dgrad": (dy, w), "wgrad": (dy, x)}[pass_]

@@ -70,7 +70,8 @@ def test_candidates_are_legal(target, dtype, pass_):
 @pytest.mark.parametrize("change, reason", [
     ({"BLOCK_N": 48}, "power of two"), ({"BLOCK_K": 8}, "at least 16"), ({"num_stages": 0}, "positive int"), ({"num_warps": 3}, "power of two"),
     ({"BLOCK_P": 2.0}, "positive int"), ({"num_stages": 19}, "shared memory"), ({"BLOCK_N": 1024}, "spills"),
-    ({"kernel": "winograd"}, "unknown kernel"), ({"CLAMP": None}, "True or False"), ({"BLOCK_X": 1}, "exactly the entries")])
+    ({"kernel": "winograd"}, "unknown kernel"), ({"maxnreg": 300}, "24 to 255"),
+    ({"num_warps": 16}, "65536 registers"), ({"CLAMP": None}, "True or False"), ({"BLOCK_X": 1}, "exactly the entries")])
 def test_fits_gives_the_reason(change, reason):
     good = config.default(P, "fprop", "cuda:80")
     assert config.fits(good, P, "fprop", "cuda:80") is None

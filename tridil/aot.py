@@ -69,7 +69,7 @@ def resources(problem: Problem, pass_: str, config: dict | None = None, target: 
     opcode and width in bits. On AMD, spills are counted by the compiler. Errors as in `compile_pass`.
     """
     from . import config as cfg
-    config = config or cfg.default(problem, pass_, target)
+    config = config or cfg.default(problem, pass_, target, precision)
     rows = []
     for item, kernel in compile_pass(problem, pass_, config, target, precision):
         found = _read_cubin(kernel.asm["cubin"]) if target.startswith("cuda") else _read_amdgcn(kernel.asm["amdgcn"])

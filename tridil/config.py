@@ -22,7 +22,8 @@ KERNELS = ("gather", "gather_flat")
 TILES = {(128, 128, 4): 1.0, (128, 256, 8): 1.0, (256, 128, 8): 0.98, (64, 128, 4): 0.8, (128, 64, 4): 0.8, (64, 64, 4): 0.65,
          (128, 32, 4): 0.5, (64, 32, 4): 0.42, (128, 16, 4): 0.3, (64, 16, 4): 0.25,
          (32, 128, 4): 0.5, (32, 64, 4): 0.42, (16, 128, 4): 0.3, (16, 64, 4): 0.25, (16, 32, 4): 0.2, (16, 16, 4): 0.15}
-SIMT_TILES = {(64, 64, 4): 1.0, (64, 32, 4): 0.8, (64, 16, 4): 0.5, (32, 32, 4): 0.5, (32, 16, 4): 0.3, (16, 64, 4): 0.5, (16, 16, 4): 0.2}   # fp64
+# the same without tensor cores: fp64, ieee fp32
+SIMT_TILES = {(64, 64, 4): 1.0, (64, 32, 4): 0.8, (64, 16, 4): 0.5, (32, 32, 4): 0.5, (32, 16, 4): 0.3, (16, 64, 4): 0.5, (16, 16, 4): 0.2}
 
 
 def device_limits(target: str) -> tuple[int, int]:
@@ -75,6 +76,8 @@ def fits(config: dict, problem: Problem, pass_: str, target: str) -> str | None:
         return f"tl.dot needs tile sides of at least 16, got {m}x{n}x{k}"
     if config["num_warps"] > 16 or m * n > 256 * 32 * config["num_warps"]:
         return f"an accumulator of {m}x{n} spills with num_warps={config['num_warps']} (at most 16 warps, 256 registers a thread)"
+    if 32 * config["num_warps"] * (config["maxnreg"] or 0) > 65536:
+        return f"maxnreg={config['maxnreg']} with num_warps={config['num_warps']} exceeds the 65536 registers of an SM"
     if pass_ == "wgrad" and config["SPLIT_K"] > 65535:
         return f"SPLIT_K (={config['SPLIT_K']}) must be at most 65535"
     programs = grid(problem, pass_, config)
@@ -176,9 +179,13 @@ def _powers(limit: int):
     return [1 << e for e in range(limit.bit_length())]
 
 
-def candidates(problem: Problem, pass_: str, target: str) -> list[dict]:
-    """Legal, sensible configs, tens of them: every tile shape, each with the box that executes the fewest MACs."""
-    mma, flat, nbytes = problem.dtype != "float64", is_flat(problem, pass_), DTYPE_BYTES[problem.dtype]
+def candidates(problem: Problem, pass_: str, target: str, precision: str = "tf32") -> list[dict]:
+    """Legal, sensible configs, tens of them: every tile shape, each with the box that executes the fewest MACs.
+
+    precision ("tf32" or "ieee") matters for float32: ieee products do not run on tensor cores and take smaller tiles.
+    """
+    mma = problem.dtype in ("float16", "bfloat16") or problem.dtype == "float32" and precision == "tf32"
+    flat, nbytes = is_flat(problem, pass_), DTYPE_BYTES[problem.dtype]
     c, k = problem.c // problem.groups, problem.k // problem.groups
     taps = problem.r * problem.s if flat else 1
     rows, cols, reduced = {"fprop": (None, k, c * taps), "dgrad": (None, c, k * taps), "wgrad": (k, c * taps, None)}[pass_]
@@ -199,7 +206,7 @@ def candidates(problem: Problem, pass_: str, target: str) -> list[dict]:
     for m, n, warps in TILES if mma else SIMT_TILES:
         if n > 16 and n >= 2 * cols or (m > 16 and m >= 2 * rows if rows else m < 32) or nbytes == 4 and m * n > 128 * 128:
             continue
-        most = (16 if mma else 4) * 32 * warps                         # scattered elements: 16 (fp64: 4) a thread
+        most = (16 if mma else 4) * 32 * warps                         # scattered elements, a thread at most 16 or 4
         fitting = [step for step in (steps if mma else [16]) if max(m * m_scattered, n * n_scattered) * step <= most]
         if m * n >= 128 * 128 and pass_ == "wgrad" and (cols % n or rows % m):
             continue                                                   # the masks' registers would spill, here and below
@@ -237,16 +244,16 @@ def cost(problem: Problem, pass_: str, config: dict, target: str) -> float:
 
 
 @lru_cache(maxsize=4096)
-def _default(problem: Problem, pass_: str, target: str) -> tuple:
-    options = candidates(problem, pass_, target)
+def _default(problem: Problem, pass_: str, target: str, precision: str) -> tuple:
+    options = candidates(problem, pass_, target, precision)
     if not options:
         raise ValueError(f"no tile fits {pass_} of {problem.key()} on {target}")
     return tuple(min(options, key=lambda cfg: cost(problem, pass_, cfg, target)).items())
 
 
-def default(problem: Problem, pass_: str, target: str) -> dict:
-    """The config that runs when nothing was measured: the candidate of least `cost`."""
-    return dict(_default(problem, pass_, target))
+def default(problem: Problem, pass_: str, target: str, precision: str = "tf32") -> dict:
+    """The config that runs when nothing was measured: the candidate of least `cost`. Raises ValueError when none fits."""
+    return dict(_default(problem, pass_, target, precision))
 
 
 def describe(config: dict) -> str:

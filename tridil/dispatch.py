@@ -110,6 +110,7 @@ def explain(problem: Problem, device, backend: str = "auto", target_: str | None
     The figures of MACs are counts, not times. Where ATen runs, kernel and config are what Triton would run on `target_`.
     """
     from . import config as cfg
+    from .ops import fp32_precision
     chosen, reason = choose(problem, device, backend), can_run(problem, device)
     if chosen == "triton":
         why = "asked for" if backend == "triton" else f"the Triton driver serves {device.type!r} tensors"
@@ -117,7 +118,7 @@ def explain(problem: Problem, device, backend: str = "auto", target_: str | None
         why = "asked for" if backend == "aten" else reason or "CPU tensors run through ATen"
     rows = []
     for pass_ in PASSES:
-        config = cfg.default(problem, pass_, target_ or target())
+        config = cfg.default(problem, pass_, target_ or target(), fp32_precision())
         rows.append({"pass": pass_, "backend": chosen, "why": why, "kernel": config["kernel"], "config": cfg.describe(config),
                      "source": "least executed MACs / tile rate (nothing measured)", "dense_macs": problem.dense_macs,
                      "useful_macs": problem.useful_macs, "executed_macs": cfg.executed_macs(problem, pass_, config)})

@@ -40,9 +40,9 @@ def _problem(x_shape, w_shape, stride, padding, dilation, groups, dtype, channel
 
 
 @lru_cache(maxsize=4096)
-def _config(problem, pass_, target):
+def _config(problem, pass_, target, precision):
     from .config import default
-    return default(problem, pass_, target)
+    return default(problem, pass_, target, precision)
 
 
 def _run(pass_, a, b, *rest, x_shape, w_shape, geometry):
@@ -54,9 +54,10 @@ def _run(pass_, a, b, *rest, x_shape, w_shape, geometry):
         out = _empty(a, {"fprop": problem.y_shape, "dgrad": problem.x_shape, "wgrad": problem.w_shape}[pass_], channels_last).zero_()
         return out if not rest or rest[0] is None else out.add_(rest[0].view(1, -1, 1, 1))
     from . import launch
-    config = _config(problem, pass_, dispatch.target())
+    precision = fp32_precision() if a.dtype == torch.float32 else "ieee"
+    config = _config(problem, pass_, dispatch.target(), precision)
     with torch.cuda.device(a.device) if a.is_cuda else nullcontext():
-        return getattr(launch, pass_)(problem, a, b, *rest, config, fp32_precision() if a.dtype == torch.float32 else "ieee")
+        return getattr(launch, pass_)(problem, a, b, *rest, config, precision)
 
 
 def _empty(like, shape, channels_last):

@@ -255,8 +255,10 @@ def sum_splits(part_ptr, dw_ptr, R, S, C, total, sw_k, sw_r, sw_s, sw_c, SPLIT_K
     j = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     in_w = j < total
     acc = tl.load(part_ptr + j, mask=in_w, other=0.0)
-    for split in range(1, SPLIT_K):
-        acc += tl.load(part_ptr + split * total + j, mask=in_w, other=0.0)
+    part = j
+    for _ in range(1, SPLIT_K):
+        part += total
+        acc += tl.load(part_ptr + part, mask=in_w, other=0.0)
     c = j % C
     s = j // C % S
     r = j // C // S % R
