@@ -85,7 +85,7 @@ def call(provider: str, problem: Problem, pass_: str, operands, config: dict | N
 
 
 def _precision(problem: Problem) -> str:
-    return ops.fp32_precision() if problem.dtype == "float32" else "ieee"
+    return ops.fp32_precision(dispatch.target()) if problem.dtype == "float32" else "ieee"
 
 
 def part_of(problem: Problem, pass_: str, limit: int = 2**32):

@@ -46,6 +46,9 @@ def test_auto(driver):
     assert dispatch.target() == "cuda:90"
     driver(Driver("cuda", "hip", "gfx942"))
     assert dispatch.target() == "hip:gfx942"
+    driver(Driver("cuda", arch=75))
+    assert dispatch.choose(P, GPU) == "aten" and dispatch.choose(P, GPU, "triton") == "triton"
+    assert "tensor cores" in dispatch.explain(P, GPU)[0]["why"]
     driver(Driver("cpu"))                                     # an emulating driver: asked for, not chosen
     assert dispatch.choose(P, CPU) == "aten" and dispatch.choose(P, CPU, "triton") == "triton"
     assert dispatch.choose(P, GPU) == "aten"
@@ -101,13 +104,15 @@ def test_variables(driver, monkeypatch):
         dispatch.choose(P, GPU, "inductor")
 
 
-def test_explain(driver):
+def test_explain(driver, monkeypatch):
     driver(Driver("cuda"))
     rows = dispatch.explain(P, GPU)
     assert [r["pass"] for r in rows] == list(PASSES) and {r["backend"] for r in rows} == {"triton"}
     assert all(r["executed_macs"] >= r["useful_macs"] > 0 for r in rows)
     assert {r["why"] for r in dispatch.explain(P, CPU)} == {"the active Triton driver serves 'cuda' tensors, got a tensor on 'cpu'"}
     assert {r["why"] for r in dispatch.explain(P, GPU, "aten")} == {"asked for"}
+    monkeypatch.setenv("TRIDIL_BACKEND", "aten")
+    assert {r["why"] for r in dispatch.explain(P, GPU)} == {"TRIDIL_BACKEND=aten"}
 
 
 def run(*args):

@@ -162,3 +162,28 @@ def test_the_target_reaches_the_config(monkeypatch, device, seed):
         assert dispatch.target() == target
         OPS["fprop"](*arguments(CASES["dilated"], "fprop", device))
         assert seen[-1]["CLAMP"] is clamp
+
+
+def test_launches_under_the_inputs_device(monkeypatch):
+    """The target is that of the input's device, which need not be the current one, and so is the launch's device."""
+    order = []
+
+    class Guard:
+        def __init__(self, device):
+            order.append(str(device))
+
+        def __enter__(self):
+            order.append("enter")
+
+        def __exit__(self, *error):
+            order.append("exit")
+
+    class OnAnotherDevice(torch.Tensor):
+        is_cuda = True
+        device = torch.device("cuda", 1)
+    monkeypatch.setattr(torch.cuda, "device", Guard)
+    monkeypatch.setattr(ops.dispatch, "target", lambda: order.append("target") or "cuda:80")
+    monkeypatch.setattr(launch, "fprop", lambda *args: order.append("launch"))
+    x, w = torch.randn(1, 4, 5, 5).as_subclass(OnAnotherDevice), torch.randn(4, 4, 3, 3)
+    ops._run("fprop", x, w, None, x_shape=x.shape, w_shape=w.shape, geometry=((1, 1), (0, 0, 0, 0), (1, 1), 1, False))
+    assert order == ["cuda:1", "enter", "target", "launch", "exit"]

@@ -5,6 +5,7 @@ import argparse
 import json
 import platform
 import sys
+from dataclasses import replace
 
 import torch
 
@@ -78,6 +79,8 @@ def aot(args) -> int:
     rows = []
     for layer, problem in layers:
         for pass_ in args.passes.split(","):
+            # the format of the results as layers give it: dw that of nn.Conv2d's weight
+            problem = replace(problem, layout="nchw" if pass_ == "wgrad" else "nhwc")
             for row in resources(problem, pass_, target=args.target or dispatch.target()):
                 rows.append({"layer": layer, "pass": pass_, **row, "dense_macs": problem.dense_macs, "useful_macs": problem.useful_macs})
                 print(f"{layer[:48]:48} {pass_} {row['kernel']:14} {describe(row['config']) if 'BLOCK_IMG' in row['config'] else '':44} "

@@ -35,13 +35,13 @@ def compile_pass(problem: Problem, pass_: str, config: dict, target: str, precis
     if reason:
         raise ValueError(f"config {config} does not fit {pass_} of {problem.key()}: {reason}")
     backend, _, arch = target.partition(":")
-    gpu = GPUTarget(backend, int(arch) if backend == "cuda" else arch, 32 if backend == "cuda" else 64)
+    gpu = GPUTarget(backend, int(arch) if backend == "cuda" else arch, 32 if re.match(r"cuda|hip:gfx1[0-2]", target) else 64)
     n, c, h, w = {"fprop": problem.y_shape, "dgrad": problem.x_shape, "wgrad": problem.w_shape}[pass_]
     strides = (c * h * w, 1, w * c, c) if problem.layout == "nhwc" else (c * h * w, h * w, w, 1)
     precision = precision if problem.dtype == "float32" else "ieee"
     pointer, partial = _POINTERS[problem.dtype], "*fp64" if problem.dtype == "float64" else "*fp32"
     out = []
-    for item in launch.plan(problem, pass_, config, strides, precision, has_bias=False):
+    for item in launch.plan(problem, pass_, config, strides, precision, has_bias=pass_ == "fprop"):
         fn, scalars, constants = item.fn, dict(item.scalars), dict(launch._constexprs(item.constexprs))
         signature, attrs = {}, {}
         for i, name in enumerate(fn.arg_names):

@@ -179,13 +179,17 @@ def _powers(limit: int):
     return [1 << e for e in range(limit.bit_length())]
 
 
+def has_mma(problem: Problem, precision: str) -> bool:
+    """Whether the products run on tensor cores."""
+    return problem.dtype in ("float16", "bfloat16") or problem.dtype == "float32" and precision == "tf32"
+
+
 def candidates(problem: Problem, pass_: str, target: str, precision: str = "tf32") -> list[dict]:
     """Legal, sensible configs, tens of them: every tile shape, each with the box that executes the fewest MACs.
 
     precision ("tf32" or "ieee") matters for float32: ieee products do not run on tensor cores and take smaller tiles.
     """
-    mma = problem.dtype in ("float16", "bfloat16") or problem.dtype == "float32" and precision == "tf32"
-    flat, nbytes = is_flat(problem, pass_), DTYPE_BYTES[problem.dtype]
+    mma, flat, nbytes = has_mma(problem, precision), is_flat(problem, pass_), DTYPE_BYTES[problem.dtype]
     c, k = problem.c // problem.groups, problem.k // problem.groups
     taps = problem.r * problem.s if flat else 1
     rows, cols, reduced = {"fprop": (None, k, c * taps), "dgrad": (None, c, k * taps), "wgrad": (k, c * taps, None)}[pass_]
@@ -210,7 +214,7 @@ def candidates(problem: Problem, pass_: str, target: str, precision: str = "tf32
         fitting = [step for step in (steps if mma else [16]) if max(m * m_scattered, n * n_scattered) * step <= most]
         if m * n >= 128 * 128 and pass_ == "wgrad" and (cols % n or rows % m):
             continue                                                   # the masks' registers would spill, here and below
-        if m * n == 128 * 128 and (pass_ == "dgrad" and cols % n or pass_ == "wgrad" and base["CLAMP"]):
+        if m * n == 128 * 128 and (pass_ == "dgrad" and cols % n or pass_ == "wgrad" and (base["CLAMP"] or problem.layout == "nchw")):
             fitting = [step for step in fitting if step * nbytes < 128]
         for step in fitting[:1 if rows else 2]:
             option = dict(base, BLOCK_N=n, num_warps=warps)
@@ -224,17 +228,17 @@ def candidates(problem: Problem, pass_: str, target: str, precision: str = "tf32
 
 
 def _splits(problem: Problem, m: int, n: int, flat: bool, step: int, target: str) -> int:
-    """Enough partial sums for two waves of programs, each with at least eight reduction steps, at most 64 MiB of fp32 partials."""
+    """Enough partial sums for two waves of programs, each with at least eight reduction steps, at most 64 MiB of partials."""
     programs = -(-problem.k // problem.groups // m) * _columns(problem, n, flat) * problem.groups
     steps = max(problem.n * problem.p * problem.q // step, 1)
-    partials = 2**26 // (4 * max(prod(problem.w_shape), 1))
+    partials = 2**26 // (max(DTYPE_BYTES[problem.dtype], 4) * max(prod(problem.w_shape), 1))
     return max(1, min(2 * device_limits(target)[0] // programs, steps // 8, partials, 128))
 
 
-def cost(problem: Problem, pass_: str, config: dict, target: str) -> float:
+def cost(problem: Problem, pass_: str, config: dict, target: str, precision: str = "tf32") -> float:
     """Executed MACs over the tile's relative rate, stretched by the idle part of the last wave: orders candidates, has no unit."""
     m = config["BLOCK_M"] if pass_ == "wgrad" else pixels(config)
-    rate = {**SIMT_TILES, **TILES}[m, config["BLOCK_N"], config["num_warps"]]
+    rate = (TILES if has_mma(problem, precision) else SIMT_TILES)[m, config["BLOCK_N"], config["num_warps"]]
     step = pixels(config) if pass_ == "wgrad" else config["BLOCK_K"]
     rate *= {16: 0.6, 32: 0.85}.get(step, 1.0)
     slots = device_limits(target)[0] * (2 if m * config["BLOCK_N"] <= 128 * 128 else 1)
@@ -248,7 +252,7 @@ def _default(problem: Problem, pass_: str, target: str, precision: str) -> tuple
     options = candidates(problem, pass_, target, precision)
     if not options:
         raise ValueError(f"no tile fits {pass_} of {problem.key()} on {target}")
-    return tuple(min(options, key=lambda cfg: cost(problem, pass_, cfg, target)).items())
+    return tuple(min(options, key=lambda cfg: cost(problem, pass_, cfg, target, precision)).items())
 
 
 def default(problem: Problem, pass_: str, target: str, precision: str = "tf32") -> dict:

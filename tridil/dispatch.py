@@ -95,13 +95,22 @@ def choose(problem: Problem, device, backend: str = "auto") -> str:
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
     if backend == "auto":
-        return "aten" if device.type == "cpu" or can_run(problem, device) else "triton"
+        return "aten" if device.type == "cpu" or can_run(problem, device) or _too_old() else "triton"
     if backend == "triton":
         reason = can_run(problem, device)
         if reason:
             error = TypeError if _unsupported(problem.dtype) else NotImplementedError
             raise error(f"backend='triton' cannot run this convolution: {reason}")
     return backend
+
+
+def _too_old() -> str | None:
+    """Why "auto" leaves a GPU to ATen although the kernels run there."""
+    name = target()
+    return f"{name} has no tensor cores that the kernels use: sm_80 and later do" if name.startswith("cuda") and int(name[5:]) < 80 else None
+
+
+_too_old._dynamo_marked_constant = True
 
 
 def explain(problem: Problem, device, backend: str = "auto", target_: str | None = None) -> list[dict]:
@@ -111,14 +120,17 @@ def explain(problem: Problem, device, backend: str = "auto", target_: str | None
     """
     from . import config as cfg
     from .ops import fp32_precision
-    chosen, reason = choose(problem, device, backend), can_run(problem, device)
-    if chosen == "triton":
-        why = "asked for" if backend == "triton" else f"the Triton driver serves {device.type!r} tensors"
+    chosen, aim = choose(problem, device, backend), target_ or target()
+    variable = os.environ.get("TRIDIL_BACKEND", "auto") if backend == "auto" else "auto"
+    if backend != "auto" or variable != "auto":
+        why = "asked for" if backend != "auto" else f"TRIDIL_BACKEND={variable}"
+    elif chosen == "triton":
+        why = f"the Triton driver serves {device.type!r} tensors"
     else:
-        why = "asked for" if backend == "aten" else reason or "CPU tensors run through ATen"
+        why = can_run(problem, device) or _too_old() or "CPU tensors run through ATen"
     rows = []
     for pass_ in PASSES:
-        config = cfg.default(problem, pass_, target_ or target(), fp32_precision())
+        config = cfg.default(problem, pass_, aim, fp32_precision(aim))
         rows.append({"pass": pass_, "backend": chosen, "why": why, "kernel": config["kernel"], "config": cfg.describe(config),
                      "source": "least executed MACs / tile rate (nothing measured)", "dense_macs": problem.dense_macs,
                      "useful_macs": problem.useful_macs, "executed_macs": cfg.executed_macs(problem, pass_, config)})

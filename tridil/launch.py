@@ -52,12 +52,13 @@ def _plan(problem, pass_, config, out_stride, precision, has_bias):
     p, config = problem, dict(config)
     c, k = p.c // p.groups, p.k // p.groups
     acc = "float64" if p.dtype == "float64" else "float32"
+    flat = config["kernel"] == "gather_flat"
     if p.dtype == "bfloat16" and interpreted():
         precision = "upcast"
     common = {"PRECISION": precision, "ACC": acc, "CLAMP": config["CLAMP"],
-              "INT64": max(map(prod, (p.x_shape, p.w_shape, p.y_shape))) >= 2**31}
+              # flat offsets are relative to the first live tap's pixel, which may lie before the tensor
+              "INT64": max(map(prod, (p.x_shape, p.w_shape, p.y_shape))) >= (2**30 if flat else 2**31)}
     common |= {name: value for name, value in config.items() if name.startswith("BLOCK_")}
-    flat = config["kernel"] == "gather_flat"
     vector = 16 // DTYPE_BYTES[p.dtype]
     options = {name: config[name] for name in ("num_warps", "num_stages", "maxnreg") if config[name] is not None}
     if pass_ == "wgrad":

@@ -28,9 +28,10 @@ def is_channels_last(shape, strides) -> bool:
     return True
 
 
-def fp32_precision() -> str:
-    """"tf32" or "ieee", as torch.backends.cudnn.conv.fp32_precision (and the older allow_tf32) say."""
-    return "tf32" if torch.backends.cudnn.conv.fp32_precision == "tf32" else "ieee"
+def fp32_precision(target: str) -> str:
+    """"tf32" or "ieee", as torch.backends.cudnn.conv.fp32_precision (and the older allow_tf32) say; of AMD's GPUs only gfx942 has tf32."""
+    allowed = target.startswith("cuda") or target == "hip:gfx942"
+    return "tf32" if allowed and torch.backends.cudnn.conv.fp32_precision == "tf32" else "ieee"
 
 
 @lru_cache(maxsize=4096)
@@ -54,10 +55,10 @@ def _run(pass_, a, b, *rest, x_shape, w_shape, geometry):
         out = _empty(a, {"fprop": problem.y_shape, "dgrad": problem.x_shape, "wgrad": problem.w_shape}[pass_], channels_last).zero_()
         return out if not rest or rest[0] is None else out.add_(rest[0].view(1, -1, 1, 1))
     from . import launch
-    precision = fp32_precision() if a.dtype == torch.float32 else "ieee"
-    config = _config(problem, pass_, dispatch.target(), precision)
     with torch.cuda.device(a.device) if a.is_cuda else nullcontext():
-        return getattr(launch, pass_)(problem, a, b, *rest, config, precision)
+        target = dispatch.target()                          # of this device, not of the one that was current
+        precision = fp32_precision(target) if a.dtype == torch.float32 else "ieee"
+        return getattr(launch, pass_)(problem, a, b, *rest, _config(problem, pass_, target, precision), precision)
 
 
 def _empty(like, shape, channels_last):

@@ -126,7 +126,8 @@ def correlate_flat(x_ptr, w_ptr, bias_ptr, y_ptr, N, H, W, P, Q, K, G, stride_h,
     if INT64:
         i, p, q = i.to(tl.int64), p.to(tl.int64), q.to(tl.int64)
     pixel = ((i * H + p * stride_h) * W + q * stride_w) * cg
-    xo = ((img.to(tl.int64) * H + p0 * stride_h + off_h) * W + q0 * stride_w + off_w) * cg + g * C
+    pixel0 = (img.to(tl.int64) * H + p0 * stride_h + off_h + r_lo * dil_h) * W + q0 * stride_w + off_w + s_lo * dil_w
+    xo = pixel0 * cg + g * C
     n = n0 + tl.arange(0, BLOCK_N)
     acc = tl.zeros((BLOCK_IMG * BLOCK_P * BLOCK_Q, BLOCK_N), ACC)
     for j0 in range(0, total, BLOCK_K):
@@ -137,7 +138,7 @@ def correlate_flat(x_ptr, w_ptr, bias_ptr, y_ptr, N, H, W, P, Q, K, G, stride_h,
         hr = h[:, None] + (r * dil_h)[None, :]
         vs = v[:, None] + (s * dil_w)[None, :]
         in_x = (in_y[:, None] & (j < total)[None, :]) & ((hr >= 0) & (hr < H) & (vs >= 0) & (vs < W))
-        shift = r * dil_h * W + s * dil_w
+        shift = (r - r_lo) * dil_h * W + (s - s_lo) * dil_w
         if INT64:
             shift = shift.to(tl.int64)
         x_offs = pixel[:, None] + (shift * cg + c)[None, :]
