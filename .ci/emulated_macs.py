@@ -17,10 +17,9 @@ for pass_ in PASSES:
     seen = {}
     for w in workloads.suite("aspp"):
         cfg = config.default(w.problem, pass_, dispatch.target()) | ({"SPLIT_K": 1} if pass_ == "wgrad" else {})
-        p = replace(w.problem, n=min(w.problem.n, cfg["BLOCK_IMG"]), c=32, k=32)
-        if w.problem.groups > 1:
-            p = replace(p, c=2, k=2, groups=2)
-        else:
+        channels, groups = (32, 1) if w.problem.groups == 1 else (2, 2)
+        p = replace(w.problem, n=min(w.problem.n, cfg["BLOCK_IMG"]), c=channels, k=channels, groups=groups)
+        if groups == 1:
             cfg |= {"BLOCK_N": 32} | ({"BLOCK_M": 32} if pass_ == "wgrad" else {"BLOCK_K": 32})
         key = p, tuple(cfg.items())
         if key not in seen:

@@ -68,6 +68,7 @@ GEOMETRIES = {
     "groups": problem((1, 48, 8, 9), (32, 24, 3, 3), padding=2, dilation=2, groups=2),
     "narrow groups": problem((1, 12, 9, 9), (9, 4, 3, 3), padding=3, dilation=3, groups=3),
     "depthwise": problem((2, 6, 9, 9), (6, 1, 3, 3), padding=3, dilation=3, groups=6),
+    "depthwise, dilation beyond the map": problem((1, 3, 6, 7), (3, 1, 3, 3), padding=9, dilation=9, groups=3),
     "depthwise, multiplier 2": problem((1, 3, 9, 9), (6, 1, 5, 5), padding=4, dilation=2, groups=3, stride=2),
     "even filter, same": problem((1, 16, 7, 8), (16, 16, 2, 4), padding="same", dilation=(3, 1)),
     "1x1, dilation 4": problem((2, 16, 5, 5), (16, 16, 1, 1), dilation=4),

@@ -18,10 +18,11 @@ from .problem import DTYPE_BYTES, PASSES, Axis, Problem
 TARGETS = {"cuda:80": (108, 166912), "cuda:86": (84, 101376), "cuda:89": (128, 101376), "cuda:90": (132, 232448),
            "cuda:100": (148, 232448), "cuda:120": (170, 101376), "hip:gfx942": (304, 65536)}
 KERNELS = ("gather", "gather_flat")
-# tile (M, N, num_warps) -> relative rate of the main loop: 1 / (1 + instructions that are not MMA per MMA), static counts, fp16, sm_80
+# tile (M, N, num_warps) -> relative rate of the main loop: 1 / (1 + instructions that are not MMA per MMA), static counts, fp16, sm_80;
+# on the smallest tile more warps would repeat each other's work
 TILES = {(128, 128, 4): 1.0, (128, 256, 8): 1.0, (256, 128, 8): 0.98, (64, 128, 4): 0.8, (128, 64, 4): 0.8, (64, 64, 4): 0.65,
          (128, 32, 4): 0.5, (64, 32, 4): 0.42, (128, 16, 4): 0.3, (64, 16, 4): 0.25,
-         (32, 128, 4): 0.5, (32, 64, 4): 0.42, (16, 128, 4): 0.3, (16, 64, 4): 0.25, (16, 32, 4): 0.2, (16, 16, 4): 0.15}
+         (32, 128, 4): 0.5, (32, 64, 4): 0.42, (16, 128, 4): 0.3, (16, 64, 4): 0.25, (16, 32, 4): 0.2, (16, 16, 2): 0.15}
 # the same without tensor cores: fp64, ieee fp32
 SIMT_TILES = {(64, 64, 4): 1.0, (64, 32, 4): 0.8, (64, 16, 4): 0.5, (32, 32, 4): 0.5, (32, 16, 4): 0.3, (16, 64, 4): 0.5, (16, 16, 4): 0.2}
 
@@ -152,8 +153,7 @@ def _flat_wgrad_pixels(problem: Problem, n: int, bp: int, bq: int) -> int:
         first, last = n0 // c, (min(n0 + n, problem.r * problem.s * c) - 1) // c
         (r0, s0), (r1, s1) = divmod(first, problem.s), divmod(last, problem.s)
         s0, s1 = (s0, s1) if r0 == r1 else (0, problem.s - 1)
-        rows = max(h.live_out(r0)[1] - h.live_out(r1)[0], 0)
-        cols = max(w.live_out(s0)[1] - w.live_out(s1)[0], 0)
+        rows, cols = h.live_out_any(r0, r1), w.live_out_any(s0, s1)
         total += n * -(-rows // bp) * bp * -(-cols // bq) * bq
     return total
 
@@ -214,7 +214,7 @@ def candidates(problem: Problem, pass_: str, target: str, precision: str = "tf32
         fitting = [step for step in (steps if mma else [16]) if max(m * m_scattered, n * n_scattered) * step <= most]
         if m * n >= 128 * 128 and pass_ == "wgrad" and (cols % n or rows % m):
             continue                                                   # the masks' registers would spill, here and below
-        if m * n == 128 * 128 and (pass_ == "dgrad" and cols % n or pass_ == "wgrad" and (base["CLAMP"] or problem.layout == "nchw")):
+        if m * n >= 128 * 128 and (pass_ == "dgrad" and cols % n or pass_ == "wgrad" and (base["CLAMP"] or problem.layout == "nchw")):
             fitting = [step for step in fitting if step * nbytes < 128]
         for step in fitting[:1 if rows else 2]:
             option = dict(base, BLOCK_N=n, num_warps=warps)

@@ -41,6 +41,14 @@ class Axis:
         hi = min(self.out, -((shift - self.size) // self.stride))
         return (lo, hi) if lo < hi else (0, 0)
 
+    def live_out_any(self, t0: int, t1: int) -> int:
+        """Length of the range that a reduction over taps t0..t1 (inclusive) walks: larger taps begin and end earlier."""
+        def bounds(t):
+            shift = self.offset + t * self.dilation
+            lo = min(max(0, -(shift // self.stride)), self.out)
+            return lo, max(lo, min(self.out, -((shift - self.size) // self.stride)))
+        return max(bounds(t0)[1] - bounds(t1)[0], 0)
+
     @cached_property
     def useful(self) -> int:
         """Number of (output, tap) pairs that read the image."""
