@@ -145,7 +145,9 @@ def test_rows_of_changing_sources_are_not_kept(run, monkeypatch):
 
 def test_sigint_in_a_real_process_keeps_rows(tmp_path):
     command = [sys.executable, str(PERF / "sweep.py"), "--filter", "dw", "--suite", "all", "--passes", "wgrad", "--out", str(tmp_path)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    # a shell's background jobs ignore SIGINT, and their children inherit that
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     path, deadline = tmp_path / "results.csv", time.time() + 60
     while time.time() < deadline and not (path.exists() and path.read_text().count("\n") >= 2):
         time.sleep(0.1)
