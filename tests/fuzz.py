@@ -1,6 +1,7 @@
 """Random geometries through tridil.launch against the float64 reference: python tests/fuzz.py --count 500 --seed 0 --seconds 600 --state FILE
 
-Every geometry runs its three passes with the default config and with random candidates, in each dtype. The result must stay inside its error
+Every geometry runs its three passes with the default config and with random candidates, in each dtype; --kernel tma draws geometries that tensor
+descriptors can describe and runs random configs of that kernel. The result must stay inside its error
 budget and every element must be written. Geometry i of a seed is the same on every machine; with --state a later run goes on where the last
 one stopped. Exit status 1 and a line that repeats the case where one is broken.
 """
@@ -15,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-if not torch.cuda.is_available():
+if __name__ == "__main__" and not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")           # before anything imports a kernel
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -36,17 +37,44 @@ def configs(problem, pass_, rng):
         yield cfg if config.fits(changed, problem, pass_, target) else changed
 
 
-def run_geometry(seed, index, dtypes, device, max_macs=2e5):
+def tma_problem(rng, max_macs):
+    """A random geometry whose passes all have a descriptor: channels in multiples of 16 bytes, strides that divide the dilation."""
+    while True:
+        p = testing.random_problem(rng, max_macs=max_macs)
+        p = replace(p, c=-(-p.c // p.groups // 8) * 8 * p.groups, k=-(-p.k // p.groups // 8) * 8 * p.groups)
+        if all(next(tma_configs(p, pass_, random.Random(0), "cuda:90"), None) for pass_ in PASSES):
+            return p
+
+
+def tma_configs(problem, pass_, rng, target=None):
+    """One random config of the tma kernel; tiles are small, and few enough that geometries share compiled kernels."""
+    box = rng.choice([(1, 8, 8), (4, 4, 4), (1, 1, 64), (16, 2, 2), (1, 4, 8)])
+    cfg = dict(zip(("BLOCK_IMG", "BLOCK_P", "BLOCK_Q"), box), kernel="tma", BLOCK_N=rng.choice([16, 64]), WARP_SPECIALIZE=False, num_warps=4,
+               num_stages=rng.choice([1, 3]), maxnreg=None, SPLIT_K=rng.choice([1, 1, 3]))
+    if pass_ == "wgrad":
+        cfg["BLOCK_M"] = rng.choice([16, 64])
+    else:
+        cfg |= {"BLOCK_K": rng.choice([16, 32]), "WEIGHT_FIRST": cfg["BLOCK_N"] == 64}
+    if problem.groups > 1:
+        cfg["BLOCK_M" if pass_ == "wgrad" else "BLOCK_K"] = 16
+    if config.fits(cfg, problem, pass_, target or dispatch.target()) is None:
+        yield cfg
+
+
+def run_geometry(seed, index, dtypes, device, max_macs=2e5, kernel=None):
     """Runs one geometry in every dtype; returns (passes run, largest share of a budget used, message of the first failure or None)."""
-    rng = random.Random(f"{seed}/{index}")
-    geometry, runs, most = testing.random_problem(rng, max_macs=max_macs), 0, 0.0
+    rng, draw, runs, most = random.Random(f"{seed}/{index}"), configs, 0, 0.0
+    if kernel == "tma":
+        draw, geometry = tma_configs, tma_problem(rng, max_macs)
+    else:
+        geometry = testing.random_problem(rng, max_macs=max_macs)
     for dtype in dtypes:
         p = replace(geometry, dtype=dtype)
         x, w, bias, dy = testing.random_tensors(p, device, rng.randrange(2**31))
         bias = bias if rng.random() < 0.5 else None
         for pass_, args in (("fprop", (x, w, bias)), ("dgrad", (dy, w)), ("wgrad", (dy, x))):
             expected = getattr(reference, pass_)(p, *args)
-            for cfg in configs(p, pass_, rng):
+            for cfg in draw(p, pass_, rng):
                 try:
                     error, budget = testing.check(getattr(launch, pass_)(p, *args, cfg), expected, p, pass_)
                 except Exception as e:                              # a failure to compile or to launch is a finding, too
@@ -56,16 +84,17 @@ def run_geometry(seed, index, dtypes, device, max_macs=2e5):
                 most = max(most, error / budget if budget else 0.0)
                 if not error <= budget:
                     return runs, most, (f"FAILED {pass_} of {p.key()}: error {error:.3g} exceeds the budget {budget:.3g} with {cfg}; "
-                                        f"repeat: python tests/fuzz.py --seed {seed} --start {index} --count 1 --dtypes {','.join(dtypes)}")
+                                        f"repeat: python tests/fuzz.py --seed {seed} --start {index} --count 1 "
+                                        f"--dtypes {','.join(dtypes)}{' --kernel ' + kernel if kernel else ''}")
     return runs, most, None
 
 
-def fuzz(count, seed, seconds, dtypes, device, start=0, state=None):
+def fuzz(count, seed, seconds, dtypes, device, start=0, state=None, kernel=None):
     """Runs geometries start .. start+count-1 for at most `seconds`, from `state` (a dict) on; returns the state."""
     state = state or {"next": start, "geometries": 0, "runs": 0, "most": 0.0, "failures": []}
     deadline = time.monotonic() + seconds
     while state["next"] < start + count and time.monotonic() < deadline:
-        runs, most, failure = run_geometry(seed, state["next"], dtypes, device)
+        runs, most, failure = run_geometry(seed, state["next"], dtypes, device, kernel=kernel)
         state["next"] += 1
         state["geometries"] += 1
         state["runs"] += runs
@@ -81,15 +110,18 @@ def main(argv=None) -> int:
     parser.add_argument("--start", type=int, default=0, help="index of the first geometry")
     parser.add_argument("--seconds", type=float, default=600, help="stop after this time")
     parser.add_argument("--state", type=Path, help="file that keeps progress")
-    parser.add_argument("--dtypes", default="float16,float32")
+    parser.add_argument("--dtypes", default="float16,float32", help="comma-separated (fp32 does not run on tensor cores)")
+    parser.add_argument("--kernel", choices=["tma"], help="run this kernel only, on a target that has it")
     args = parser.parse_args(argv)
+    if args.kernel and not config.has_tma(dispatch.target()):
+        parser.error(f"kernel tma needs sm_90 or later, the target is {dispatch.target()}: set TRIDIL_TARGET=cuda:90 to interpret it")
     dtypes = args.dtypes.split(",")
     unknown = set(dtypes) - {"float16", "bfloat16", "float32", "float64"}
     if unknown:
         parser.error(f"unknown dtypes {sorted(unknown)}: use float16, bfloat16, float32, float64")
     torch.use_deterministic_algorithms(True, warn_only=True)     # torch.empty returns NaN
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    identity = {"seed": args.seed, "start": args.start, "dtypes": dtypes, "target": dispatch.target()}
+    identity = {"seed": args.seed, "start": args.start, "dtypes": dtypes, "target": dispatch.target(), "kernel": args.kernel}
     state = json.loads(args.state.read_text()) if args.state and args.state.exists() else None
     if state and state.pop("of") != identity:
         parser.error(f"{args.state} belongs to another seed, start, dtypes or target: give another file")
@@ -97,7 +129,7 @@ def main(argv=None) -> int:
     while True:
         done = state["geometries"] if state else 0
         step = min(args.count, done + 10)
-        state = fuzz(step, args.seed, end - time.monotonic(), dtypes, device, args.start, state)
+        state = fuzz(step, args.seed, end - time.monotonic(), dtypes, device, args.start, state, args.kernel)
         if args.state:
             temporary = args.state.with_suffix(".part")
             temporary.write_text(json.dumps({**state, "of": identity}))

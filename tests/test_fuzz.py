@@ -1,5 +1,6 @@
 """A bounded slice of tests/fuzz.py, and the script's own behaviour: it finds a wrong kernel, and goes on where it stopped."""
 import random
+from collections import Counter
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ pytest.importorskip("triton")
 
 import fuzz
 
-from tridil import launch
+from tridil import config, dispatch, launch
 
 
 def test_fresh_geometries(device, seed, poisoned):
@@ -21,6 +22,21 @@ def test_fresh_geometries(device, seed, poisoned):
 def test_other_dtypes(dtype, device, seed, poisoned):
     state = fuzz.fuzz(10**6, seed, 8, [dtype], device)
     assert not state["failures"] and state["geometries"] >= 2
+
+
+def test_geometries_of_descriptors(device, seed, poisoned, monkeypatch):
+    """The tma kernel alone; every launch is counted."""
+    if dispatch.interpreted():
+        monkeypatch.setenv("TRIDIL_TARGET", "cuda:90")
+    if not config.has_tma(dispatch.target()):
+        pytest.skip(f"{dispatch.target()} has no tensor descriptors")
+    launched, call = Counter(), launch.Launch.__call__
+    monkeypatch.setattr(launch.Launch, "__call__", lambda self, tensors: launched.update([self.kernel]) or call(self, tensors))
+    state = fuzz.fuzz(300, seed, 600 if not dispatch.interpreted() else 30, ["float16"], device, kernel="tma")
+    print(state, launched)
+    assert not state["failures"] and 0 < state["most"] <= 1 and set(launched) <= {"correlate_tma", "wgrad_tma", "sum_splits"}
+    assert state["geometries"] == 300 or dispatch.interpreted() and state["geometries"] >= 10
+    assert launched["correlate_tma"] >= 2 * state["geometries"] and launched["wgrad_tma"] == state["geometries"] == state["runs"] / 3
 
 
 @pytest.mark.parametrize("pass_", ["fprop", "dgrad", "wgrad"])

@@ -95,23 +95,28 @@ def test_every_candidate_gives_the_reference(name, pass_):
     check(p, [pass_], configs)
 
 
+def gathered(p, pass_):
+    """Candidates of the pointer kernels."""
+    return [cfg for cfg in config.candidates(p, pass_, dispatch.target()) if cfg["kernel"] != "tma"]
+
+
 @pytest.mark.parametrize("pass_", PASSES)
-@pytest.mark.parametrize("kernel", config.KERNELS)
+@pytest.mark.parametrize("kernel", ["gather", "gather_flat"])
 def test_both_kernels_serve_every_channel_count(kernel, pass_):
     """The flat kernel is a choice, not a need."""
     for channels, name in itertools.product((1, 40), ("aspp", "stride 2, dilation 2")):
         p = replace(GEOMETRIES[name], c=channels, k=24)
-        check(p, [pass_], [dict(cfg, kernel=kernel) for cfg in config.candidates(p, pass_, dispatch.target())[-1:]])
+        check(p, [pass_], [dict(cfg, kernel=kernel, SPLIT_K=cfg["SPLIT_K"] if pass_ == "wgrad" else 1) for cfg in gathered(p, pass_)[-1:]])
 
 
-@pytest.mark.parametrize("box", [(1, 1, 64), (1, 64, 1), (64, 1, 1), (1, 8, 8), (2, 4, 8), (4, 4, 4), (16, 2, 2)])
+@pytest.mark.parametrize("box", [(1, 1, 64), (1, 64, 1), (64, 1, 1), (1, 8, 8), (2, 4, 8), (4, 4, 4), (16, 2, 2), (1, 5, 7), (3, 3, 3), (1, 1, 33)])
 @pytest.mark.parametrize("name", ["dilation beyond the map", "many images", "stride 2, dilation 2"])
 def test_every_box(name, box):
     p = GEOMETRIES[name]
     sides = dict(zip(("BLOCK_IMG", "BLOCK_P", "BLOCK_Q"), box))
     for pass_ in PASSES:
-        cfg = next(c for c in config.candidates(p, pass_, dispatch.target()) if config.pixels(c) == 64)
-        check(p, [pass_], [{**cfg, **sides}])
+        cfgs = [{**c, **sides} for c in config.candidates(p, pass_, dispatch.target())[:1] + gathered(p, pass_)[:1]]
+        check(p, [pass_], [cfg for cfg in cfgs if config.fits(cfg, p, pass_, dispatch.target()) is None])
 
 
 @pytest.mark.parametrize("pass_", PASSES)
@@ -119,7 +124,7 @@ def test_every_box(name, box):
 def test_clamped_addresses_change_nothing(name, pass_):
     """pytorch#187222: a masked load must not need its address; with CLAMP no address leaves the tensor, without it the result is the same."""
     p = GEOMETRIES[name]
-    cfg = config.default(p, pass_, dispatch.target())
+    cfg = gathered(p, pass_)[0]
     clamped, = check(p, [pass_], [dict(cfg, CLAMP=True)], seed=3)
     assert torch.isfinite(clamped).all()
 
@@ -128,7 +133,7 @@ def test_clamped_addresses_change_nothing(name, pass_):
 @pytest.mark.parametrize("pass_", PASSES)
 def test_clamping_is_bit_identical(pass_):
     p = GEOMETRIES["aspp"]
-    cfg = config.default(p, pass_, dispatch.target())
+    cfg = gathered(p, pass_)[0]
     a, b = check(p, [pass_], [dict(cfg, CLAMP=True), dict(cfg, CLAMP=False)])
     assert torch.equal(a, b)
 
@@ -149,20 +154,23 @@ def test_long_reduction_in_one_accumulator(stages):
         check(p, [pass_], [dict(config.candidates(p, pass_, dispatch.target())[-1], num_stages=stages)])
 
 
+@pytest.mark.parametrize("pass_", PASSES)
 @pytest.mark.parametrize("split", [1, 2, 3, 7])
-def test_split_k_sums_every_split(split):
-    """Also more splits than there are reduction steps."""
-    for name in ("dilation beyond the map", "RGB", "NCHW"):
-        p = GEOMETRIES[name]
-        check(p, ["wgrad"], [dict(config.default(p, "wgrad", dispatch.target()), SPLIT_K=split)])
+def test_split_k_sums_every_split(split, pass_):
+    """Also more splits than there are reduction steps, over taps and channels, with and without bias, one residue class after another."""
+    names = ["dilation beyond the map", "NCHW", "aspp", "groups", "49 taps", "stride 2, dilation 3", "stride beyond the filter"]
+    for name in names[:2] + ["RGB"] if pass_ == "wgrad" else names:
+        p = replace(GEOMETRIES[name], c=80) if name == "aspp" else GEOMETRIES[name]
+        cfgs = [dict(cfg, SPLIT_K=split) for cfg in config.candidates(p, pass_, dispatch.target())[:1] + gathered(p, pass_)[:1]]
+        for cfg in cfgs if pass_ != "wgrad" else ():                    # many short steps, and a kernel that splits them
+            cfg |= {"BLOCK_K": 16, "kernel": cfg["kernel"].removesuffix("_flat")}
+        check(p, [pass_], cfgs)
 
 
 @pytest.mark.parametrize("pass_", PASSES)
 def test_reruns_are_bit_identical(pass_):
-    p = replace(GEOMETRIES["aspp"], dtype="float32")
-    cfg = config.default(p, pass_, dispatch.target())
-    if pass_ == "wgrad":
-        cfg["SPLIT_K"] = 5
+    p = replace(GEOMETRIES["aspp"], k=32, dtype="float32")
+    cfg = dict(config.default(p, pass_, dispatch.target()), SPLIT_K=5)
     first, again = check(p, [pass_], [cfg, dict(cfg)], seed=1)
     assert torch.equal(first, again)
 
@@ -236,12 +244,84 @@ def test_nan_weight_on_a_dead_tap_is_not_read():
 def test_illegal_config_raises_before_any_launch():
     p = GEOMETRIES["aspp"]
     x, w, bias, dy = testing.random_tensors(p, kernel_device(), 0)
-    good = config.default(p, "fprop", dispatch.target())
+    good = gathered(p, "fprop")[0]
     for change in ({"BLOCK_N": 24}, {"BLOCK_K": 8}, {"num_stages": 0}, {"BLOCK_N": 4096}, {"kernel": "im2col"}, {"CLAMP": 1}, {"BLOCK_IMG": 0}):
         with pytest.raises(ValueError, match="does not fit"):
             launch.fprop(p, x, w, bias, {**good, **change})
     with pytest.raises(ValueError, match="exactly the entries"):
         launch.wgrad(p, dy, x, good)
+
+
+TMA = ["aspp", "dilation beyond the map", "padding beyond the extent", "stride 2, dilation 2", "stride 2, dilation 3", "dilations differ", "3x1",
+       "1x3", "49 taps", "ragged channels of 8", "even filter, same", "1x1, dilation 4", "one pixel", "height 1", "many images", "NCHW",
+       "NCHW, strided", "wide groups", "output channels that no descriptor stores"]
+GEOMETRIES |= {"ragged channels of 8": problem((1, 72, 9, 9), (40, 72, 3, 3), padding=2, dilation=2),
+               "wide groups": problem((1, 128, 8, 9), (192, 32, 3, 3), padding=2, dilation=2, groups=4),
+               "output channels that no descriptor stores": problem((2, 32, 8, 9), (21, 32, 3, 3), padding=6, dilation=6)}
+
+
+@pytest.fixture
+def hopper(monkeypatch):
+    """Descriptors run in the interpreter, and on the GPUs that have them."""
+    if dispatch.interpreted():
+        monkeypatch.setenv("TRIDIL_TARGET", "cuda:90")
+    if not config.has_tma(dispatch.target()):
+        pytest.skip(f"{dispatch.target()} has no tensor descriptors")
+    launched = []
+    call = launch.Launch.__call__
+    monkeypatch.setattr(launch.Launch, "__call__", lambda self, tensors: launched.append(self.kernel) or call(self, tensors))
+    return launched
+
+
+def tma_config(pass_, **change):
+    tile = {"BLOCK_M": 32} if pass_ == "wgrad" else {"BLOCK_K": 32, "WEIGHT_FIRST": True}
+    return {"kernel": "tma", "BLOCK_IMG": 1, "BLOCK_P": 4, "BLOCK_Q": 8, "BLOCK_N": 64, **tile, "SPLIT_K": 1, "WARP_SPECIALIZE": False,
+            "num_warps": 4, "num_stages": 2, "maxnreg": None, **change}
+
+
+@pytest.mark.parametrize("name, dtype", [*itertools.product(TMA, ["float16"]), *itertools.product(
+    ["aspp", "ragged channels of 8", "stride 2, dilation 3", "NCHW"], ["bfloat16", "float32"])])
+def test_descriptors(name, dtype, hopper):
+    """Every geometry that a descriptor can describe, in both operand orders, with and without split reductions and folded images."""
+    p = replace(GEOMETRIES[name], dtype=dtype)
+    for pass_ in PASSES:
+        orders = [{}] if pass_ == "wgrad" else [{"WEIGHT_FIRST": True}, {"WEIGHT_FIRST": False}]
+        for change in [*orders, {"SPLIT_K": 3}, {"BLOCK_IMG": 2, "BLOCK_Q": 4, "num_stages": 3}]:
+            cfg = tma_config(pass_, **change)
+            if p.groups > 1:
+                cfg["BLOCK_M" if pass_ == "wgrad" else "BLOCK_K"] = 16
+            if config.fits(cfg, p, pass_, dispatch.target()) is None:
+                hopper.clear()
+                check(p, [pass_], [cfg], precision="tf32" if dtype == "float32" else "ieee")
+                assert any(kernel.endswith("_tma") for kernel in hopper)
+            else:                                                        # stride 3 dilation 2 in fprop and wgrad, 21 channels in the backward passes
+                assert name in ("stride 2, dilation 3", "output channels that no descriptor stores"), config.fits(cfg, p, pass_, dispatch.target())
+
+
+def test_the_overhang_of_ragged_channels_is_not_multiplied(hopper):
+    """72 channels in blocks of 32: an Inf weight of the next tap must stay one Inf in its own output channel, not become NaN elsewhere."""
+    p = GEOMETRIES["ragged channels of 8"]
+    x, w, bias, dy = testing.random_tensors(p, kernel_device(), 0)
+    w[3, 0, 1, 1] = float("inf")                                         # the pixel's own tap, first channel: behind the overhang of the tap before
+    y = launch.fprop(p, x, w, bias, tma_config("fprop"))
+    assert torch.equal(y[:, 3] == float("inf"), x[:, 0] > 0) and torch.isfinite(y[:, :3]).all() and torch.isfinite(y[:, 4:]).all()
+    assert hopper == ["correlate_tma"]
+
+
+@pytest.mark.parametrize("offset", [1, 4])
+def test_descriptors_of_a_misaligned_tensor(hopper, offset):
+    """A base that is not a multiple of 16 bytes is copied, not refused."""
+    p = problem((1, 32, 7, 7), (16, 32, 3, 3), padding=2, dilation=2)
+    tensors = [t.contiguous(memory_format=torch.channels_last) if t.dim() == 4 else t for t in testing.random_tensors(p, kernel_device(), 0)]
+
+    def shifted(t):
+        flat = torch.empty(t.numel() + offset, dtype=t.dtype, device=t.device)[offset:]
+        n, c, h, w_ = t.shape
+        return flat.view(n, h, w_, c).permute(0, 3, 1, 2).copy_(t)
+    x, w, bias, dy = (shifted(t) if t.dim() == 4 else t for t in tensors)
+    for pass_ in PASSES:
+        check(p, [pass_], [tma_config(pass_)], tensors=(x, w, bias, dy))
+    assert len(hopper) == 3
 
 
 @pytest.mark.skipif(not dispatch.interpreted(), reason="counts the interpreter's matrix products")

@@ -1,4 +1,5 @@
 """Plans: the launches of a pass without tensors."""
+import math
 from dataclasses import replace
 
 import pytest
@@ -10,7 +11,6 @@ from tridil import config, dispatch, launch, testing
 from tridil.problem import PASSES, Problem
 
 P = Problem(2, 16, 9, 9, 24, 3, 3, padding=((2, 2), (2, 2)), dilation=(2, 2))
-CL = (1, 1, 1, 1)
 
 
 def cfg(p, pass_):
@@ -18,36 +18,46 @@ def cfg(p, pass_):
 
 
 def test_one_launch_for_stride_1_and_one_per_residue_class():
-    assert [len(launch.plan(P, pass_, cfg(P, pass_), CL)) for pass_ in ("fprop", "dgrad")] == [1, 1]
+    assert [len(launch.plan(P, pass_, cfg(P, pass_))) for pass_ in ("fprop", "dgrad")] == [1, 1]
     odd = replace(P, stride=(2, 2), dilation=(3, 3))
-    assert len(launch.plan(odd, "dgrad", cfg(odd, "dgrad"), CL)) == 4           # gcd 1: every class has taps
+    assert len(launch.plan(odd, "dgrad", cfg(odd, "dgrad"))) == 4           # gcd 1: every class has taps
     even = replace(P, stride=(2, 2))
-    assert len(launch.plan(even, "dgrad", cfg(even, "dgrad"), CL)) == 1         # gcd 2: three classes are zero
+    assert len(launch.plan(even, "dgrad", cfg(even, "dgrad"))) == 1         # gcd 2: three classes are zero
     assert not even.dgrad_covers and odd.dgrad_covers
 
 
 def test_no_tap_is_wasted_in_strided_dgrad():
     odd = replace(P, stride=(2, 2), dilation=(3, 3))
-    taps = [dict(item.constexprs)["R"] * dict(item.constexprs)["S"] for item in launch.plan(odd, "dgrad", cfg(odd, "dgrad"), CL)]
+    taps = [dict(item.constexprs)["R"] * dict(item.constexprs)["S"] for item in launch.plan(odd, "dgrad", cfg(odd, "dgrad"))]
     assert sorted(taps) == [1, 2, 2, 4]
 
 
-def test_split_k_adds_one_fixed_order_sum():
-    one, two = (launch.plan(P, "wgrad", dict(cfg(P, "wgrad"), SPLIT_K=n), CL) for n in (1, 4))
-    assert [item.kernel for item in one] == ["wgrad"] and [item.kernel for item in two] == ["wgrad", "sum_splits"]
+@pytest.mark.parametrize("pass_", PASSES)
+def test_split_k_adds_one_fixed_order_sum(pass_):
+    one, two = (launch.plan(P, pass_, dict(cfg(P, pass_), kernel="gather", SPLIT_K=n)) for n in (1, 4))
+    assert len(one) == 1 and [item.kernel for item in two] == [one[0].kernel, "sum_splits"]
     assert two[0].grid[0] == 4 * one[0].grid[0]
+    result = {"fprop": P.y_shape, "dgrad": P.x_shape, "wgrad": P.w_shape}[pass_]
+    assert one[0].workspace == 0 and two[0].workspace == 4 * math.prod(result)
+
+
+def test_split_strided_dgrad_sums_each_residue_class():
+    odd = replace(P, stride=(2, 2), dilation=(3, 3))
+    items = launch.plan(odd, "dgrad", dict(cfg(odd, "dgrad"), kernel="gather", SPLIT_K=3))
+    assert [item.kernel for item in items] == ["correlate", "sum_splits"] * 4
+    assert max(item.workspace for item in items) == 3 * 2 * 16 * 5 * 5
 
 
 @pytest.mark.parametrize("n, expected", [(2**31 // (16 * 81) - 1, False), (2**31 // (16 * 81) + 1, True)])
 def test_int64_only_where_needed(n, expected):
     big = replace(P, n=n, k=8)
-    assert dict(launch.plan(big, "fprop", cfg(big, "fprop"), CL)[0].constexprs)["INT64"] is expected
+    assert dict(launch.plan(big, "fprop", cfg(big, "fprop"))[0].constexprs)["INT64"] is expected
 
 
 def test_plans_are_cached_by_problem():
     """Dilation included: pytorch's and FlagGems' tuning keys once lacked it."""
-    a, b = (launch.plan(replace(P, dilation=(d, d)), "fprop", cfg(P, "fprop"), CL) for d in (1, 2))
-    assert a != b and launch.plan(P, "fprop", cfg(P, "fprop"), CL) == b
+    a, b = (launch.plan(replace(P, dilation=(d, d)), "fprop", cfg(P, "fprop")) for d in (1, 2))
+    assert a != b and launch.plan(P, "fprop", cfg(P, "fprop")) == b
 
 
 def test_results_are_allocated_once_and_nothing_else_is(monkeypatch):
@@ -59,13 +69,13 @@ def test_results_are_allocated_once_and_nothing_else_is(monkeypatch):
     empty = torch.empty
     monkeypatch.setattr(torch, "empty", lambda *a, **kw: allocated.append(empty(*a, **kw)) or allocated[-1])
     pointers = []
-    monkeypatch.setattr(launch.Launch, "__call__", lambda self, *args: pointers.append([a.data_ptr() for a in args]))
+    monkeypatch.setattr(launch.Launch, "__call__", lambda self, tensors: pointers.append([tensors[role].data_ptr() for _, role, _ in self.tensors]))
     launch.fprop(p, x, w, bias, cfg(p, "fprop"))
     launch.dgrad(p, dy, w, cfg(p, "dgrad"))
     launch.wgrad(p, dy, x, dict(cfg(p, "wgrad"), SPLIT_K=3))
     y, dx, dw, partials = allocated
     assert partials.numel() == 3 * dw.numel() and partials.dtype == torch.float32
-    assert pointers == [[t.data_ptr() for t in ts] for ts in ((x, w, bias, y), (dy, w, w, dx), (x, dy, partials), (partials, dw))]
+    assert pointers == [[t.data_ptr() for t in ts] for ts in ((x, w, bias, y), (dy, w, w, dx), (x, dy, partials), (partials, x, dw))]
 
 
 @pytest.mark.parametrize("pass_", PASSES)

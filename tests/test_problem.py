@@ -42,11 +42,31 @@ def test_live_outputs_and_work(axis):
         assert list(range(*axis.live_out(t))) == [i for i, tap in pairs if tap == t]
     assert axis.useful == len(pairs)
     if axis.stride <= axis.size:
-        assert axis.executed(1) == len(pairs)
-    assert axis.executed_out(1) == len(pairs)
-    for block in (2, 4, 16):
-        assert axis.executed(block) >= len(pairs) and axis.executed(block) % block == 0
-        assert axis.executed_out(block) == sum(-(-sum(tap == t for _, tap in pairs) // block) * block for t in range(axis.taps))
+        assert axis.steps(1)[0] == len(pairs)
+    assert axis.steps_out(1)[0] == len(pairs)
+    for block in (2, 3, 7, 16):
+        live = {(i // block, t) for i, t in pairs}
+        total, most = axis.steps(block)
+        assert len(live) <= total <= axis.taps * -(-axis.out // block) and most <= axis.taps
+        if axis.stride <= axis.size:
+            per_block = [sum(b == block_index for b, _ in live) for block_index in range(-(-axis.out // block))]
+            assert (total, most) == (len(live), max(per_block))
+        blocks = [-(-sum(tap == t for _, tap in pairs) // block) for t in range(axis.taps)]
+        assert axis.steps_out(block) == (sum(blocks), max(blocks))
+
+
+@settings(max_examples=300)
+@given(axes)
+def test_a_subsampled_axis_reads_the_same_elements(axis):
+    found = axis.subsampled
+    touched = {(i, t): i * axis.stride + axis.offset + t * axis.dilation for i in range(axis.out) for t in range(axis.taps) if reads(axis, i, t)}
+    if found is None:
+        assert axis.stride > 1 and (axis.dilation % axis.stride and axis.taps > 1 or not touched)
+        return
+    view, first, step = found
+    assert view.stride == 1 and step == axis.stride and 0 <= first < axis.size and view.size == len(range(first, axis.size, step))
+    assert touched == {(i, t): first + step * (i + view.offset + t * view.dilation)
+                       for i in range(view.out) for t in range(view.taps) if reads(view, i, t)}
 
 
 def correlate(axis, src, filters, out):

@@ -1,27 +1,31 @@
 """Ahead-of-time evidence: compile the kernels of a pass for any target, without a GPU, and read what came out."""
 from __future__ import annotations
 
+import multiprocessing
 import os
 import re
 import subprocess
 import tempfile
 from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 
-from .problem import Problem
+from . import sass
+from .problem import DTYPE_BYTES, Problem
 
-_POINTERS = {"float16": "*fp16", "bfloat16": "*bf16", "float32": "*fp32", "float64": "*fp64"}
-_OPCODE = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.a-z]*)", re.M)
-# SASS opcodes: tensor core (mma.sync, wgmma, tcgen05), then global loads
-_MMA = re.compile(r"HMMA|DMMA|HGMMA|UTCHMMA|UTC\w*MMA")
-_LOADS = re.compile(r"LDGSTS|LDG|UTMALDG")
+# overhead of CUTLASS 4.2's implicit GEMM convolution (BSD-3, compiled with nvcc; 3x3, fp16, C = 256), best of its tiles, counted the same way
+CUTLASS = {("fprop", "cuda:80"): 1.62, ("dgrad", "cuda:80"): 1.61, ("wgrad", "cuda:80"): 2.64, ("fprop", "cuda:90"): 0.45, ("dgrad", "cuda:90"): 0.45,
+           ("fprop", "cuda:100"): 0.05, ("dgrad", "cuda:100"): 0.05, ("wgrad", "cuda:100"): 0.05}
+LOOP = ("loop_instructions", "overhead", "loop_ldsm", "bound", "limiter", "l2_bytes_per_fma")
+_TYPES = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32", "float64": "fp64"}
 
 
 def compile_pass(problem: Problem, pass_: str, config: dict, target: str, precision: str = "tf32") -> list:
     """[(Launch, triton's CompiledKernel)] of one pass for `target`, like "cuda:90" or "hip:gfx942"; pointers are taken as 16-byte aligned.
 
-    Raises ValueError when config does not fit, RuntimeError when Triton interprets kernels in this process.
+    Compiled kernels come from Triton's cache when their source was compiled before. Raises ValueError when config does not fit, RuntimeError when
+    Triton interprets kernels in this process.
     """
     import triton
     from triton.backends.compiler import GPUTarget
@@ -36,25 +40,26 @@ def compile_pass(problem: Problem, pass_: str, config: dict, target: str, precis
         raise ValueError(f"config {config} does not fit {pass_} of {problem.key()}: {reason}")
     backend, _, arch = target.partition(":")
     gpu = GPUTarget(backend, int(arch) if backend == "cuda" else arch, 32 if re.match(r"cuda|hip:gfx1[0-2]", target) else 64)
-    n, c, h, w = {"fprop": problem.y_shape, "dgrad": problem.x_shape, "wgrad": problem.w_shape}[pass_]
-    strides = (c * h * w, 1, w * c, c) if problem.layout == "nhwc" else (c * h * w, h * w, w, 1)
     precision = precision if problem.dtype == "float32" else "ieee"
-    pointer, partial = _POINTERS[problem.dtype], "*fp64" if problem.dtype == "float64" else "*fp32"
+    element, partial = _TYPES[problem.dtype], "fp64" if problem.dtype == "float64" else "fp32"
     out = []
-    for item in launch.plan(problem, pass_, config, strides, precision, has_bias=pass_ == "fprop"):
+    for item in launch.plan(problem, pass_, config, precision, has_bias=pass_ == "fprop"):
         fn, scalars, constants = item.fn, dict(item.scalars), dict(launch._constexprs(item.constexprs))
+        tensors = {name: (partial if role == "partials" else element, box) for name, role, box in item.tensors}
         signature, attrs = {}, {}
-        for i, name in enumerate(fn.arg_names):
+        for i, (name, parameter) in enumerate(zip(fn.arg_names, fn.params)):
             if name in constants:
                 signature[name] = "constexpr"
-            elif name.endswith("_ptr"):
-                split = name == "part_ptr" or name == "dw_ptr" and config.get("SPLIT_K", 1) > 1 and item.kernel == "wgrad"
-                signature[name], attrs[(i,)] = partial if split else pointer, [["tt.divisibility", 16]]
-            elif scalars[name] == 1:                           # as the JIT specialises its arguments
+            elif name in tensors:
+                type_, box = tensors[name]
+                signature[name] = f"tensordesc<{type_}[{','.join(map(str, box.block))}]>" if box else f"*{type_}"
+                if not box:
+                    attrs[(i,)] = [["tt.divisibility", 16]]
+            elif scalars[name] == 1 and not parameter.do_not_specialize:       # as the JIT specialises its arguments
                 signature[name], constants[name] = "constexpr", 1
             else:
                 signature[name] = "i32" if -2**31 <= scalars[name] < 2**31 else "i64"
-                if scalars[name] % 16 == 0:
+                if scalars[name] % 16 == 0 and not parameter.do_not_specialize:
                     attrs[(i,)] = [["tt.divisibility", 16]]
         constexprs = {(fn.arg_names.index(name),): value for name, value in constants.items()}
         source = ASTSource(fn, signature, constexprs=constexprs, attrs=attrs)
@@ -62,43 +67,80 @@ def compile_pass(problem: Problem, pass_: str, config: dict, target: str, precis
     return out
 
 
-def resources(problem: Problem, pass_: str, config: dict | None = None, target: str = "cuda:90", precision: str = "tf32") -> list[dict]:
-    """One row per compiled kernel of a pass: kernel, target, config, registers, spills (instructions), shared_bytes, mma, loads.
+def resources(problem: Problem, pass_: str, config: dict | None = None, target: str = "cuda:90", precision: str = "tf32",
+              save: Path | None = None, name: str = "") -> list[dict]:
+    """One row per compiled kernel of a pass.
 
-    registers are per thread; mma names the tensor-core opcode of the machine code ("none" when there is none), loads counts global loads by
-    opcode and width in bits. On AMD, spills are counted by the compiler. Errors as in `compile_pass`.
+    kernel, target, config; registers per thread, spills (instructions; on AMD counted by the compiler), shared_bytes per program and ctas_per_sm; mma
+    (the tensor-core opcode, or "none"), loads (global loads by opcode and width in bits). Of the main loop: loop_instructions, overhead, bound,
+    limiter and l2_bytes_per_fma as `sass.measure` defines them, loop_ldsm (ldmatrix instructions), and CUTLASS's overhead beside it; None where there
+    is no such loop, and on AMD.
+    save: a folder that keeps PTX and SASS as name-pass-kernel.*. Errors as in `compile_pass`.
     """
     from . import config as cfg
     config = config or cfg.default(problem, pass_, target, precision)
     rows = []
-    for item, kernel in compile_pass(problem, pass_, config, target, precision):
-        found = _read_cubin(kernel.asm["cubin"]) if target.startswith("cuda") else _read_amdgcn(kernel.asm["amdgcn"])
-        rows.append(dict(kernel=item.kernel, target=target, config=config, **found, shared_bytes=kernel.metadata.shared))
+    for i, (item, kernel) in enumerate(compile_pass(problem, pass_, config, target, precision)):
+        if target.startswith("cuda"):
+            found = _read_cubin(kernel, int(target[5:]), cfg.tile(config, pass_), config["num_warps"], DTYPE_BYTES[problem.dtype])
+        else:
+            found = _read_amdgcn(kernel.asm["amdgcn"])
+        if save:
+            stem = re.sub(r"[^\w.-]+", "_", f"{name}-{pass_}-{item.kernel}-{i}").strip("_")
+            Path(save, f"{stem}.ptx" if "ptx" in kernel.asm else f"{stem}.amdgcn").write_text(kernel.asm["ptx" if "ptx" in kernel.asm else "amdgcn"])
+            if "sass" in found:
+                Path(save, f"{stem}.sass").write_text(found["sass"])
+        found.pop("sass", None)
+        yardstick = CUTLASS.get((pass_, target)) if found["overhead"] is not None and problem.dtype == "float16" else None
+        rows.append(dict(kernel=item.kernel, target=target, config=config, **found, shared_bytes=kernel.metadata.shared, cutlass=yardstick))
     return rows
 
 
-def _read_cubin(cubin: bytes) -> dict:
+def report(jobs, target: str, save: Path | None = None) -> list[dict]:
+    """Rows of `resources` of the default kernels of (name, problem, pass) jobs, with layer, pass and MACs; many are compiled on all cores.
+
+    A kernel that does not compile has a row with `failure`.
+    """
+    jobs = [(*job, target, save) for job in jobs]
+    workers = min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, len(jobs))
+    if workers < 2 or len(jobs) < 9:                            # a worker takes seconds to start
+        return [row for job in jobs for row in _rows(job)]
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        return [row for rows in pool.map(_rows, jobs) for row in rows]
+
+
+def _rows(job) -> list[dict]:
+    from . import config as cfg
+    name, problem, pass_, target, save = job
+    head = {"layer": name, "pass": pass_}
+    tail = {"dense_macs": problem.dense_macs, "useful_macs": problem.useful_macs}
+    try:
+        config = cfg.default(problem, pass_, target)
+        rows = resources(problem, pass_, config, target, save=save, name=name)
+    except Exception as e:                                      # ptxas and LLVM fail in many ways; the row says how
+        return [head | {"kernel": None, "target": target, "failure": f"{type(e).__name__}: {e}".replace("\n", " ")[:300]} | tail]
+    return [head | row | tail | {"executed_macs": cfg.executed_macs(problem, pass_, config)} for row in rows]
+
+
+def _read_cubin(kernel, arch: int, tile, warps: int, nbytes: int) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "kernel.cubin")
-        path.write_bytes(cubin)
-        usage, sass = (subprocess.run([_tool("cuobjdump"), flag, path], capture_output=True, text=True, check=True).stdout
+        path.write_bytes(kernel.asm["cubin"])
+        usage, text = (subprocess.run([_tool("cuobjdump"), flag, path], capture_output=True, text=True, check=True).stdout
                        for flag in ("-res-usage", "-sass"))
-    opcodes = _OPCODE.findall(sass)
-    mma = Counter(op for op in opcodes if _MMA.match(op))
-    loads = Counter(f"{_LOADS.match(op)[0]}{'' if 'UTMA' in op else '.' + _width(op)}" for op in opcodes if _LOADS.match(op))
-    return dict(registers=int(re.search(r"REG:(\d+)", usage)[1]), spills=sum(op.startswith(("LDL", "STL")) for op in opcodes),
-                mma=mma.most_common(1)[0][0] if mma else "none", loads=dict(sorted(loads.items())))
-
-
-def _width(opcode: str) -> str:
-    return next((w for w in ("128", "64") if f".{w}" in opcode), "16" if ".U16" in opcode or ".S16" in opcode else "8" if ".U8" in opcode else "32")
+    threads = re.search(r"\.reqntid (\d+)", kernel.asm["ptx"])      # warps of their own for loads and products included
+    row = dict.fromkeys(LOOP) | sass.measure(text, arch, tile, warps, nbytes)
+    row["registers"] = int(re.search(r"REG:(\d+)", usage)[1])
+    row["ctas_per_sm"] = sass.programs_per_sm(arch, row["registers"], int(threads[1]) if threads else 32 * warps, kernel.metadata.shared)
+    return row | {"sass": text}
 
 
 def _read_amdgcn(text: str) -> dict:
     mma = Counter(re.findall(r"\b(v_mfma_\w+)", text))
     number = {key: int(re.search(rf"\.{key}:\s*(\d+)", text)[1]) for key in ("vgpr_count", "vgpr_spill_count", "sgpr_spill_count")}
-    return dict(registers=number["vgpr_count"], spills=number["vgpr_spill_count"] + number["sgpr_spill_count"],
-                mma=mma.most_common(1)[0][0] if mma else "none", loads=dict(Counter(re.findall(r"\b((?:global|buffer)_load_\w+)", text))))
+    return dict.fromkeys((*LOOP, "ctas_per_sm")) | dict(
+        registers=number["vgpr_count"], spills=number["vgpr_spill_count"] + number["sgpr_spill_count"],
+        mma=mma.most_common(1)[0][0] if mma else "none", loads=dict(Counter(re.findall(r"\b((?:global|buffer)_load_\w+)", text))))
 
 
 @lru_cache

@@ -1,10 +1,11 @@
 """Tile configurations: which are legal (`fits`), which are sensible (`candidates`), and the default one.
 
-A config is a plain dict: ``kernel`` ("gather" or "gather_flat"), the kernel's constexpr tile sizes, num_warps, num_stages, maxnreg.
-fprop and dgrad: the pixel box BLOCK_IMG x BLOCK_P x BLOCK_Q is the tile's M, BLOCK_N output channels, BLOCK_K reduced channels
-(gather_flat: flattened (tap, channel) pairs). wgrad: BLOCK_M output channels, BLOCK_N input channels (gather_flat: flattened pairs), the
-box is the reduction step, SPLIT_K partial sums. CLAMP keeps the addresses of masked lanes inside the tensor. maxnreg is the registers a
-thread may have (None: the compiler decides, and ptxas may spill for occupancy).
+A config is a plain dict: ``kernel`` ("gather", "gather_flat" or "tma"), the kernel's constexpr tile sizes, num_warps, num_stages, maxnreg.
+fprop and dgrad: the pixel box BLOCK_IMG x BLOCK_P x BLOCK_Q is the tile's M, rounded up to a power of two, BLOCK_N output channels, BLOCK_K
+reduced channels (gather_flat: flattened (tap, channel) pairs). wgrad: BLOCK_M output channels, BLOCK_N input channels (gather_flat: flattened
+pairs), the box is the reduction step. SPLIT_K partial sums. Gather kernels: CLAMP keeps the addresses of masked lanes inside the tensor.
+tma: WEIGHT_FIRST (fprop, dgrad) and WARP_SPECIALIZE as in kernels/tma.py. maxnreg is the registers a thread may have (None: the compiler
+decides, and ptxas may spill for occupancy).
 """
 from __future__ import annotations
 
@@ -17,12 +18,20 @@ from .problem import DTYPE_BYTES, PASSES, Axis, Problem
 # specifications per compute capability"; AMD CDNA3 ISA guide for LDS
 TARGETS = {"cuda:80": (108, 166912), "cuda:86": (84, 101376), "cuda:89": (128, 101376), "cuda:90": (132, 232448),
            "cuda:100": (148, 232448), "cuda:120": (170, 101376), "hip:gfx942": (304, 65536)}
-KERNELS = ("gather", "gather_flat")
+KERNELS = ("gather", "gather_flat", "tma")
 # tile (M, N, num_warps) -> relative rate of the main loop: 1 / (1 + instructions that are not MMA per MMA), static counts, fp16, sm_80;
 # on the smallest tile more warps would repeat each other's work
 TILES = {(128, 128, 4): 1.0, (128, 256, 8): 1.0, (256, 128, 8): 0.98, (64, 128, 4): 0.8, (128, 64, 4): 0.8, (64, 64, 4): 0.65,
          (128, 32, 4): 0.5, (64, 32, 4): 0.42, (128, 16, 4): 0.3, (64, 16, 4): 0.25,
          (32, 128, 4): 0.5, (32, 64, 4): 0.42, (16, 128, 4): 0.3, (16, 64, 4): 0.25, (16, 32, 4): 0.2, (16, 16, 2): 0.15}
+# the same for kernels/tma.py, in units of the gather kernel's best tile: sm_90 by instructions, sm_100 by the bound that shared memory sets, both
+# times 1 / the bound of the gather kernel's loop there (0.8, 0.67). From static counts, like the rest: nothing of it was measured
+TMA_TILES = {"cuda:90": {(128, 128, 4): 1.25, (128, 256, 8): 1.25, (256, 128, 8): 1.25, (64, 256, 4): 1.2, (256, 64, 4): 1.2, (64, 128, 4): 1.0,
+                         (128, 64, 4): 1.0, (64, 64, 4): 0.75, (128, 32, 4): 0.5, (32, 128, 4): 0.5},
+             "cuda:100": {(128, 128, 4): 1.5, (128, 256, 8): 1.5, (256, 128, 8): 1.5, (64, 256, 4): 1.2, (256, 64, 4): 1.0, (64, 128, 4): 1.0,
+                          (128, 64, 4): 1.0, (64, 64, 4): 0.75, (128, 32, 4): 0.6, (32, 128, 4): 0.6}}
+# assumed: what a program's prologue and epilogue cost, in steps of its loop; what writing and reading a partial result in L2 costs, in MACs (8 bytes)
+TILE_STEPS, PARTIAL_MACS = 4, 400
 # the same without tensor cores: fp64, ieee fp32
 SIMT_TILES = {(64, 64, 4): 1.0, (64, 32, 4): 0.8, (64, 16, 4): 0.5, (32, 32, 4): 0.5, (32, 16, 4): 0.3, (16, 64, 4): 0.5, (16, 16, 4): 0.2}
 
@@ -33,7 +42,17 @@ def device_limits(target: str) -> tuple[int, int]:
 
 
 def pixels(config: dict) -> int:
-    return config["BLOCK_IMG"] * config["BLOCK_P"] * config["BLOCK_Q"]
+    """Rows of a tile that hold its pixel box."""
+    return _up(config["BLOCK_IMG"] * config["BLOCK_P"] * config["BLOCK_Q"])
+
+
+def _up(x: int) -> int:
+    return 1 << max(x - 1, 0).bit_length()
+
+
+def tile(config: dict, pass_: str) -> tuple[int, int, int]:
+    """(M, N, K) of the tile product."""
+    return (config["BLOCK_M"], config["BLOCK_N"], pixels(config)) if pass_ == "wgrad" else (pixels(config), config["BLOCK_N"], config["BLOCK_K"])
 
 
 def passes_axes(problem: Problem, pass_: str) -> list[tuple[Axis, Axis]]:
@@ -46,47 +65,78 @@ def passes_axes(problem: Problem, pass_: str) -> list[tuple[Axis, Axis]]:
 
 def shared_bytes(config: dict, problem: Problem, pass_: str, target: str) -> int:
     """Shared memory of the pipelined operand tiles; below sm_90 the last stage waits in registers."""
-    m, n, k = (pixels(config), config["BLOCK_N"], config["BLOCK_K"]) if pass_ != "wgrad" else (config["BLOCK_M"], config["BLOCK_N"], pixels(config))
+    m, n, k = tile(config, pass_)
     stages = config["num_stages"] - (not target.startswith("cuda") or int(target[5:]) < 90)
     nbytes = DTYPE_BYTES[problem.dtype]
-    return max(stages * (m + n) * k * nbytes, m * n * (max(nbytes, 4) if config.get("SPLIT_K", 1) > 1 else nbytes))     # the epilogue's layout change
+    return max(stages * (m + n) * k * nbytes, m * n * (max(nbytes, 4) if config["SPLIT_K"] > 1 else nbytes))     # the epilogue's layout change
 
 
 def fits(config: dict, problem: Problem, pass_: str, target: str) -> str | None:
     """None when `config` is legal for this pass of `problem` on `target`, else the reason, with the values."""
     if pass_ not in PASSES:
         return f"unknown pass {pass_!r}: use one of {PASSES}"
-    blocks = ("BLOCK_IMG", "BLOCK_P", "BLOCK_Q", "BLOCK_N") + (("BLOCK_M", "SPLIT_K") if pass_ == "wgrad" else ("BLOCK_K",))
-    needed = ("kernel", *blocks, "CLAMP", "num_warps", "num_stages", "maxnreg")
+    kernel = config.get("kernel")
+    if kernel not in KERNELS:
+        return f"unknown kernel {kernel!r}: use one of {KERNELS}"
+    switches = ("CLAMP",) if kernel != "tma" else ("WARP_SPECIALIZE",) if pass_ == "wgrad" else ("WEIGHT_FIRST", "WARP_SPECIALIZE")
+    blocks = ("BLOCK_IMG", "BLOCK_P", "BLOCK_Q", "BLOCK_N", "BLOCK_M" if pass_ == "wgrad" else "BLOCK_K")
+    needed = ("kernel", *blocks, "SPLIT_K", *switches, "num_warps", "num_stages", "maxnreg")
     if set(config) != set(needed):
-        return f"a {pass_} config has exactly the entries {sorted(needed)}, got {sorted(config)}"
-    if config["kernel"] not in KERNELS:
-        return f"unknown kernel {config['kernel']!r}: use one of {KERNELS}"
-    if not isinstance(config["CLAMP"], bool):
-        return f"CLAMP must be True or False, got {config['CLAMP']!r}"
+        return f"a {pass_} config of {kernel} has exactly the entries {sorted(needed)}, got {sorted(config)}"
+    for name in switches:
+        if not isinstance(config[name], bool):
+            return f"{name} must be True or False, got {config[name]!r}"
     if config["maxnreg"] is not None and (target.startswith("hip") or config["maxnreg"] not in range(24, 256)):
         return f"maxnreg must be None, or on CUDA targets 24 to 255, got {config['maxnreg']!r} for {target}"
-    for name in (*blocks, "num_warps", "num_stages"):
+    for name in (*blocks, "SPLIT_K", "num_warps", "num_stages"):
         if isinstance(config[name], bool) or not isinstance(config[name], int) or config[name] < 1:
             return f"{name} must be a positive int, got {config[name]!r}"
-    for name in (*blocks, "num_warps"):
-        if name != "SPLIT_K" and config[name] & (config[name] - 1):
+    for name in ("num_warps", *(blocks if kernel == "tma" else blocks[3:])):
+        if config[name] & (config[name] - 1):
             return f"{name} must be a power of two, got {config[name]}"
-    m, n, k = (pixels(config), config["BLOCK_N"], config["BLOCK_K"]) if pass_ != "wgrad" else (config["BLOCK_M"], config["BLOCK_N"], pixels(config))
+    m, n, k = tile(config, pass_)
     if min(m, n, k) < 16:
         return f"tl.dot needs tile sides of at least 16, got {m}x{n}x{k}"
+    if pixels(config) > 1024:
+        return f"a pixel box has at most 1024 pixels, got {config['BLOCK_IMG']}x{config['BLOCK_P']}x{config['BLOCK_Q']}"
     if config["num_warps"] > 16 or m * n > 256 * 32 * config["num_warps"]:
         return f"an accumulator of {m}x{n} spills with num_warps={config['num_warps']} (at most 16 warps, 256 registers a thread)"
     if 32 * config["num_warps"] * (config["maxnreg"] or 0) > 65536:
         return f"maxnreg={config['maxnreg']} with num_warps={config['num_warps']} exceeds the 65536 registers of an SM"
-    if pass_ == "wgrad" and config["SPLIT_K"] > 65535:
+    if config["SPLIT_K"] > 65535:
         return f"SPLIT_K (={config['SPLIT_K']}) must be at most 65535"
+    if kernel == "gather_flat" and pass_ != "wgrad" and config["SPLIT_K"] > 1:
+        return f"gather_flat does not split {pass_}'s reduction, got SPLIT_K={config['SPLIT_K']}"
+    if kernel == "tma" and (reason := _no_descriptors(config, problem, pass_, target)):
+        return reason
     programs = grid(problem, pass_, config)
     if programs >= 2**31:
         return f"the grid of {programs} programs exceeds 2**31 - 1: use larger tiles"
     need, (_, limit) = shared_bytes(config, problem, pass_, target), device_limits(target)
     if need > limit:
         return f"tiles of {m}x{n}x{k} with num_stages={config['num_stages']} need {need} bytes of shared memory; {target} has {limit}"
+    return None
+
+
+def _no_descriptors(config: dict, problem: Problem, pass_: str, target: str) -> str | None:
+    """Why tensor descriptors cannot describe the tensors or the tiles. Limits: CUDA driver API, cuTensorMapEncodeTiled."""
+    if not has_tma(target):
+        return f"kernel 'tma' needs sm_90 or later, got {target}"
+    if config["WARP_SPECIALIZE"] and int(target[5:]) // 10 != 10:
+        return f"WARP_SPECIALIZE is for sm_100, got {target}"
+    if config["WARP_SPECIALIZE"] and pass_ == "wgrad" and problem.dtype == "float32":
+        return "WARP_SPECIALIZE crashes the compiler for wgrad in float32"
+    vector, c, k = 16 // DTYPE_BYTES[problem.dtype], problem.c // problem.groups, problem.k // problem.groups
+    if problem.dtype == "float64" or c % vector or pass_ != "fprop" and k % vector:
+        return f"descriptors need channels in multiples of 16 bytes and at most 4 bytes each, got {c} and {k} of {problem.dtype} per group"
+    if any(axis.subsampled is None for axes in passes_axes(problem, pass_) for axis in axes):
+        return f"descriptors need a dilation that is a multiple of the stride, got stride {problem.stride}, dilation {problem.dilation}"
+    sides = [config[name] for name in config if name.startswith("BLOCK_")]
+    if max(sides) > 256:
+        return f"box sides must be at most 256, got {sides}"
+    reduced, block = {"fprop": (c, "BLOCK_K"), "dgrad": (k, "BLOCK_K"), "wgrad": (k, "BLOCK_M")}[pass_]
+    if problem.groups > 1 and reduced % config[block]:
+        return f"with groups={problem.groups}, {block} (={config[block]}) must divide the {reduced} channels of a group"
     return None
 
 
@@ -97,7 +147,7 @@ def tiles(problem: Problem, pass_: str, config: dict, axes: tuple[Axis, Axis]) -
         columns = _columns(problem, config["BLOCK_N"], config["kernel"] == "gather_flat")
         return -(-k // config["BLOCK_M"]) * columns * problem.groups * config["SPLIT_K"]
     boxes = -(-problem.n // config["BLOCK_IMG"]) * -(-axes[0].out // config["BLOCK_P"]) * -(-axes[1].out // config["BLOCK_Q"])
-    return boxes * -(-(k if pass_ == "fprop" else c) // config["BLOCK_N"]) * problem.groups
+    return boxes * -(-(k if pass_ == "fprop" else c) // config["BLOCK_N"]) * problem.groups * config["SPLIT_K"]
 
 
 def _columns(problem: Problem, n: int, flat: bool) -> int:
@@ -114,47 +164,40 @@ def grid(problem: Problem, pass_: str, config: dict) -> int:
 def executed_macs(problem: Problem, pass_: str, config: dict) -> int:
     """Multiply-accumulates that the tiles execute: live taps only, overhang of every tile side included."""
     c, k, flat = problem.c // problem.groups, problem.k // problem.groups, config["kernel"] == "gather_flat"
-    images = -(-problem.n // config["BLOCK_IMG"]) * config["BLOCK_IMG"]
-    n, total = config["BLOCK_N"], 0
+    (m, n, step), bp, bq, total = tile(config, pass_), config["BLOCK_P"], config["BLOCK_Q"], 0
+    images = -(-problem.n // config["BLOCK_IMG"]) * problem.groups
     if pass_ == "wgrad":
-        rows = -(-k // config["BLOCK_M"]) * config["BLOCK_M"]
         h, w = problem.fprop_axes
-        if flat:
-            return images * rows * problem.groups * _flat_wgrad_pixels(problem, n, config["BLOCK_P"], config["BLOCK_Q"])
-        return images * rows * -(-c // n) * n * problem.groups * h.executed_out(config["BLOCK_P"]) * w.executed_out(config["BLOCK_Q"])
+        boxes = _flat_wgrad_boxes(problem, n, bp, bq) if flat else -(-c // n) * h.steps_out(bp)[0] * w.steps_out(bq)[0]
+        return images * boxes * -(-k // m) * m * n * step
     reduced, cols = (c, k) if pass_ == "fprop" else (k, c)
     for h, w in passes_axes(problem, pass_):
-        if flat:
-            total += _flat_steps(h, w, config["BLOCK_P"], config["BLOCK_Q"], reduced, config["BLOCK_K"])
-        else:
-            total += h.executed(config["BLOCK_P"]) * w.executed(config["BLOCK_Q"]) * -(-reduced // config["BLOCK_K"]) * config["BLOCK_K"]
-    return total * images * -(-cols // n) * n * problem.groups
+        total += _flat_steps(h, w, bp, bq, reduced, step) if flat else h.steps(bp)[0] * w.steps(bq)[0] * -(-reduced // step)
+    return images * total * m * -(-cols // n) * n * step
 
 
 @lru_cache(maxsize=4096)
-def _flat_steps(h: Axis, w: Axis, bp: int, bq: int, reduced: int, bk: int) -> int:
-    """Sum over boxes of pixels * reduction length rounded up to bk."""
+def _flat_steps(h: Axis, w: Axis, bp: int, bq: int, reduced: int, step: int) -> int:
+    """Steps of `step` flattened (tap, channel) pairs, summed over boxes."""
     def counts(axis, block):
         out: dict[int, int] = {}
         for i in range(0, axis.out, block):
             lo, hi = axis.live(i, min(i + block, axis.out) - 1)
             out[hi - lo] = out.get(hi - lo, 0) + 1
         return out
-    return bp * bq * sum(nh * nw * -(-th * tw * reduced // bk) * bk
-                         for th, nh in counts(h, bp).items() for tw, nw in counts(w, bq).items())
+    return sum(nh * nw * -(-th * tw * reduced // step) for th, nh in counts(h, bp).items() for tw, nw in counts(w, bq).items())
 
 
 @lru_cache(maxsize=4096)
-def _flat_wgrad_pixels(problem: Problem, n: int, bp: int, bq: int) -> int:
-    """Sum over column tiles of n * (pixels of the united live rectangle, rounded up to boxes)."""
+def _flat_wgrad_boxes(problem: Problem, n: int, bp: int, bq: int) -> int:
+    """Boxes of the united live rectangle, summed over column tiles."""
     c, (h, w) = problem.c // problem.groups, problem.fprop_axes
     total = 0
     for n0 in range(0, problem.r * problem.s * c, n):
         first, last = n0 // c, (min(n0 + n, problem.r * problem.s * c) - 1) // c
         (r0, s0), (r1, s1) = divmod(first, problem.s), divmod(last, problem.s)
         s0, s1 = (s0, s1) if r0 == r1 else (0, problem.s - 1)
-        rows, cols = h.live_out_any(r0, r1), w.live_out_any(s0, s1)
-        total += n * -(-rows // bp) * bp * -(-cols // bq) * bq
+        total += -(-h.live_out_any(r0, r1) // bp) * -(-w.live_out_any(s0, s1) // bq)
     return total
 
 
@@ -166,85 +209,181 @@ def is_flat(problem: Problem, pass_: str) -> bool:
     return channels < 32 and taps > 1 and -(-channels // block) * block * taps >= 1.2 * -(-channels * taps // block) * block
 
 
-def _boxes(count: int, images: int, height: int, width: int):
-    """Power-of-two boxes of `count` pixels whose sides do not exceed the rounded-up map, unless the whole map is smaller."""
-    def up(x):
-        return 1 << max(x - 1, 0).bit_length()
-    sides = [(b, p, count // b // p) for b in _powers(count) for p in _powers(count // b)]
-    small = [s for s in sides if s[0] <= up(images) and s[1] <= up(height) and s[2] <= up(width)]
-    return small or [(count // q // p, p, q) for q in [min(up(width), count)] for p in [min(up(height), count // q)]]
-
-
-def _powers(limit: int):
-    return [1 << e for e in range(limit.bit_length())]
-
-
 def has_mma(problem: Problem, precision: str) -> bool:
     """Whether the products run on tensor cores."""
     return problem.dtype in ("float16", "bfloat16") or problem.dtype == "float32" and precision == "tf32"
 
 
+def has_tma(target: str) -> bool:
+    """Whether tensor descriptors are hardware (sm_90 and later), not scalar loads."""
+    return target.startswith("cuda") and int(target[5:]) >= 90
+
+
+def stores_boxes(config: dict, problem: Problem, pass_: str) -> bool:
+    """Whether fprop or dgrad of the tma kernel stores its result by descriptor: fp32 partial sums, or NHWC, in multiples of 16 bytes per pixel."""
+    out = (problem.k if pass_ == "fprop" else problem.c) // problem.groups
+    nbytes = 4 if config["SPLIT_K"] > 1 else DTYPE_BYTES[problem.dtype]
+    return (config["SPLIT_K"] > 1 or problem.layout == "nhwc") and out * nbytes % 16 == 0 and (problem.groups == 1 or out % config["BLOCK_N"] == 0)
+
+
+def _boxes(count: int, sides: tuple[int, int, int], powers: bool) -> list[tuple[int, int, int]]:
+    """Pixel boxes for a tile of `count` rows on maps of `sides` (images, height, width): of powers of two, or any that need as many rows."""
+    def up_to(n):
+        return [1 << e for e in range(n.bit_length())] if powers else range(1, n + 1)
+    images, height, width = (min(_up(side) if powers else side, count) for side in sides)
+    found = []
+    for b in up_to(images):
+        for p in up_to(min(height, count // b)):
+            most = min(width, count // (b * p))
+            even = most if powers else -(-width // -(-width // most))              # the same number of boxes, all of nearly one width
+            found += [(b, p, q) for q in {most, even} if _up(b * p * q) == count]
+    return found or [(count // height // width, height, width) if powers else (images, height, -(-(count // 2 + 1) // (images * height)))]
+
+
+def _best_box(problem: Problem, pass_: str, option: dict, boxes) -> dict:
+    """option with the box that executes the fewest MACs; ties: long rows, which are neighbours in memory."""
+    filled = (dict(option, BLOCK_IMG=b, BLOCK_P=p, BLOCK_Q=q) for b, p, q in boxes)
+    return min(filled, key=lambda cfg: (executed_macs(problem, pass_, cfg), -cfg["BLOCK_Q"], cfg["BLOCK_IMG"]))
+
+
 def candidates(problem: Problem, pass_: str, target: str, precision: str = "tf32") -> list[dict]:
-    """Legal, sensible configs, tens of them: every tile shape, each with the box that executes the fewest MACs.
+    """Legal, sensible configs, tens of them: every kernel and tile shape, each with the box that executes the fewest MACs.
 
     precision ("tf32" or "ieee") matters for float32: ieee products do not run on tensor cores and take smaller tiles.
     """
+    options = [*_gather_options(problem, pass_, target, precision), *_tma_options(problem, pass_, target, precision)]
+    return [cfg for cfg in options if fits(cfg, problem, pass_, target) is None]
+
+
+def _gather_options(problem: Problem, pass_: str, target: str, precision: str):
     mma, flat, nbytes = has_mma(problem, precision), is_flat(problem, pass_), DTYPE_BYTES[problem.dtype]
     c, k = problem.c // problem.groups, problem.k // problem.groups
-    taps = problem.r * problem.s if flat else 1
-    rows, cols, reduced = {"fprop": (None, k, c * taps), "dgrad": (None, c, k * taps), "wgrad": (k, c * taps, None)}[pass_]
-    axes = passes_axes(problem, pass_)
-    height, width = max((h.out for h, _ in axes), default=1), max((w.out for _, w in axes), default=1)
+    rows, cols, reduced = _channels(problem, pass_, problem.r * problem.s if flat else 1)
     base = {"kernel": "gather_flat" if flat else "gather", "CLAMP": target.startswith("cuda") and int(target[5:]) >= 100, "num_stages": 3,
             "maxnreg": 255 if target.startswith("cuda") else None}
     # operands whose aligned runs are too short for cp.async (4 bytes) are loaded through registers, an element at a time
-    m_scattered, n_scattered = ((flat or gcd(x, 4) * nbytes < 4) for x in {"fprop": (c, c), "dgrad": (k, c), "wgrad": (k, c)}[pass_])
-    if pass_ == "wgrad":
-        m_scattered = gcd(k, 4) * nbytes < 4
-        steps = [64, 32, 16] if nbytes == 2 else [32, 16]
-    else:
-        steps = [step for step in ((64, 32) if nbytes == 2 else (32,)) if step < 2 * reduced] + [16]
-        least = min(-(-reduced // step) * step for step in steps)
-        steps = [step for step in steps if -(-reduced // step) * step <= 1.1 * least]      # do not pad the channels much
-    out = []
+    scattered = {channels: flat or gcd(channels, 4) * nbytes < 4 for channels in (c, k)}
+    m_scattered = gcd(k, 4) * nbytes < 4 if rows else scattered[c if pass_ == "fprop" else k]
+    n_scattered = scattered[c]
     for m, n, warps in TILES if mma else SIMT_TILES:
-        if n > 16 and n >= 2 * cols or (m > 16 and m >= 2 * rows if rows else m < 32) or nbytes == 4 and m * n > 128 * 128:
+        if not _suits(m, n, rows, cols, nbytes):
             continue
         most = (16 if mma else 4) * 32 * warps                         # scattered elements, a thread at most 16 or 4
-        fitting = [step for step in (steps if mma else [16]) if max(m * m_scattered, n * n_scattered) * step <= most]
-        if m * n >= 128 * 128 and pass_ == "wgrad" and (cols % n or rows % m):
-            continue                                                   # the masks' registers would spill, here and below
-        if m * n >= 128 * 128 and (pass_ == "dgrad" and cols % n or pass_ == "wgrad" and (base["CLAMP"] or problem.layout == "nchw")):
-            fitting = [step for step in fitting if step * nbytes < 128]
-        for step in fitting[:1 if rows else 2]:
-            option = dict(base, BLOCK_N=n, num_warps=warps)
-            option |= dict(BLOCK_M=m, SPLIT_K=_splits(problem, m, n, flat, step, target)) if rows else dict(BLOCK_K=step)
-            boxes = [dict(option, BLOCK_IMG=b, BLOCK_P=p, BLOCK_Q=q) for b, p, q in _boxes(step if rows else m, problem.n, height, width)]
-            # ties: long rows, which are neighbours in memory
-            best = min(boxes, key=lambda cfg: (executed_macs(problem, pass_, cfg), -cfg["BLOCK_Q"], cfg["BLOCK_IMG"]))
-            if fits(best, problem, pass_, target) is None:
-                out.append(best)
-    return out
+        steps = [step for step in (_reduction_steps(pass_, reduced, nbytes) if mma else [16])
+                 if max(m * m_scattered, n * n_scattered) * step <= most]
+        large = m * n >= 128 * 128                                     # its accumulator leaves few registers: below is what would spill
+        if large and pass_ == "wgrad" and (cols % n or rows % m):
+            continue
+        if large and (pass_ != "wgrad" and cols % n or pass_ == "wgrad" and (base["CLAMP"] or problem.layout == "nchw")):
+            steps = [step for step in steps if step * nbytes < 128]
+        for step in steps[:1 if rows else 2]:
+            option = dict(base, BLOCK_N=n, num_warps=warps, SPLIT_K=1, **{"BLOCK_M" if rows else "BLOCK_K": m if rows else step})
+            boxes = _boxes(step if rows else m, _map(problem, pass_), powers=large and bool(rows))
+            if large and not rows:
+                boxes = [box for box in boxes if box[2] != 16] or boxes
+            option = _best_box(problem, pass_, option, boxes)
+            if not rows and (flat or m * n > 128 * 128):               # larger accumulators and a split would spill
+                yield option
+            else:
+                yield from _split(option, problem, pass_, target, precision)
 
 
-def _splits(problem: Problem, m: int, n: int, flat: bool, step: int, target: str) -> int:
-    """Enough partial sums for two waves of programs, each with at least eight reduction steps, at most 64 MiB of partials."""
-    programs = -(-problem.k // problem.groups // m) * _columns(problem, n, flat) * problem.groups
-    steps = max(problem.n * problem.p * problem.q // step, 1)
-    partials = 2**26 // (max(DTYPE_BYTES[problem.dtype], 4) * max(prod(problem.w_shape), 1))
-    return max(1, min(2 * device_limits(target)[0] // programs, steps // 8, partials, 128))
+def _tma_options(problem: Problem, pass_: str, target: str, precision: str):
+    if target not in TMA_TILES or not has_mma(problem, precision) or is_flat(problem, pass_):
+        return
+    nbytes = DTYPE_BYTES[problem.dtype]
+    specialize = int(target[5:]) // 10 == 10 and not (pass_ == "wgrad" and nbytes == 4)
+    rows, cols, reduced = _channels(problem, pass_, 1)
+    for m, n, warps in TMA_TILES[target]:
+        if not _suits(m, n, rows, cols, nbytes):
+            continue
+        for step in _reduction_steps(pass_, reduced, nbytes)[:1 if rows else 2]:
+            option = {"kernel": "tma", "BLOCK_N": n, "BLOCK_M" if rows else "BLOCK_K": m if rows else step, "WARP_SPECIALIZE": specialize,
+                      "num_warps": warps, "num_stages": 3, "maxnreg": None, "SPLIT_K": 1}
+            if not rows:
+                option["WEIGHT_FIRST"] = n >= 64 and (not specialize or m < 128)       # tcgen05 runs at full rate from 128 rows on
+            option = _best_box(problem, pass_, option, _boxes(step if rows else m, _map(problem, pass_), powers=True))
+            for cfg in _split(option, problem, pass_, target, precision):
+                if rows or m <= 128 or not specialize or stores_boxes(cfg, problem, pass_):          # else the store's addresses would spill
+                    yield cfg
+
+
+def _channels(problem: Problem, pass_: str, taps: int) -> tuple[int | None, int, int | None]:
+    """(channels of tile rows, of tile columns, of the reduction): None where these are pixels."""
+    c, k = problem.c // problem.groups, problem.k // problem.groups
+    return {"fprop": (None, k, c * taps), "dgrad": (None, c, k * taps), "wgrad": (k, c * taps, None)}[pass_]
+
+
+def _map(problem: Problem, pass_: str) -> tuple[int, int, int]:
+    """(images, height, width) of the largest map that boxes of the pass cover."""
+    axes = passes_axes(problem, pass_)
+    return problem.n, max((h.out for h, _ in axes), default=1), max((w.out for _, w in axes), default=1)
+
+
+def _suits(m: int, n: int, rows: int | None, cols: int, nbytes: int) -> bool:
+    """Whether no half of a tile is idle, nor its accumulator too large for wide dtypes."""
+    return not (n > 16 and n >= 2 * cols or (m > 16 and m >= 2 * rows if rows else m < 32) or nbytes == 4 and m * n > 128 * 128)
+
+
+def _reduction_steps(pass_: str, reduced: int | None, nbytes: int) -> list[int]:
+    """BLOCK_K, or pixels of wgrad's box, the largest first; channels are not padded much."""
+    if pass_ == "wgrad":
+        return [64, 32, 16] if nbytes == 2 else [32, 16]
+    steps = [step for step in ((64, 32) if nbytes == 2 else (32,)) if step < 2 * reduced] + [16]
+    least = min(-(-reduced // step) * step for step in steps)
+    return [step for step in steps if -(-reduced // step) * step <= 1.1 * least]
+
+
+def _split(option: dict, problem: Problem, pass_: str, target: str, precision: str) -> list[dict]:
+    """option, and the same with the reduction split as it costs least: splits of at least eight steps each, at most 64 MiB of partial results."""
+    c, k, step = problem.c // problem.groups, problem.k // problem.groups, tile(option, pass_)[2]
+    result = {"fprop": problem.y_shape, "dgrad": problem.x_shape, "wgrad": problem.w_shape}[pass_]
+    taps = 1 if pass_ == "wgrad" else problem.r * problem.s
+    steps = taps * -(-{"fprop": c, "dgrad": k, "wgrad": problem.n * problem.p * problem.q}[pass_] // step)
+    most = min(128, steps // 8, 2**26 // (max(DTYPE_BYTES[problem.dtype], 4) * max(prod(result), 1)))
+    splits = [dict(option, SPLIT_K=split) for split in (*range(2, 9), 12, 16, 24, 32, 48, 64, 96, 128) if split <= most]
+    return [option] + sorted(splits, key=lambda cfg: cost(problem, pass_, cfg, target, precision))[:1]
 
 
 def cost(problem: Problem, pass_: str, config: dict, target: str, precision: str = "tf32") -> float:
-    """Executed MACs over the tile's relative rate, stretched by the idle part of the last wave: orders candidates, has no unit."""
-    m = config["BLOCK_M"] if pass_ == "wgrad" else pixels(config)
-    rate = (TILES if has_mma(problem, precision) else SIMT_TILES)[m, config["BLOCK_N"], config["num_warps"]]
-    step = pixels(config) if pass_ == "wgrad" else config["BLOCK_K"]
-    rate *= {16: 0.6, 32: 0.85}.get(step, 1.0)
-    slots = device_limits(target)[0] * (2 if m * config["BLOCK_N"] <= 128 * 128 else 1)
-    programs = sum(tiles(problem, pass_, config, axes) for axes in passes_axes(problem, pass_))
-    waves = -(-programs // slots) * slots / max(programs, 1)
-    return executed_macs(problem, pass_, config) / rate * waves
+    """MACs that all SMs could execute while the launches of this config run: orders candidates, has no unit of time.
+
+    A launch ends with its last program, so unequal tiles and the idle part of the last wave count; so do a program's prologue and epilogue
+    (TILE_STEPS) and the traffic of partial results (PARTIAL_MACS).
+    """
+    m, n, step = tile(config, pass_)
+    table = TMA_TILES[target] if config["kernel"] == "tma" else TILES if has_mma(problem, precision) else SIMT_TILES
+    rate = table[m, n, config["num_warps"]] * {16: 0.6, 32: 0.85}.get(step, 1.0)
+    slots, split = device_limits(target)[0] * (2 if m * n <= 128 * 128 else 1), config["SPLIT_K"]
+    span = 0.0
+    for axes in passes_axes(problem, pass_):
+        programs = tiles(problem, pass_, config, axes)
+        total, most = _launch_steps(problem, pass_, config, axes)
+        total, most = total + TILE_STEPS * programs, most / split + TILE_STEPS
+        if programs <= slots:
+            span += most
+        elif most * programs <= 1.05 * total:                                   # equal programs
+            span += -(-programs // slots) * most
+        else:                                                                   # the last program begins at a random moment of another
+            span += max(most, total / slots + most / 2)
+    result = prod({"fprop": problem.y_shape, "dgrad": problem.x_shape, "wgrad": problem.w_shape}[pass_])
+    return span * slots * m * n * step / rate + (PARTIAL_MACS * split * result if split > 1 else 0)
+
+
+def _launch_steps(problem: Problem, pass_: str, config: dict, axes: tuple[Axis, Axis]) -> tuple[float, float]:
+    """(sum, maximum) over tiles of their reduction steps, all splits together."""
+    (m, n, step), (h, w) = tile(config, pass_), axes
+    images = -(-problem.n // config["BLOCK_IMG"])
+    if config["kernel"] == "gather_flat":
+        total = executed_macs(problem, pass_, config) / (m * n * step) / max(len(passes_axes(problem, pass_)), 1)
+        return total, total * config["SPLIT_K"] / tiles(problem, pass_, config, axes)
+    rows, cols, reduced = _channels(problem, pass_, 1)
+    count = h.steps_out if pass_ == "wgrad" else h.steps, w.steps_out if pass_ == "wgrad" else w.steps
+    (h_sum, h_most), (w_sum, w_most) = count[0](config["BLOCK_P"]), count[1](config["BLOCK_Q"])
+    if pass_ == "wgrad":
+        return images * h_sum * w_sum * -(-rows // m) * -(-cols // n) * problem.groups, images * h_most * w_most
+    blocks = -(-reduced // step)
+    return images * h_sum * w_sum * blocks * -(-cols // n) * problem.groups, h_most * w_most * blocks
 
 
 @lru_cache(maxsize=4096)
@@ -260,9 +399,30 @@ def default(problem: Problem, pass_: str, target: str, precision: str = "tf32") 
     return dict(_default(problem, pass_, target, precision))
 
 
+def why(problem: Problem, pass_: str, config: dict, target: str, precision: str = "tf32") -> str:
+    """Why the config's kernel is the one of that pass, in words."""
+    if config["kernel"] == "gather_flat":
+        channels = _channels(problem, pass_, 1)[1 if pass_ == "wgrad" else 2]
+        return f"{channels} channels: blocks of (tap, channel) pairs waste less than blocks of channels"
+    options = list(_tma_options(problem, pass_, target, precision))
+    legal = [cfg for cfg in options if fits(cfg, problem, pass_, target) is None]
+    if config["kernel"] == "tma":
+        return f"{target} loads boxes of the image by descriptor"
+    if legal:
+        best = min(legal, key=lambda cfg: cost(problem, pass_, cfg, target, precision))
+        ratio = executed_macs(problem, pass_, best) / executed_macs(problem, pass_, config)
+        return f"descriptors need boxes of powers of two, which would execute {ratio:.2f} times the MACs"
+    if options:
+        return fits(options[0], problem, pass_, target)
+    if not has_mma(problem, precision):
+        return f"{problem.dtype} does not run on tensor cores here"
+    return f"pointer loads: {target} has no descriptors that pay"
+
+
 def describe(config: dict) -> str:
     """A config in one word: pixel box, channel tile(s), reduction step or split, warps, stages."""
     box = "x".join(str(config[f"BLOCK_{side}"]) for side in ("IMG", "P", "Q"))
     names = (("m", "BLOCK_M"), ("n", "BLOCK_N"), ("k", "BLOCK_K"), ("split", "SPLIT_K"))
-    tile = " ".join(f"{short}{config[name]}" for short, name in names if name in config)
-    return f"box {box} {tile} warps{config['num_warps']} stages{config['num_stages']}{' clamp' if config['CLAMP'] else ''}"
+    sizes = " ".join(f"{short}{config[name]}" for short, name in names if name in config)
+    switches = "".join(f" {name.lower()}" for name in ("CLAMP", "WEIGHT_FIRST", "WARP_SPECIALIZE") if config.get(name))
+    return f"box {box} {sizes} warps{config['num_warps']} stages{config['num_stages']}{switches}"

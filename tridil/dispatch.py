@@ -114,7 +114,7 @@ _too_old._dynamo_marked_constant = True
 
 
 def explain(problem: Problem, device, backend: str = "auto", target_: str | None = None) -> list[dict]:
-    """What runs for each pass, and why: rows with pass, backend, why, kernel, config, source of the config, dense/useful/executed MACs.
+    """What runs for each pass, and why: rows with pass, backend, why, kernel, kernel_why, config, source of the config, dense/useful/executed MACs.
 
     The figures of MACs are counts, not times. Where ATen runs, kernel and config are what Triton would run on `target_`.
     """
@@ -130,8 +130,10 @@ def explain(problem: Problem, device, backend: str = "auto", target_: str | None
         why = can_run(problem, device) or _too_old() or "CPU tensors run through ATen"
     rows = []
     for pass_ in PASSES:
-        config = cfg.default(problem, pass_, aim, fp32_precision(aim))
-        rows.append({"pass": pass_, "backend": chosen, "why": why, "kernel": config["kernel"], "config": cfg.describe(config),
+        precision = fp32_precision(aim)
+        config = cfg.default(problem, pass_, aim, precision)
+        rows.append({"pass": pass_, "backend": chosen, "why": why, "kernel": config["kernel"],
+                     "kernel_why": cfg.why(problem, pass_, config, aim, precision), "config": cfg.describe(config),
                      "source": "least executed MACs / tile rate (nothing measured)", "dense_macs": problem.dense_macs,
                      "useful_macs": problem.useful_macs, "executed_macs": cfg.executed_macs(problem, pass_, config)})
     return rows

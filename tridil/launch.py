@@ -9,27 +9,49 @@ import torch
 
 from . import config as cfg
 from .dispatch import interpreted, target
-from .kernels import gather
+from .kernels import common, gather, tma
 from .problem import DTYPE_BYTES, Axis, Problem
 
 FORMATS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
 
 
 @dataclass(frozen=True)
+class Box:
+    """How a tensor descriptor sees a tensor: sizes and strides in elements, where it begins, and the sizes of its boxes."""
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    block: tuple[int, ...]
+    offset: int = 0
+
+
+@dataclass(frozen=True)
 class Launch:
-    """One kernel launch but for its pointers; options are num_warps and the like."""
+    """One kernel launch but for its tensors.
+
+    tensors: (argument, role, Box or None for a pointer), roles being "a" and "b" (the pass's operands), "bias", "out" and "partials" (fp32, or fp64
+    for fp64; `workspace` elements). options are num_warps and the like.
+    """
     kernel: str
     grid: tuple[int]
+    tensors: tuple[tuple[str, str, Box | None], ...]
     scalars: tuple[tuple[str, int], ...]
     constexprs: tuple[tuple[str, object], ...]
     options: tuple[tuple[str, int], ...]
+    workspace: int = 0
 
     @property
     def fn(self):
-        return getattr(gather, self.kernel)
+        return getattr(gather, self.kernel, None) or getattr(tma, self.kernel, None) or getattr(common, self.kernel)
 
-    def __call__(self, *pointers):
-        self.fn[self.grid](*pointers, **dict(self.scalars), **_constexprs(self.constexprs), **dict(self.options))
+    def __call__(self, tensors: dict):
+        arguments = {name: tensors[role] if box is None else _descriptor(tensors[role], box) for name, role, box in self.tensors}
+        self.fn[self.grid](**arguments, **dict(self.scalars), **_constexprs(self.constexprs), **dict(self.options))
+
+
+def _descriptor(t, box: Box):
+    from triton.tools.tensor_descriptor import TensorDescriptor
+    base = torch.as_strided(t, box.shape, box.strides, t.storage_offset() + box.offset) if box.offset else t
+    return TensorDescriptor(base, list(box.shape), list(box.strides), list(box.block))
 
 
 @lru_cache(maxsize=4096)
@@ -38,104 +60,180 @@ def _constexprs(items) -> dict:
     return {k: {"float32": tl.float32, "float64": tl.float64}[v] if k == "ACC" else v for k, v in items}
 
 
-def plan(problem: Problem, pass_: str, config: dict, out_stride: tuple[int, int, int, int], precision: str = "ieee",
-         has_bias: bool = False) -> list[Launch]:
-    """The launches of one pass. out_stride: the result's strides in PyTorch's order (dw: (k, c, r, s)); precision: "ieee" or "tf32".
+def plan(problem: Problem, pass_: str, config: dict, precision: str = "ieee", has_bias: bool = False) -> list[Launch]:
+    """The launches of one pass, whose result has problem.layout. precision: "ieee" or "tf32".
 
-    With SPLIT_K > 1, wgrad's first launch writes fp32 partials (SPLIT_K, K, R, S, C) and the second sums them.
+    With SPLIT_K > 1 a launch writes fp32 partial results (SPLIT_K, N, P, Q, K) or (SPLIT_K, K, R, S, C) and the next one sums them.
     """
-    return list(_plan(problem, pass_, tuple(config.items()), tuple(out_stride), precision, has_bias))
+    return list(_plan(problem, pass_, tuple(config.items()), precision, has_bias))
 
 
 @lru_cache(maxsize=4096)
-def _plan(problem, pass_, config, out_stride, precision, has_bias):
-    p, config = problem, dict(config)
-    c, k = p.c // p.groups, p.k // p.groups
-    acc = "float64" if p.dtype == "float64" else "float32"
-    flat = config["kernel"] == "gather_flat"
-    if p.dtype == "bfloat16" and interpreted():
+def _plan(problem, pass_, config, precision, has_bias):
+    config = dict(config)
+    if problem.dtype == "bfloat16" and interpreted():
         precision = "upcast"
-    common = {"PRECISION": precision, "ACC": acc, "CLAMP": config["CLAMP"],
-              # flat offsets are relative to the first live tap's pixel, which may lie before the tensor
-              "INT64": max(map(prod, (p.x_shape, p.w_shape, p.y_shape))) >= (2**30 if flat else 2**31)}
-    common |= {name: value for name, value in config.items() if name.startswith("BLOCK_")}
-    vector = 16 // DTYPE_BYTES[p.dtype]
+    constexprs = {"PRECISION": precision} | {name: value for name, value in config.items() if name.isupper()}
     options = {name: config[name] for name in ("num_warps", "num_stages", "maxnreg") if config[name] is not None}
+    if config["kernel"] != "tma":
+        flat = config["kernel"] == "gather_flat"
+        constexprs |= {"ACC": "float64" if problem.dtype == "float64" else "float32", "PIXELS": cfg.pixels(config),
+                       # flat offsets are relative to the first live tap's pixel, which may lie before the tensor
+                       "INT64": _elements(problem) >= (2**30 if flat else 2**31)}
     if pass_ == "wgrad":
-        h, w = p.fprop_axes
-        split = config["SPLIT_K"]
-        strides = dict(zip(("sw_k", "sw_c", "sw_r", "sw_s"), out_stride))
-        partial = {"sw_k": p.r * p.s * c, "sw_c": 1, "sw_r": p.s * c, "sw_s": c}
-        scalars = dict(N=p.n, H=h.size, W=w.size, P=h.out, Q=w.out, K=k, G=p.groups, **_geometry(h, w), sw_split=prod(p.w_shape),
-                       **(partial if split > 1 else strides))
-        constexprs = dict(common, C=c, R=p.r, S=p.s, FLAT=flat, ALIGN_C=gcd(c, vector), ALIGN_K=gcd(k, vector), SPLIT_K=split)
-        launches = [_launch("wgrad", cfg.tiles(p, pass_, config, (h, w)), scalars, constexprs, options)]
-        if split > 1:
-            total = prod(p.w_shape)
-            launches.append(_launch("sum_splits", -(-total // 256), dict(R=p.r, S=p.s, C=c, total=total, **strides),
-                                  dict(SPLIT_K=split, BLOCK=256), {}))
-        return tuple(launches)
+        return _wgrad_plan(problem, config, constexprs, options)
+    return tuple(launch for h, w in cfg.passes_axes(problem, pass_)
+                 for launch in _correlation_plan(problem, pass_, h, w, config, constexprs, options, has_bias))
+
+
+def _elements(problem: Problem) -> int:
+    return max(map(prod, (problem.x_shape, problem.w_shape, problem.y_shape)))
+
+
+def _correlation_plan(p: Problem, pass_, h: Axis, w: Axis, config, constexprs, options, has_bias):
+    """fprop, or one residue class of dgrad; axes h, w."""
+    c, k, split = p.c // p.groups, p.k // p.groups, config["SPLIT_K"]
     source, out = (c, k) if pass_ == "fprop" else (k, c)
-    launches = []
-    for h, w in cfg.passes_axes(p, pass_):
-        scalars = dict(N=p.n, H=h.size, W=w.size, P=h.out, Q=w.out, K=out, G=p.groups, **_geometry(h, w), tap_r=h.tap0, tap_s=w.tap0,
-                       step_r=h.tap_step, step_s=w.tap_step, sy_n=out_stride[0], sy_p=out_stride[2] * h.out_step,
-                       sy_q=out_stride[3] * w.out_step, sy_k=out_stride[1], y0=h.out0 * out_stride[2] + w.out0 * out_stride[3])
-        constexprs = dict(common, C=source, CW=c, R=h.taps, S=w.taps, FILTER_R=p.r, FILTER_S=p.s, TRANSPOSED=pass_ == "dgrad",
-                          HAS_BIAS=has_bias, ALIGN=gcd(source, vector), ALIGN_W=gcd(c, vector),
-                          ALIGN_Y=gcd(out, vector) if out_stride[1] == 1 else 1)
-        launches.append(_launch("correlate_flat" if flat else "correlate", cfg.tiles(p, pass_, config, (h, w)), scalars, constexprs, options))
-    return tuple(launches)
+    vector = 16 // DTYPE_BYTES[p.dtype]
+    # strides of the result, and of its pixels that this correlation writes
+    s_n, s_k, s_p, s_q = _strides(p.y_shape if pass_ == "fprop" else p.x_shape, p.layout)
+    y0 = h.out0 * s_p + w.out0 * s_q
+    strides = dict(sy_n=s_n, sy_p=s_p * h.out_step, sy_q=s_q * w.out_step, sy_k=s_k, y0=y0)
+    if split > 1:
+        total = p.n * h.out * w.out * out * p.groups
+        n_, k_, p_, q_ = _strides((p.n, out * p.groups, h.out, w.out), "nhwc")
+        scalars = dict(sy_n=n_, sy_p=p_, sy_q=q_, sy_k=k_, y0=0)
+    else:
+        total, scalars = 0, dict(strides)
+    align_y = gcd(out, vector) if split > 1 or p.layout == "nhwc" else 1
+    constexprs = dict(constexprs, TRANSPOSED=pass_ == "dgrad", HAS_BIAS=has_bias and split == 1, ALIGN_Y=align_y)
+    result = "partials" if split > 1 else "out"
+    programs = cfg.tiles(p, pass_, config, (h, w))
+    scalars |= dict(sy_split=total, N=p.n, P=h.out, Q=w.out, K=out, G=p.groups, tap_r=h.tap0, tap_s=w.tap0, step_r=h.tap_step, step_s=w.tap_step)
+    if config["kernel"] == "tma":
+        x, h, w = _source_box(p.n, source * p.groups, h, w, config, config["BLOCK_K"])
+        store = cfg.stores_boxes(config, p, pass_)
+        sizes, steps = (split, p.n, h.out, w.out, out * p.groups), [scalars[name] for name in ("sy_n", "sy_p", "sy_q")]
+        y = Box(sizes, (prod(sizes[1:]), *steps, 1), (1, *_block(config, config["BLOCK_N"])), scalars["y0"])
+        ragged = pass_ == "fprop" and c % config["BLOCK_K"] != 0
+        taps, tile = p.r * p.s, (config["BLOCK_N"], config["BLOCK_K"]) if pass_ == "fprop" else (config["BLOCK_K"], config["BLOCK_N"])
+        weights = Box((p.k, taps, c), (taps * c, c, 1), (tile[0], 1, tile[1])) if ragged else Box((p.k, taps * c), (taps * c, 1), tile)
+        tensors = (("x", "a", x), ("w", "b", weights), ("bias_ptr", "bias", None), ("y", result, y if store else None))
+        scalars |= dict(C=source, CW=c, R=h.taps, S=w.taps, FILTER_S=p.s, **_steps(h, w))
+        constexprs |= dict(TMA_STORE=store, INT64=not store and _elements(p) >= 2**31, RAGGED=ragged)
+        first = _launch("correlate_tma", programs, tensors, scalars, constexprs, options, split * total)
+    else:
+        tensors = (("x_ptr", "a", None), ("w_ptr", "b", None), ("bias_ptr", "bias", None), ("y_ptr", result, None))
+        scalars |= dict(stride_h=h.stride, stride_w=w.stride, **_steps(h, w))
+        constexprs |= dict(C=source, CW=c, R=h.taps, S=w.taps, FILTER_R=p.r, FILTER_S=p.s, ALIGN=gcd(source, vector), ALIGN_W=gcd(c, vector))
+        flat = config["kernel"] == "gather_flat"
+        if not flat:
+            constexprs["EVEN_N"] = out % config["BLOCK_N"] == 0
+        first = _launch("correlate_flat" if flat else "correlate", programs, tensors, scalars, constexprs, options, split * total)
+    if split == 1:
+        return [first]
+    return [first, _sum(split, total, strides, dict(P=h.out, Q=w.out, K=out * p.groups), has_bias)]
 
 
-def _geometry(h: Axis, w: Axis) -> dict:
-    return dict(stride_h=h.stride, stride_w=w.stride, off_h=h.offset, off_w=w.offset, dil_h=h.dilation, dil_w=w.dilation)
+def _wgrad_plan(p: Problem, config, constexprs, options):
+    c, k, split = p.c // p.groups, p.k // p.groups, config["SPLIT_K"]
+    h, w = p.fprop_axes
+    vector, total = 16 // DTYPE_BYTES[p.dtype], prod(p.w_shape)
+    s_k, s_c, s_r, s_s = _strides(p.w_shape, p.layout)
+    programs = cfg.tiles(p, "wgrad", config, (h, w))
+    scalars = dict(N=p.n, P=h.out, Q=w.out, K=k, G=p.groups)
+    if config["kernel"] == "tma":
+        split_up = split > 1 or p.layout != "nhwc"              # the descriptor stores channels last
+        x, h, w = _source_box(p.n, p.c, h, w, config, config["BLOCK_N"])
+        dy = Box((p.n, h.out, w.out, p.k), _strides_nhwc(h.out, w.out, p.k), _block(config, config["BLOCK_M"]))
+        dw = Box((split, p.k, p.r * p.s, c), (total, p.r * p.s * c, c, 1), (1, config["BLOCK_M"], 1, config["BLOCK_N"]))
+        tensors = (("x", "b", x), ("dy", "a", dy), ("dw", "partials" if split_up else "out", dw))
+        scalars |= dict(H=h.size, W=w.size, C=c, R=p.r, S=p.s, off_h=h.offset, off_w=w.offset, dil_h=h.dilation, dil_w=w.dilation)
+        first = _launch("wgrad_tma", programs, tensors, scalars, constexprs, options, split * total * split_up)
+    else:
+        split_up = split > 1
+        to = (p.r * p.s * c, 1, p.s * c, c) if split_up else (s_k, s_c, s_r, s_s)
+        tensors = (("x_ptr", "b", None), ("dy_ptr", "a", None), ("dw_ptr", "partials" if split_up else "out", None))
+        scalars |= dict(stride_h=h.stride, stride_w=w.stride, **_steps(h, w), sw_split=total, **dict(zip(("sw_k", "sw_c", "sw_r", "sw_s"), to)))
+        constexprs |= dict(C=c, R=p.r, S=p.s, FLAT=config["kernel"] == "gather_flat", ALIGN_C=gcd(c, vector), ALIGN_K=gcd(k, vector))
+        first = _launch("wgrad", programs, tensors, scalars, constexprs, options, split * total * split_up)
+    if not split_up:
+        return (first,)
+    return first, _sum(split, total, dict(sy_n=s_k, sy_p=s_r, sy_q=s_s, sy_k=s_c, y0=0), dict(P=p.r, Q=p.s, K=c), False)
 
 
-def _launch(kernel, programs, scalars, constexprs, options) -> Launch:
-    return Launch(kernel, (programs,), tuple(scalars.items()), tuple(constexprs.items()), tuple(options.items()))
+def _sum(split, total, strides, sizes, has_bias) -> Launch:
+    tensors = (("part_ptr", "partials", None), ("bias_ptr", "bias", None), ("y_ptr", "out", None))
+    constexprs = dict(HAS_BIAS=has_bias, SPLIT_K=split, BLOCK=256)
+    return _launch("sum_splits", -(-total // 256), tensors, dict(total=total, **sizes, **strides), constexprs, {})
 
 
-def _nhwc(t: torch.Tensor) -> torch.Tensor:
-    """Dense NHWC (KRSC) memory: a view of channels_last tensors, a copy of others."""
-    return t.detach().contiguous(memory_format=torch.channels_last)
+def _steps(h: Axis, w: Axis) -> dict:
+    return dict(H=h.size, W=w.size, off_h=h.offset, off_w=w.offset, dil_h=h.dilation, dil_w=w.dilation)
+
+
+def _source_box(n: int, channels: int, h: Axis, w: Axis, config, block: int) -> tuple[Box, Axis, Axis]:
+    """The descriptor of the source of a correlation (NHWC), strided axes seen as views of stride 1, and the axes of that view."""
+    (h_view, h0, h_step), (w_view, w0, w_step) = h.subsampled, w.subsampled
+    s_n, s_h, s_w, _ = _strides_nhwc(h.size, w.size, channels)
+    strides = (s_n, s_h * h_step, s_w * w_step, 1)
+    return Box((n, h_view.size, w_view.size, channels), strides, _block(config, block), h0 * s_h + w0 * s_w), h_view, w_view
+
+
+def _block(config, channels: int) -> tuple[int, ...]:
+    return config["BLOCK_IMG"], config["BLOCK_P"], config["BLOCK_Q"], channels
+
+
+def _strides_nhwc(h: int, w: int, c: int) -> tuple[int, ...]:
+    return h * w * c, w * c, c, 1
+
+
+def _strides(shape, layout: str) -> tuple[int, int, int, int]:
+    """Strides, in PyTorch's order (N, C, H, W), of a tensor of that order's shape in memory format `layout`."""
+    n, c, h, w = shape
+    return (h * w * c, 1, w * c, c) if layout == "nhwc" else (c * h * w, h * w, w, 1)
+
+
+def _launch(kernel, programs, tensors, scalars, constexprs, options, workspace=0) -> Launch:
+    return Launch(kernel, (programs,), tensors, tuple(scalars.items()), tuple(constexprs.items()), tuple(options.items()), workspace)
+
+
+def _nhwc(t: torch.Tensor, aligned: bool) -> torch.Tensor:
+    """Dense NHWC (KRSC) memory: a view of channels_last tensors, a copy of others, and of those whose base descriptors cannot take."""
+    t = t.detach().contiguous(memory_format=torch.channels_last)
+    return t.clone(memory_format=torch.channels_last) if aligned and t.data_ptr() % 16 else t
 
 
 def fprop(problem: Problem, x, w, bias, config: dict, precision: str = "ieee") -> torch.Tensor:
     """y (N, K, P, Q) of x (N, C, H, W), w (K, C/G, R, S) and bias (K,) or None, in problem.layout. Raises ValueError when config does not fit."""
-    _check(problem, "fprop", config)
-    y = torch.empty(problem.y_shape, dtype=x.dtype, device=x.device, memory_format=FORMATS[problem.layout])
-    x, w = _nhwc(x), _nhwc(w)
-    for launch in plan(problem, "fprop", config, y.stride(), precision, bias is not None):
-        launch(x, w, w if bias is None else bias.contiguous(), y)
-    return y
+    return _run(problem, "fprop", problem.y_shape, x, w, bias, config, precision)
 
 
 def dgrad(problem: Problem, dy, w, config: dict, precision: str = "ieee") -> torch.Tensor:
     """dx (N, C, H, W) of dy (N, K, P, Q) and w (K, C/G, R, S), in problem.layout. Raises ValueError when config does not fit."""
-    _check(problem, "dgrad", config)
-    dx = torch.empty(problem.x_shape, dtype=dy.dtype, device=dy.device, memory_format=FORMATS[problem.layout])
-    if not problem.dgrad_covers:
-        dx.zero_()
-    dy, w = _nhwc(dy), _nhwc(w)
-    for launch in plan(problem, "dgrad", config, dx.stride(), precision):
-        launch(dy, w, w, dx)
-    return dx
+    return _run(problem, "dgrad", problem.x_shape, dy, w, None, config, precision)
 
 
 def wgrad(problem: Problem, dy, x, config: dict, precision: str = "ieee") -> torch.Tensor:
     """dw (K, C/G, R, S) of dy (N, K, P, Q) and x (N, C, H, W), in problem.layout. Raises ValueError when config does not fit."""
-    _check(problem, "wgrad", config)
-    dw = torch.empty(problem.w_shape, dtype=x.dtype, device=x.device, memory_format=FORMATS[problem.layout])
-    dy, x = _nhwc(dy), _nhwc(x)
-    first, *second = plan(problem, "wgrad", config, dw.stride(), precision)
-    if not second:
-        first(x, dy, dw)
-        return dw
-    partials = torch.empty(config["SPLIT_K"], dw.numel(), dtype=torch.float64 if x.dtype == torch.float64 else torch.float32, device=x.device)
-    first(x, dy, partials)
-    second[0](partials, dw)
-    return dw
+    return _run(problem, "wgrad", problem.w_shape, dy, x, None, config, precision)
+
+
+def _run(problem, pass_, shape, a, b, bias, config, precision):
+    _check(problem, pass_, config)
+    out = torch.empty(shape, dtype=a.dtype, device=a.device, memory_format=FORMATS[problem.layout])
+    if pass_ == "dgrad" and not problem.dgrad_covers:
+        out.zero_()
+    aligned = config["kernel"] == "tma"
+    a, b = _nhwc(a, aligned), _nhwc(b, aligned)
+    launches = plan(problem, pass_, config, precision, bias is not None)
+    tensors = {"a": a, "b": b, "bias": b if bias is None else bias.contiguous(), "out": out}
+    workspace = max((launch.workspace for launch in launches), default=0)
+    if workspace:
+        tensors["partials"] = torch.empty(workspace, dtype=torch.float64 if a.dtype == torch.float64 else torch.float32, device=a.device)
+    for launch in launches:
+        launch(tensors)
+    return out
 
 
 def _check(problem, pass_, config):

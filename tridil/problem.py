@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from functools import cached_property, lru_cache
 from operator import index
 
@@ -50,23 +50,31 @@ class Axis:
         return max(bounds(t0)[1] - bounds(t1)[0], 0)
 
     @cached_property
+    def subsampled(self) -> tuple[Axis, int, int] | None:
+        """(axis of stride 1, first, step): the same correlation of the view ``src[first::step]``; None where the taps of an output lie in several
+        such views, or in none of them."""
+        first = self.offset % self.stride
+        if self.dilation % self.stride and self.taps > 1 or first >= self.size:
+            return None
+        return replace(self, size=-(-(self.size - first) // self.stride), stride=1, offset=self.offset // self.stride,
+                       dilation=max(self.dilation // self.stride, 1)), first, self.stride
+
+    @cached_property
     def useful(self) -> int:
         """Number of (output, tap) pairs that read the image."""
         return sum(hi - lo for lo, hi in map(self.live_out, range(self.taps)))
 
     @lru_cache(maxsize=4096)
-    def executed(self, block: int) -> int:
-        """(output, tap) pairs multiplied when tiles of `block` outputs loop over their live taps."""
-        total = 0
-        for i in range(0, self.out, block):
-            lo, hi = self.live(i, min(i + block, self.out) - 1)
-            total += (hi - lo) * block
-        return total
+    def steps(self, block: int) -> tuple[int, int]:
+        """(sum, maximum) over blocks of `block` outputs of the number of taps that are live for the block: what tiles walk."""
+        live = [hi - lo for lo, hi in (self.live(i, min(i + block, self.out) - 1) for i in range(0, self.out, block))]
+        return sum(live), max(live, default=0)
 
     @lru_cache(maxsize=4096)
-    def executed_out(self, block: int) -> int:
-        """(output, tap) pairs multiplied when each tap reduces over blocks of `block` of its live outputs (wgrad)."""
-        return sum(-(-(hi - lo) // block) * block for lo, hi in map(self.live_out, range(self.taps)))
+    def steps_out(self, block: int) -> tuple[int, int]:
+        """(sum, maximum) over taps of the number of blocks of `block` of the tap's live outputs: what a reduction over outputs walks (wgrad)."""
+        blocks = [-(-(hi - lo) // block) for lo, hi in map(self.live_out, range(self.taps))]
+        return sum(blocks), max(blocks)
 
 
 @dataclass(frozen=True)

@@ -26,15 +26,18 @@ def live_outputs(t, size, offset, stride, dilation, out):
 
 
 @triton.jit
-def box_pixels(BLOCK_IMG: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr):
-    """(image, row, column) inside a pixel box of the BLOCK_IMG*BLOCK_P*BLOCK_Q rows of a tile: shifts, since sides are powers of two."""
-    m = tl.arange(0, BLOCK_IMG * BLOCK_P * BLOCK_Q)
-    return m // (BLOCK_P * BLOCK_Q), m // BLOCK_Q % BLOCK_P, m % BLOCK_Q
+def box_pixels(BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr, PIXELS: tl.constexpr):
+    """(image, row, column) inside a pixel box of each of the PIXELS rows of a tile; rows beyond the box have images beyond it."""
+    m = tl.arange(0, PIXELS)
+    # m // d as (m * ceil(2**20 / d)) >> 20, exact for m, d <= 1024: shifts where d is a power of two
+    row = (m * ((1048576 + BLOCK_Q - 1) // BLOCK_Q)) >> 20
+    i = (m * ((1048576 + BLOCK_P * BLOCK_Q - 1) // (BLOCK_P * BLOCK_Q))) >> 20
+    return i, row - i * BLOCK_P, m - row * BLOCK_Q
 
 
 @triton.jit
-def output_tile(N, P, Q, K, G, BLOCK_IMG: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr):
-    """(group, image, row, column, channel) where this program's output tile begins; channel tiles are neighbours, so they share x in L2."""
+def output_tile(N, P, Q, K, G, BLOCK_IMG: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT_K: tl.constexpr):
+    """(split, group, image, row, column, channel) where this program's output tile begins; channel tiles are neighbours, so they share x in L2."""
     pid = tl.program_id(0)
     tiles_n = tl.cdiv(K, BLOCK_N)
     tiles_q = tl.cdiv(Q, BLOCK_Q)
@@ -45,7 +48,47 @@ def output_tile(N, P, Q, K, G, BLOCK_IMG: tl.constexpr, BLOCK_P: tl.constexpr, B
     t = t // tiles_q
     p0 = t % tiles_p * BLOCK_P
     t = t // tiles_p
-    return t % G, t // G * BLOCK_IMG, p0, q0, n0
+    g = t % G
+    t = t // G
+    if SPLIT_K == 1:
+        return 0, g, t * BLOCK_IMG, p0, q0, n0
+    else:
+        tiles_img = tl.cdiv(N, BLOCK_IMG)
+        return t // tiles_img, g, t % tiles_img * BLOCK_IMG, p0, q0, n0
+
+
+@triton.jit
+def split_steps(split, nr, ns, blocks, SPLIT_K: tl.constexpr):
+    """(count, r, s, c): how many of the nr*ns*blocks (live tap, channel block) steps split z of SPLIT_K walks, and its first one."""
+    steps = nr * ns * blocks
+    if SPLIT_K == 1:
+        return steps, 0, 0, 0
+    else:
+        per_split = tl.cdiv(steps, SPLIT_K)
+        first = tl.minimum(split * per_split, steps)
+        tap = first // blocks
+        return tl.minimum(per_split, steps - first), tap // tl.maximum(ns, 1), tap % tl.maximum(ns, 1), first % blocks
+
+
+@triton.jit
+def wgrad_boxes(split, r_lo, r_hi, s_lo, s_hi, N, H, W, P, Q, stride_h, stride_w, off_h, off_w, dil_h, dil_w,
+                BLOCK_IMG: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr, SPLIT_K: tl.constexpr):
+    """(count, image, row, column, rectangle): the boxes of split z in the live output rectangle of taps r_lo..r_hi x s_lo..s_hi (inclusive)."""
+    # larger taps begin earlier and end earlier
+    p_lo, _ = live_outputs(r_hi, H, off_h, stride_h, dil_h, P)
+    _, p_hi = live_outputs(r_lo, H, off_h, stride_h, dil_h, P)
+    q_lo, _ = live_outputs(s_hi, W, off_w, stride_w, dil_w, Q)
+    _, q_hi = live_outputs(s_lo, W, off_w, stride_w, dil_w, Q)
+    boxes_p = tl.cdiv(tl.maximum(p_hi - p_lo, 0), BLOCK_P)
+    boxes_q = tl.cdiv(tl.maximum(q_hi - q_lo, 0), BLOCK_Q)
+    boxes = tl.cdiv(N, BLOCK_IMG) * boxes_p * boxes_q
+    per_split = tl.cdiv(boxes, SPLIT_K)
+    first = tl.minimum(split * per_split, boxes)
+    count = tl.minimum(per_split, boxes - first)
+    q = q_lo + first % tl.maximum(boxes_q, 1) * BLOCK_Q
+    t = first // tl.maximum(boxes_q, 1)
+    p = p_lo + t % tl.maximum(boxes_p, 1) * BLOCK_P
+    return count, t // tl.maximum(boxes_p, 1) * BLOCK_IMG, p, q, p_lo, p_hi, q_lo, q_hi
 
 
 @triton.jit
@@ -85,17 +128,37 @@ def below(x, limit, ALIGN: tl.constexpr):
 
 @triton.jit
 def store_tile(y_ptr, bias_ptr, acc, g, img, p0, q0, n0, N, P, Q, K, sy_n, sy_p, sy_q, sy_k, y0,
-               BLOCK_IMG: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr,
+               BLOCK_IMG: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, PIXELS: tl.constexpr,
                ALIGN_Y: tl.constexpr, HAS_BIAS: tl.constexpr, INT64: tl.constexpr):
     """acc [pixels, BLOCK_N] (+ bias) -> y + y0, through y's own strides: NHWC, all but sy_k multiples of ALIGN_Y, or NCHW with ALIGN_Y = 1."""
     n = tl.arange(0, BLOCK_N)
     in_k = below(n0 + n, K, ALIGN_Y)
     if HAS_BIAS:
         acc += tl.load(bias_ptr + g * K + n0 + n, mask=in_k, other=0.0).to(acc.dtype)[None, :]
-    i, p, q = box_pixels(BLOCK_IMG, BLOCK_P, BLOCK_Q)
-    in_y = (img + i < N) & (p0 + p < P) & (q0 + q < Q)
+    i, p, q = box_pixels(BLOCK_P, BLOCK_Q, PIXELS)
+    in_y = (i < tl.minimum(N - img, BLOCK_IMG)) & (p0 + p < P) & (q0 + q < Q)
     base = y0 + img.to(tl.int64) * sy_n + p0.to(tl.int64) * sy_p + q0.to(tl.int64) * sy_q + (g * K + n0).to(tl.int64) * sy_k
     if INT64:
         i, p, q, n = i.to(tl.int64), p.to(tl.int64), q.to(tl.int64), n.to(tl.int64)
     offset = tl.multiple_of(i * sy_n + p * sy_p + q * sy_q, ALIGN_Y)[:, None] + (n * sy_k)[None, :]
     tl.store(y_ptr + tl.multiple_of(base, ALIGN_Y) + offset, acc.to(y_ptr.dtype.element_ty), mask=in_y[:, None] & in_k[None, :])
+
+
+@triton.jit
+def sum_splits(part_ptr, bias_ptr, y_ptr, P, Q, K, total, sy_n, sy_p, sy_q, sy_k, y0,
+               HAS_BIAS: tl.constexpr, SPLIT_K: tl.constexpr, BLOCK: tl.constexpr):
+    """y = sum of SPLIT_K partial results (N, P, Q, K), always in the same order, + bias. dw: its K, R, S, C are N, P, Q, K here."""
+    j = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    in_y = j < total
+    acc = tl.load(part_ptr + j, mask=in_y, other=0.0)
+    part = j
+    for _ in range(1, SPLIT_K):
+        part += total
+        acc += tl.load(part_ptr + part, mask=in_y, other=0.0)
+    k = j % K
+    q = j // K % Q
+    p = j // K // Q % P
+    n = j // K // Q // P
+    if HAS_BIAS:
+        acc += tl.load(bias_ptr + k, mask=in_y, other=0.0).to(acc.dtype)
+    tl.store(y_ptr + y0 + n * sy_n + p * sy_p + q * sy_q + k * sy_k, acc.to(y_ptr.dtype.element_ty), mask=in_y)

@@ -7,34 +7,36 @@ its reduced and its output channels per group. dgrad is the correlation of dy, o
 import triton
 import triton.language as tl
 
-from .common import address, below, box_pixels, dot, live_outputs, live_taps, load_masked, output_tile, store_tile
+from .common import address, below, box_pixels, dot, live_taps, load_masked, output_tile, split_steps, store_tile, wgrad_boxes
 
 
 @triton.jit
 def correlate(x_ptr, w_ptr, bias_ptr, y_ptr, N, H, W, P, Q, K, G, stride_h, stride_w, off_h, off_w, dil_h, dil_w,
-              tap_r, tap_s, step_r, step_s, sy_n, sy_p, sy_q, sy_k, y0,
+              tap_r, tap_s, step_r, step_s, sy_split, sy_n, sy_p, sy_q, sy_k, y0,
               C: tl.constexpr, CW: tl.constexpr, R: tl.constexpr, S: tl.constexpr, FILTER_R: tl.constexpr, FILTER_S: tl.constexpr,
               TRANSPOSED: tl.constexpr, HAS_BIAS: tl.constexpr, ALIGN: tl.constexpr, ALIGN_W: tl.constexpr, ALIGN_Y: tl.constexpr,
-              PRECISION: tl.constexpr, ACC: tl.constexpr, INT64: tl.constexpr, CLAMP: tl.constexpr,
-              BLOCK_IMG: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+              EVEN_N: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr, INT64: tl.constexpr, CLAMP: tl.constexpr,
+              BLOCK_IMG: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+              SPLIT_K: tl.constexpr, PIXELS: tl.constexpr):
     """One flat loop over (live tap, channel block), so that cp.async runs ahead across taps."""
     BITS: tl.constexpr = R * S <= 31
     EVEN_C: tl.constexpr = C % BLOCK_K == 0
     CB: tl.constexpr = (C + BLOCK_K - 1) // BLOCK_K
-    g, img, p0, q0, n0 = output_tile(N, P, Q, K, G, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_N)
+    split, g, img, p0, q0, n0 = output_tile(N, P, Q, K, G, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_N, SPLIT_K)
     r_lo, nr = live_taps(p0, tl.minimum(p0 + BLOCK_P, P) - 1, H, off_h, stride_h, dil_h, R)
     s_lo, ns = live_taps(q0, tl.minimum(q0 + BLOCK_Q, Q) - 1, W, off_w, stride_w, dil_w, S)
+    steps, r, s, c = split_steps(split, nr, ns, CB, SPLIT_K)
     # rows of the tile: offset of the pixel in its box, and which taps of it lie in the image
-    i, p, q = box_pixels(BLOCK_IMG, BLOCK_P, BLOCK_Q)
-    in_y = (img + i < N) & (p0 + p < P) & (q0 + q < Q)
+    i, p, q = box_pixels(BLOCK_P, BLOCK_Q, PIXELS)
+    in_y = (i < tl.minimum(N - img, BLOCK_IMG)) & (p0 + p < P) & (q0 + q < Q)
     h = (p0 + p) * stride_h + off_h
     v = (q0 + q) * stride_w + off_w
     if BITS:
-        bits = tl.zeros((BLOCK_IMG * BLOCK_P * BLOCK_Q,), tl.int32)
-        for r in tl.static_range(R):
-            in_h = in_y & (h + r * dil_h >= 0) & (h + r * dil_h < H)
-            for s in tl.static_range(S):
-                bits |= (in_h & (v + s * dil_w >= 0) & (v + s * dil_w < W)).to(tl.int32) << (r * S + s)
+        bits = tl.zeros((PIXELS,), tl.int32)
+        for tap_h in tl.static_range(R):
+            in_h = in_y & (h + tap_h * dil_h >= 0) & (h + tap_h * dil_h < H)
+            for tap_w in tl.static_range(S):
+                bits |= (in_h & (v + tap_w * dil_w >= 0) & (v + tap_w * dil_w < W)).to(tl.int32) << (tap_h * S + tap_w)
         bits = (bits >> (r_lo * S + s_lo))[:, None]
     else:
         h = tl.where(in_y, h + r_lo * dil_h, -(1 << 30))
@@ -45,34 +47,35 @@ def correlate(x_ptr, w_ptr, bias_ptr, y_ptr, N, H, W, P, Q, K, G, stride_h, stri
         i, p, q = i.to(tl.int64), p.to(tl.int64), q.to(tl.int64)
     pixel = address(tl.multiple_of(((i * H + p * stride_h) * W + q * stride_w) * cg, ALIGN), INT64)
     x_rows = pixel[:, None] + address(kk, INT64)[None, :]
-    pixel0 = (img.to(tl.int64) * H + p0 * stride_h + off_h + r_lo * dil_h) * W + q0 * stride_w + off_w + s_lo * dil_w
-    xo = pixel0 * cg + g * C
+    pixel0 = (img.to(tl.int64) * H + p0 * stride_h + off_h + (r_lo + r) * dil_h) * W + q0 * stride_w + off_w + (s_lo + s) * dil_w
+    xo = pixel0 * cg + g * C + c * BLOCK_K
     # weights: rows beyond K are clamped where they are rows of w, masked where they are its innermost axis
     n = tl.arange(0, BLOCK_N)
-    tap = (tap_r + r_lo * step_r) * FILTER_S + tap_s + s_lo * step_s
+    tap = (tap_r + (r_lo + r) * step_r) * FILTER_S + tap_s + (s_lo + s) * step_s
     if TRANSPOSED:
         w_rows = (kk * (FILTER_R * FILTER_S * CW))[:, None] + n[None, :]
         w_step: tl.constexpr = BLOCK_K * FILTER_R * FILTER_S * CW
         wo = (g.to(tl.int64) * (C * FILTER_R * FILTER_S) + tap) * CW + n0
     else:
-        n = tl.minimum(n, K - 1 - n0)
+        if not EVEN_N:
+            n = tl.minimum(n, K - 1 - n0)
         w_rows = tl.multiple_of(n * (FILTER_R * FILTER_S * CW), ALIGN)[None, :] + kk[:, None]
         w_step: tl.constexpr = BLOCK_K
         wo = ((g * K + n0).to(tl.int64) * (FILTER_R * FILTER_S) + tap) * CW
-    EVEN_N: tl.constexpr = not TRANSPOSED or CW % BLOCK_N == 0
+    if SPLIT_K > 1:
+        wo += c.to(tl.int64) * w_step
     in_n = below(n0 + n, CW if TRANSPOSED else K, ALIGN_W if TRANSPOSED else 1)[None, :]
     # what the scalar offsets gain at the end of a tap, and of a row of taps
     x_tap = dil_w * cg - CB * BLOCK_K
     x_row = (dil_h * W - (ns - 1) * dil_w).to(tl.int64) * cg - CB * BLOCK_K
     w_tap = step_s * CW - CB * w_step
     w_row = (step_r * FILTER_S - (ns - 1) * step_s) * CW - CB * w_step
-    acc = tl.zeros((BLOCK_IMG * BLOCK_P * BLOCK_Q, BLOCK_N), ACC)
-    bit = 1
-    dh = 0
-    dv = 0
-    c = 0
-    u = 1
-    steps = nr * ns * CB
+    acc = tl.zeros((PIXELS, BLOCK_N), ACC)
+    bit = 1 << (r * S + s)
+    dh = r * dil_h
+    dv = s * dil_w
+    c = c * BLOCK_K
+    u = s + 1
     if CLAMP:
         wo = tl.where(steps > 0, wo, 0)
     for it in range(steps):
@@ -83,7 +86,7 @@ def correlate(x_ptr, w_ptr, bias_ptr, y_ptr, N, H, W, P, Q, K, G, stride_h, stri
         if not EVEN_C:
             in_x = in_x & (kk < C - c)[None, :]
         a = load_masked(x_ptr, xo, x_rows, in_x, 1, ALIGN, CLAMP)
-        if EVEN_C and EVEN_N:
+        if EVEN_C and (EVEN_N or not TRANSPOSED):
             b = tl.load(w_ptr + wo + w_rows)
         else:
             b = load_masked(w_ptr, wo, w_rows, in_n & (kk < C - c)[:, None], 1 if TRANSPOSED else 0, ALIGN_W, CLAMP)
@@ -101,25 +104,28 @@ def correlate(x_ptr, w_ptr, bias_ptr, y_ptr, N, H, W, P, Q, K, G, stride_h, stri
             dv = tl.where(end, 0, tl.where(wrap, dv + dil_w, dv))
         u = tl.where(end, 1, tl.where(wrap, u + 1, u))
         c = tl.where(wrap, 0, c)
+    if SPLIT_K > 1:
+        y_ptr += split.to(tl.int64) * sy_split
     store_tile(y_ptr, bias_ptr, acc, g, img, p0, q0, n0, N, P, Q, K, sy_n, sy_p, sy_q, sy_k, y0,
-               BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_N, ALIGN_Y, HAS_BIAS, INT64)
+               BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_N, PIXELS, ALIGN_Y, HAS_BIAS, INT64)
 
 
 @triton.jit
 def correlate_flat(x_ptr, w_ptr, bias_ptr, y_ptr, N, H, W, P, Q, K, G, stride_h, stride_w, off_h, off_w, dil_h, dil_w,
-                   tap_r, tap_s, step_r, step_s, sy_n, sy_p, sy_q, sy_k, y0,
+                   tap_r, tap_s, step_r, step_s, sy_split, sy_n, sy_p, sy_q, sy_k, y0,
                    C: tl.constexpr, CW: tl.constexpr, R: tl.constexpr, S: tl.constexpr, FILTER_R: tl.constexpr, FILTER_S: tl.constexpr,
                    TRANSPOSED: tl.constexpr, HAS_BIAS: tl.constexpr, ALIGN: tl.constexpr, ALIGN_W: tl.constexpr, ALIGN_Y: tl.constexpr,
                    PRECISION: tl.constexpr, ACC: tl.constexpr, INT64: tl.constexpr, CLAMP: tl.constexpr,
-                   BLOCK_IMG: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+                   BLOCK_IMG: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+                   SPLIT_K: tl.constexpr, PIXELS: tl.constexpr):
     """The same for few channels: the reduction runs over the flattened (live tap, channel) index, in blocks of BLOCK_K."""
-    g, img, p0, q0, n0 = output_tile(N, P, Q, K, G, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_N)
+    _, g, img, p0, q0, n0 = output_tile(N, P, Q, K, G, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_N, SPLIT_K)
     r_lo, nr = live_taps(p0, tl.minimum(p0 + BLOCK_P, P) - 1, H, off_h, stride_h, dil_h, R)
     s_lo, ns = live_taps(q0, tl.minimum(q0 + BLOCK_Q, Q) - 1, W, off_w, stride_w, dil_w, S)
     total = nr * ns * C
     ns = tl.maximum(ns, 1)
-    i, p, q = box_pixels(BLOCK_IMG, BLOCK_P, BLOCK_Q)
-    in_y = (img + i < N) & (p0 + p < P) & (q0 + q < Q)
+    i, p, q = box_pixels(BLOCK_P, BLOCK_Q, PIXELS)
+    in_y = (i < tl.minimum(N - img, BLOCK_IMG)) & (p0 + p < P) & (q0 + q < Q)
     h = (p0 + p) * stride_h + off_h
     v = (q0 + q) * stride_w + off_w
     cg = C * G
@@ -129,7 +135,7 @@ def correlate_flat(x_ptr, w_ptr, bias_ptr, y_ptr, N, H, W, P, Q, K, G, stride_h,
     pixel0 = (img.to(tl.int64) * H + p0 * stride_h + off_h + r_lo * dil_h) * W + q0 * stride_w + off_w + s_lo * dil_w
     xo = pixel0 * cg + g * C
     n = n0 + tl.arange(0, BLOCK_N)
-    acc = tl.zeros((BLOCK_IMG * BLOCK_P * BLOCK_Q, BLOCK_N), ACC)
+    acc = tl.zeros((PIXELS, BLOCK_N), ACC)
     for j0 in range(0, total, BLOCK_K):
         j = j0 + tl.arange(0, BLOCK_K)
         c = j % C
@@ -152,7 +158,7 @@ def correlate_flat(x_ptr, w_ptr, bias_ptr, y_ptr, N, H, W, P, Q, K, G, stride_h,
         b = load_masked(w_ptr, 0, w_offs, in_w, 1, 1, CLAMP)
         acc = dot(a, b, acc, PRECISION)
     store_tile(y_ptr, bias_ptr, acc, g, img, p0, q0, n0, N, P, Q, K, sy_n, sy_p, sy_q, sy_k, y0,
-               BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_N, ALIGN_Y, HAS_BIAS, INT64)
+               BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_N, PIXELS, ALIGN_Y, HAS_BIAS, INT64)
 
 
 @triton.jit
@@ -161,7 +167,7 @@ def wgrad(x_ptr, dy_ptr, dw_ptr, N, H, W, P, Q, K, G, stride_h, stride_w, off_h,
           C: tl.constexpr, R: tl.constexpr, S: tl.constexpr, FLAT: tl.constexpr, ALIGN_C: tl.constexpr, ALIGN_K: tl.constexpr,
           PRECISION: tl.constexpr, ACC: tl.constexpr, INT64: tl.constexpr, CLAMP: tl.constexpr,
           BLOCK_IMG: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-          SPLIT_K: tl.constexpr):
+          SPLIT_K: tl.constexpr, PIXELS: tl.constexpr):
     """dw[k, columns] over pixel boxes of the tap's live output rectangle; split z of SPLIT_K writes its own partial sum.
 
     Columns are BLOCK_N channels of one tap, or (FLAT) BLOCK_N flattened (tap, channel) pairs, whose live rectangles are united.
@@ -189,23 +195,9 @@ def wgrad(x_ptr, dy_ptr, dw_ptr, N, H, W, P, Q, K, G, stride_h, stride_w, off_h,
         t = t // (R * S)
     g = t % G
     split = t // G
-    # live output rectangle: larger taps begin earlier and end earlier
-    p_lo, _ = live_outputs(r_hi, H, off_h, stride_h, dil_h, P)
-    _, p_hi = live_outputs(r_lo, H, off_h, stride_h, dil_h, P)
-    q_lo, _ = live_outputs(s_hi, W, off_w, stride_w, dil_w, Q)
-    _, q_hi = live_outputs(s_lo, W, off_w, stride_w, dil_w, Q)
-    boxes_p = tl.cdiv(tl.maximum(p_hi - p_lo, 0), BLOCK_P)
-    boxes_q = tl.cdiv(tl.maximum(q_hi - q_lo, 0), BLOCK_Q)
-    boxes = tl.cdiv(N, BLOCK_IMG) * boxes_p * boxes_q
-    per_split = tl.cdiv(boxes, SPLIT_K)
-    first = tl.minimum(split * per_split, boxes)
-    last = tl.minimum(first + per_split, boxes)
-    q = q_lo + first % tl.maximum(boxes_q, 1) * BLOCK_Q
-    t = first // tl.maximum(boxes_q, 1)
-    p = p_lo + t % tl.maximum(boxes_p, 1) * BLOCK_P
-    img = t // tl.maximum(boxes_p, 1) * BLOCK_IMG
-
-    i, bp, bq = box_pixels(BLOCK_IMG, BLOCK_P, BLOCK_Q)
+    count, img, p, q, p_lo, p_hi, q_lo, q_hi = wgrad_boxes(split, r_lo, r_hi, s_lo, s_hi, N, H, W, P, Q, stride_h, stride_w, off_h, off_w,
+                                                           dil_h, dil_w, BLOCK_IMG, BLOCK_P, BLOCK_Q, SPLIT_K)
+    i, bp, bq = box_pixels(BLOCK_P, BLOCK_Q, PIXELS)
     kk = tl.arange(0, BLOCK_M)
     in_k = below(k0 + kk, K, ALIGN_K)[:, None]
     in_c = (n < COLS)[None, :]
@@ -224,8 +216,8 @@ def wgrad(x_ptr, dy_ptr, dw_ptr, N, H, W, P, Q, K, G, stride_h, stride_w, off_h,
         x_rows = address(x_pixel, INT64)[:, None] + address(tl.arange(0, BLOCK_N), INT64)[None, :]
         xt = (shift_h * W + shift_w).to(tl.int64) * cg + g * C + n0
     acc = tl.zeros((BLOCK_M, BLOCK_N), ACC)
-    for _ in range(first, last):
-        live = (i < N - img) & (bp < p_hi - p) & (bq < q_hi - q)
+    for _ in range(count):
+        live = (i < tl.minimum(N - img, BLOCK_IMG)) & (bp < p_hi - p) & (bq < q_hi - q)
         in_dy = in_k & live[None, :]
         in_x = live[:, None] & in_c
         if FLAT:
@@ -248,20 +240,3 @@ def wgrad(x_ptr, dy_ptr, dw_ptr, N, H, W, P, Q, K, G, stride_h, stride_w, off_h,
     rows = (g * K + k0 + kk).to(tl.int64) * sw_k
     cols = r * sw_r + s * sw_s + c * sw_c
     tl.store(dw + rows[:, None] + cols[None, :], acc.to(dw_ptr.dtype.element_ty), mask=in_k & in_c)
-
-
-@triton.jit
-def sum_splits(part_ptr, dw_ptr, R, S, C, total, sw_k, sw_r, sw_s, sw_c, SPLIT_K: tl.constexpr, BLOCK: tl.constexpr):
-    """dw = sum of the SPLIT_K partial sums (KRSC), always in the same order."""
-    j = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    in_w = j < total
-    acc = tl.load(part_ptr + j, mask=in_w, other=0.0)
-    part = j
-    for _ in range(1, SPLIT_K):
-        part += total
-        acc += tl.load(part_ptr + part, mask=in_w, other=0.0)
-    c = j % C
-    s = j // C % S
-    r = j // C // S % R
-    k = j // C // S // R
-    tl.store(dw_ptr + k * sw_k + r * sw_r + s * sw_s + c * sw_c, acc.to(dw_ptr.dtype.element_ty), mask=in_w)

@@ -1,0 +1,116 @@
+"""Implicit GEMM with tensor descriptors (TMA), sm_90 and later: a tap is the coordinate of a box, and what lies outside the image arrives as zeros.
+
+x and dy are descriptors over NHWC with pixel boxes [BLOCK_IMG, BLOCK_P, BLOCK_Q, channels], y is one over (splits, N, P, Q, K), w one over
+(K, R*S*C), or (K, R*S, C) where the channels are RAGGED: the overhang of a channel block is zero in both operands, not the next tap. Axes have
+stride 1 (`tridil.problem.Axis.subsampled` views strided ones as such). WEIGHT_FIRST makes the weight tile the first operand of the product: on
+sm_90 it then stays in shared memory, since it is a 2D box. WARP_SPECIALIZE (sm_100) gives loads and products warps of their own.
+"""
+import triton
+import triton.language as tl
+
+from .common import dot, live_taps, output_tile, split_steps, store_tile, wgrad_boxes
+
+# coordinates need no alignment: one compiled kernel serves every size, dilation and padding
+RUNTIME = "N H W P Q C K G CW R S FILTER_S off_h off_w dil_h dil_w tap_r tap_s step_r step_s".split()
+
+
+@triton.jit(do_not_specialize=RUNTIME)
+def correlate_tma(x, w, bias_ptr, y, N, H, W, P, Q, C, K, G, CW, R, S, FILTER_S, off_h, off_w, dil_h, dil_w, tap_r, tap_s, step_r, step_s,
+                  sy_split, sy_n, sy_p, sy_q, sy_k, y0,
+                  TRANSPOSED: tl.constexpr, HAS_BIAS: tl.constexpr, ALIGN_Y: tl.constexpr, TMA_STORE: tl.constexpr, INT64: tl.constexpr,
+                  PRECISION: tl.constexpr, WEIGHT_FIRST: tl.constexpr, WARP_SPECIALIZE: tl.constexpr, SPLIT_K: tl.constexpr, RAGGED: tl.constexpr,
+                  BLOCK_IMG: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+    """`gather.correlate` with coordinates in place of addresses: one flat loop over (live tap, channel block)."""
+    PIXELS: tl.constexpr = BLOCK_IMG * BLOCK_P * BLOCK_Q
+    split, g, img, p0, q0, n0 = output_tile(N, P, Q, K, G, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_N, SPLIT_K)
+    r_lo, nr = live_taps(p0, tl.minimum(p0 + BLOCK_P, P) - 1, H, off_h, 1, dil_h, R)
+    s_lo, ns = live_taps(q0, tl.minimum(q0 + BLOCK_Q, Q) - 1, W, off_w, 1, dil_w, S)
+    blocks = tl.cdiv(C, BLOCK_K)
+    steps, r, s, c = split_steps(split, nr, ns, blocks, SPLIT_K)
+    # coordinates of the first box; v runs over the live taps of a row, c over the channels of group g
+    h = p0 + off_h + (r_lo + r) * dil_h
+    v_lo = q0 + off_w + s_lo * dil_w
+    v_hi = v_lo + ns * dil_w
+    v = v_lo + s * dil_w
+    c_lo = g * C
+    c_hi = c_lo + blocks * BLOCK_K
+    c = c_lo + c * BLOCK_K
+    # w is read at row g*K + n0, column tap*CW + channel; (TRANSPOSED) at row c, column tap*CW + n0; (RAGGED) at g*K + n0, tap, channel
+    tap_size = 1 if RAGGED else CW
+    col = ((tap_r + (r_lo + r) * step_r) * FILTER_S + tap_s + (s_lo + s) * step_s) * tap_size
+    tap_step = step_s * tap_size
+    row_step = (step_r * FILTER_S - ns * step_s) * tap_size
+    if TRANSPOSED:
+        col += n0
+    elif not RAGGED:
+        col += c - c_lo
+        tap_step -= (blocks - 1) * BLOCK_K
+    acc = tl.zeros((BLOCK_N, PIXELS) if WEIGHT_FIRST else (PIXELS, BLOCK_N), tl.float32)
+    for _ in tl.range(steps, warp_specialize=WARP_SPECIALIZE):
+        a = x.load([img, h, v, c]).reshape(PIXELS, BLOCK_K)
+        if TRANSPOSED:
+            b = w.load([c, col]).T
+        elif RAGGED:
+            b = w.load([g * K + n0, col, c - c_lo]).reshape(BLOCK_N, BLOCK_K)
+        else:
+            b = w.load([g * K + n0, col])
+        acc = dot(b, a.T, acc, PRECISION) if WEIGHT_FIRST else dot(a, b.T, acc, PRECISION)
+        c += BLOCK_K
+        wrap = c == c_hi
+        c = tl.where(wrap, c_lo, c)
+        v = tl.where(wrap, v + dil_w, v)
+        col += tl.where(wrap, tap_step, 0 if TRANSPOSED or RAGGED else BLOCK_K)
+        end = v == v_hi
+        v = tl.where(end, v_lo, v)
+        h = tl.where(end, h + dil_h, h)
+        col = tl.where(end, col + row_step, col)
+    if WEIGHT_FIRST:
+        acc = acc.T
+    if TMA_STORE:
+        if HAS_BIAS:
+            n = n0 + tl.arange(0, BLOCK_N)
+            acc += tl.load(bias_ptr + g * K + n, mask=n < K, other=0.0).to(tl.float32)[None, :]
+        y.store([split, img, p0, q0, g * K + n0], acc.to(y.dtype).reshape(1, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_N))
+    else:
+        if SPLIT_K > 1:
+            y += split.to(tl.int64) * sy_split
+        store_tile(y, bias_ptr, acc, g, img, p0, q0, n0, N, P, Q, K, sy_n, sy_p, sy_q, sy_k, y0,
+                   BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_N, PIXELS, ALIGN_Y, HAS_BIAS, INT64)
+
+
+@triton.jit(do_not_specialize=RUNTIME)
+def wgrad_tma(x, dy, dw, N, H, W, P, Q, C, K, G, R, S, off_h, off_w, dil_h, dil_w,
+              PRECISION: tl.constexpr, WARP_SPECIALIZE: tl.constexpr, SPLIT_K: tl.constexpr,
+              BLOCK_IMG: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """`gather.wgrad` with coordinates: outputs of a box that lie beyond the tap's live rectangle meet x outside the image, which is zero."""
+    PIXELS: tl.constexpr = BLOCK_IMG * BLOCK_P * BLOCK_Q
+    pid = tl.program_id(0)
+    tiles_m = tl.cdiv(K, BLOCK_M)
+    tiles_n = tl.cdiv(C, BLOCK_N)
+    k0 = pid % tiles_m * BLOCK_M
+    t = pid // tiles_m
+    n0 = t % tiles_n * BLOCK_N
+    t = t // tiles_n
+    s = t % S
+    t = t // S
+    r = t % R
+    t = t // R
+    g = t % G
+    split = t // G
+    count, img, p, q, p_lo, p_hi, q_lo, q_hi = wgrad_boxes(split, r, r, s, s, N, H, W, P, Q, 1, 1, off_h, off_w, dil_h, dil_w,
+                                                           BLOCK_IMG, BLOCK_P, BLOCK_Q, SPLIT_K)
+    h = r * dil_h + off_h
+    v = s * dil_w + off_w
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for _ in tl.range(count, warp_specialize=WARP_SPECIALIZE):
+        a = dy.load([img, p, q, g * K + k0]).reshape(PIXELS, BLOCK_M)
+        b = x.load([img, p + h, q + v, g * C + n0]).reshape(PIXELS, BLOCK_N)
+        acc = dot(a.T, b, acc, PRECISION)
+        q += BLOCK_Q
+        wrap = q >= q_hi
+        q = tl.where(wrap, q_lo, q)
+        p = tl.where(wrap, p + BLOCK_P, p)
+        wrap = p >= p_hi
+        p = tl.where(wrap, p_lo, p)
+        img = tl.where(wrap, img + BLOCK_IMG, img)
+    dw.store([split, g * K + k0, r * S + s, n0], acc.to(dw.dtype).reshape(1, BLOCK_M, 1, BLOCK_N))

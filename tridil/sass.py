@@ -1,0 +1,136 @@
+"""The main loop of a CUDA kernel, read from its machine code (SASS): what one iteration of a tile product costs besides the product.
+
+Static: it sees instructions, not latencies, bank conflicts or cache misses. Differences of less than about a fifth mean nothing.
+"""
+from __future__ import annotations
+
+import re
+from collections import Counter
+from dataclasses import dataclass
+
+# per SM and clock: dense fp16 FMA on tensor cores with fp32 accumulation; per SM: shared memory (bytes), threads, programs. CUDA C++ programming
+# guide, "Technical specifications per compute capability"; NVIDIA A100, GA102, AD102, H100, Blackwell and RTX Blackwell architecture whitepapers
+SM = {80: (1024, 167936, 2048, 32), 86: (512, 102400, 1536, 16), 89: (512, 102400, 1536, 24), 90: (2048, 233472, 2048, 32),
+      100: (4096, 233472, 2048, 32), 120: (512, 102400, 1536, 24)}
+MMA = re.compile(r"HMMA|DMMA|HGMMA|UTC[A-Z]*MMA")
+LOADS = re.compile(r"LDGSTS|LDG|UTMALDG")
+_LINE = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:@(!?U?P\w+)\s+)?([A-Z][A-Z0-9_.a-z]*)\s*([^;]*);", re.M)
+
+
+@dataclass(frozen=True)
+class Instruction:
+    address: int
+    predicate: str
+    opcode: str
+    arguments: str
+
+    @property
+    def target(self) -> int | None:
+        """Address of a branch's target."""
+        found = re.search(r"0x([0-9a-f]+)\s*$", self.arguments) if self.opcode.startswith(("BRA", "JMP")) else None
+        return int(found[1], 16) if found else None
+
+
+def parse(text: str) -> list[Instruction]:
+    """Instructions of what `cuobjdump -sass` prints for one kernel."""
+    return [Instruction(int(address, 16), predicate, opcode, arguments.strip()) for address, predicate, opcode, arguments in _LINE.findall(text)]
+
+
+def loops(code: list[Instruction]) -> list[list[Instruction]]:
+    """Natural loops, without the blocks behind their closing branch (where waits that fail go)."""
+    import networkx as nx  # comes with torch
+    at = {ins.address: i for i, ins in enumerate(code)}
+    leaders = sorted({0} | {at[ins.target] for ins in code if ins.target in at} | {i + 1 for i, ins in enumerate(code[:-1]) if _leaves(ins)})
+    ends = dict(zip(leaders, [*leaders[1:], len(code)]))
+    graph = nx.DiGraph()
+    graph.add_nodes_from(leaders)
+    for start, end in ends.items():
+        last = code[end - 1]
+        if last.target in at:
+            graph.add_edge(start, at[last.target])
+        if end < len(code) and not (_leaves(last) and last.predicate in ("", "PT", "UPT") and not re.match(r"!?U?P\d", last.arguments)):
+            graph.add_edge(start, end)
+    graph.add_edge(-1, 0)
+    for start in leaders:                                       # targets of jump tables are entries, too
+        if not nx.has_path(graph, -1, start):
+            graph.add_edge(-1, start)
+    dominators = nx.immediate_dominators(graph, -1)
+
+    def dominates(a, b):
+        while b not in (a, None):
+            b = dominators.get(b) if dominators.get(b) != b else None
+        return b == a
+    found: dict[int, tuple[set, int]] = {}
+    for tail, head in graph.edges:
+        if dominates(head, tail):
+            without_head = graph.subgraph(set(graph) - {head})
+            body = {head, tail} | (nx.ancestors(without_head, tail) if tail != head else set())
+            blocks, last = found.get(head, (set(), 0))
+            found[head] = (blocks | body, max(last, tail))
+    return [[ins for start in sorted(blocks) if start <= last for ins in code[start:ends[start]]] for blocks, last in found.values()]
+
+
+def _leaves(ins: Instruction) -> bool:
+    return ins.opcode.startswith(("BRA", "JMP", "BRX", "EXIT", "RET"))
+
+
+def main_loop(code: list[Instruction]) -> tuple[list[Instruction], bool] | None:
+    """(instructions of the innermost loop with the most matrix products, without loops inside it, whether another loop loads its operands)."""
+    everything = [frozenset(loop) for loop in loops(code)]
+    hot = [loop for loop in everything if any(MMA.match(ins.opcode) for ins in loop)]
+    inner = [loop for loop in hot if not any(other < loop for other in hot)]
+    if not inner:
+        return None
+    best = max(inner, key=lambda loop: sum(bool(MMA.match(ins.opcode)) for ins in loop))
+    spins = frozenset().union(*(loop for loop in everything if loop < best))
+    others = [ins for loop in everything if loop not in hot for ins in loop]
+    fed = not any(LOADS.match(ins.opcode) for ins in best) and any(LOADS.match(ins.opcode) for ins in others)
+    return sorted(best - spins, key=lambda ins: ins.address), fed
+
+
+def measure(text: str, target: int, tile: tuple[int, int, int], warps: int, nbytes: int) -> dict:
+    """What a kernel's loop costs, from `cuobjdump -sass` output; tile is (M, N, K) of one iteration's product, nbytes the operands' element size.
+
+    overhead: warp instructions that are not products, per 2048 FMA (one m16n8k16 product). bound: clocks of the tensor cores over those of the
+    busiest unit of the SM, an upper bound on their utilisation; limiter is that unit: "tensor", "issue" or "shared". l2_bytes_per_fma: what the
+    tile loads, with no reuse between programs.
+    """
+    code = parse(text)
+    opcodes = Counter(ins.opcode for ins in code)
+    mma = Counter({op: n for op, n in opcodes.items() if MMA.match(op)})
+    loads: Counter = Counter()
+    for op, n in opcodes.items():
+        if LOADS.match(op):
+            loads[f"{LOADS.match(op)[0]}{'' if 'UTMA' in op else '.' + _width(op)}"] += n
+    row = dict(spills=sum(n for op, n in opcodes.items() if op.startswith(("LDL", "STL"))), mma=mma.most_common(1)[0][0] if mma else "none",
+               loads=dict(sorted(loads.items())))
+    found = main_loop(code)
+    if not found:
+        return row
+    (m, n, k), (loop, specialized) = tile, found
+    ops = Counter(ins.opcode for ins in loop)
+    products = sum(count for op, count in ops.items() if MMA.match(op))
+    running = 1 if specialized and row["mma"].startswith("UTC") else warps          # tcgen05 products are issued by one warp
+    rate, *_ = SM[target]
+    moved = (m + n) * k * nbytes
+    if row["mma"].startswith("HGMMA"):                              # each warpgroup reads its 64 rows and all columns
+        read = (m + -(-m // 64) * n) * k * nbytes
+    else:                                                           # ldmatrix reads 128 bytes per matrix and warp; tcgen05 reads each operand once
+        read = moved if "UTC" in row["mma"] else running * sum(count * 128 * int((re.search(r"\.([124])$", op) or (0, 1))[1])
+                                                               for op, count in ops.items() if op.startswith("LDSM"))
+    clocks = {"tensor": m * n * k / (rate * 2 / nbytes), "issue": running * len(loop) / 4, "shared": (moved + read) / 128}
+    return row | dict(loop_instructions=len(loop), overhead=round((len(loop) - products) * running / (m * n * k / 2048), 3),
+                      loop_ldsm=sum(c for op, c in ops.items() if op.startswith("LDSM")), bound=round(clocks["tensor"] / max(clocks.values()), 3),
+                      limiter=max(clocks, key=clocks.get), l2_bytes_per_fma=round(moved / (m * n * k), 4))
+
+
+def programs_per_sm(target: int, registers: int, threads: int, shared_bytes: int) -> int:
+    """Programs that fit on one SM. Registers are given to warps in units of 256, a program takes 1 KiB of shared memory for the driver."""
+    _, shared, most_threads, most = SM[target]
+    warps = -(-threads // 32)
+    per_warp = -(-registers * 32 // 256) * 256
+    return min(65536 // (per_warp * warps), shared // (shared_bytes + 1024), most_threads // threads, most)
+
+
+def _width(opcode: str) -> str:
+    return next((w for w in ("128", "64") if f".{w}" in opcode), "16" if ".U16" in opcode or ".S16" in opcode else "8" if ".U8" in opcode else "32")
