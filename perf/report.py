@@ -35,7 +35,9 @@ COLUMNS = {
     "executed_macs": ("predicted", "multiply-accumulates of the tiles, overhang counted"),
     "kernels": ("measured", "kernels compiled for the target"), "registers": ("measured", "per thread, largest of the kernels"),
     "spills": ("measured", "local-memory instructions of all kernels"), "shared_bytes": ("measured", "shared memory per program, largest"),
-    "mma": ("measured", "tensor-core instruction in the machine code"), "failure": ("", "why there is no result")}
+    "mma": ("measured", "tensor-core instruction in the machine code"),
+    "overhead": ("measured", "warp instructions of the main loop that are not products, per 2048 multiply-accumulates"),
+    "failure": ("", "why there is no result")}
 
 
 def triton_version() -> str:
@@ -109,7 +111,8 @@ def table(frame: pd.DataFrame) -> pd.DataFrame:
         return [form.format(value / scale) if pd.notna(value) else "" for value in column.astype(float)]
     timed, useful = frame["ms"].notna().any(), frame["useful_macs"].astype(float)
     view = pd.DataFrame({
-        "pass": frame["pass"], "dtype": frame["dtype"].replace({"float16": "fp16", "bfloat16": "bf16", "float32": "fp32", "float64": "fp64"}),
+        "pass": frame["pass"], "kernel": [config.split()[0] if isinstance(config, str) else "" for config in frame["config"]],
+        "dtype": frame["dtype"].replace({"float16": "fp16", "bfloat16": "bf16", "float32": "fp32", "float64": "fp64"}),
         "provider": frame["provider"], "ms\nmeasured": number(frame["ms"], "{:.3f}"),
         "q1-q3 ms\nmeasured": [f"{a:.3f}-{b:.3f}" if pd.notna(a) else "" for a, b in zip(frame["ms_q1"], frame["ms_q3"])],
         "dense\nTFLOP/s\nmeasured": number(frame["tflops_dense"]), "useful\nTFLOP/s\nmeasured": number(frame["tflops_useful"]),
@@ -120,7 +123,8 @@ def table(frame: pd.DataFrame) -> pd.DataFrame:
         "dense/\nuseful\npredicted": "" if timed else number(frame["dense_macs"].astype(float) / useful),
         "executed/\nuseful\npredicted": number(frame["executed_macs"].astype(float) / useful),
         "regs\nmeasured": number(frame["registers"], "{:.0f}"), "spills\nmeasured": number(frame["spills"], "{:.0f}"),
-        "shared\nKiB\nmeasured": number(frame["shared_bytes"], "{:.0f}", 1024), "MMA\nmeasured": frame["mma"].astype(object).fillna("")})
+        "shared\nKiB\nmeasured": number(frame["shared_bytes"], "{:.0f}", 1024), "MMA\nmeasured": frame["mma"].astype(object).fillna(""),
+        "over-\nhead\nmeasured": number(frame["overhead"], "{:.2f}")})
     view["failure"] = ["FAILED" if failed else "" for failed in frame["failure"].notna()]
     return view[[column for column in view if (view[column] != "").any() and (column != "provider" or timed)]]
 

@@ -174,7 +174,8 @@ def _resources(problem, pass_, target, precision):
     rows = resources(problem, pass_, cfg.default(problem, pass_, target, precision), target, precision)
     mma = dict.fromkeys(row["mma"] for row in rows if row["mma"] != "none")
     return dict(kernels="+".join(dict.fromkeys(row["kernel"] for row in rows)), registers=max(row["registers"] for row in rows),
-                spills=sum(row["spills"] for row in rows), shared_bytes=max(row["shared_bytes"] for row in rows), mma="+".join(mma) or "none")
+                spills=sum(row["spills"] for row in rows), shared_bytes=max(row["shared_bytes"] for row in rows), mma="+".join(mma) or "none",
+                overhead=rows[0]["overhead"])
 
 
 def _interpreted(problem, pass_, target):

@@ -30,7 +30,8 @@ TMA_TILES = {"cuda:90": {(128, 128, 4): 1.25, (128, 256, 8): 1.25, (256, 128, 8)
                          (128, 64, 4): 1.0, (64, 64, 4): 0.75, (128, 32, 4): 0.5, (32, 128, 4): 0.5},
              "cuda:100": {(128, 128, 4): 1.5, (128, 256, 8): 1.5, (256, 128, 8): 1.5, (64, 256, 4): 1.2, (256, 64, 4): 1.0, (64, 128, 4): 1.0,
                           (128, 64, 4): 1.0, (64, 64, 4): 0.75, (128, 32, 4): 0.6, (32, 128, 4): 0.6}}
-# assumed: what a program's prologue and epilogue cost, in steps of its loop; what writing and reading a partial result in L2 costs, in MACs (8 bytes)
+# assumed: what a program's prologue and epilogue cost, in steps of 64 of its loop; what writing and reading a partial result (8 bytes) in L2 costs,
+# in MACs
 TILE_STEPS, PARTIAL_MACS = 4, 400
 # the same without tensor cores: fp64, ieee fp32
 SIMT_TILES = {(64, 64, 4): 1.0, (64, 32, 4): 0.8, (64, 16, 4): 0.5, (32, 32, 4): 0.5, (32, 16, 4): 0.3, (16, 64, 4): 0.5, (16, 16, 4): 0.2}
@@ -68,7 +69,8 @@ def shared_bytes(config: dict, problem: Problem, pass_: str, target: str) -> int
     m, n, k = tile(config, pass_)
     stages = config["num_stages"] - (not target.startswith("cuda") or int(target[5:]) < 90)
     nbytes = DTYPE_BYTES[problem.dtype]
-    return max(stages * (m + n) * k * nbytes, m * n * (max(nbytes, 4) if config["SPLIT_K"] > 1 else nbytes))     # the epilogue's layout change
+    is_partial = config["SPLIT_K"] > 1 or config["kernel"] == "tma" and pass_ == "wgrad"
+    return max(stages * (m + n) * k * nbytes, m * n * (max(nbytes, 4) if is_partial else nbytes))                # the epilogue's layout change
 
 
 def fits(config: dict, problem: Problem, pass_: str, target: str) -> str | None:
@@ -280,7 +282,8 @@ def _gather_options(problem: Problem, pass_: str, target: str, precision: str):
             option = dict(base, BLOCK_N=n, num_warps=warps, SPLIT_K=1, **{"BLOCK_M" if rows else "BLOCK_K": m if rows else step})
             boxes = _boxes(step if rows else m, _map(problem, pass_), powers=large and bool(rows))
             if large and not rows:
-                boxes = [box for box in boxes if box[2] != 16] or boxes
+                # rows of a thread lie 16 apart: with such sides their offsets are multiples of one value, which the compiler keeps in registers
+                boxes = [(b, p, q) for b, p, q in boxes if q != 16 and (p, q) != (2, 8)] or boxes
             option = _best_box(problem, pass_, option, boxes)
             if not rows and (flat or m * n > 128 * 128):               # larger accumulators and a split would spill
                 yield option
@@ -359,7 +362,8 @@ def cost(problem: Problem, pass_: str, config: dict, target: str, precision: str
     for axes in passes_axes(problem, pass_):
         programs = tiles(problem, pass_, config, axes)
         total, most = _launch_steps(problem, pass_, config, axes)
-        total, most = total + TILE_STEPS * programs, most / split + TILE_STEPS
+        extra = TILE_STEPS * 64 / step
+        total, most = total + extra * programs, most / split + extra
         if programs <= slots:
             span += most
         elif most * programs <= 1.05 * total:                                   # equal programs

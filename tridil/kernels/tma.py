@@ -82,7 +82,7 @@ def correlate_tma(x, w, bias_ptr, y, N, H, W, P, Q, C, K, G, CW, R, S, FILTER_S,
 def wgrad_tma(x, dy, dw, N, H, W, P, Q, C, K, G, R, S, off_h, off_w, dil_h, dil_w,
               PRECISION: tl.constexpr, WARP_SPECIALIZE: tl.constexpr, SPLIT_K: tl.constexpr,
               BLOCK_IMG: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """`gather.wgrad` with coordinates: outputs of a box that lie beyond the tap's live rectangle meet x outside the image, which is zero."""
+    """`gather.wgrad` with coordinates: where a box reaches over the tap's live rectangle, dy or x lies outside its tensor and is zero."""
     PIXELS: tl.constexpr = BLOCK_IMG * BLOCK_P * BLOCK_Q
     pid = tl.program_id(0)
     tiles_m = tl.cdiv(K, BLOCK_M)
