@@ -9,7 +9,7 @@ import torch
 
 from . import config as cfg
 from .dispatch import interpreted, target
-from .kernels import common, gather, tma
+from .kernels import common, depthwise, gather, tma
 from .problem import DTYPE_BYTES, Axis, Problem
 
 FORMATS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
@@ -41,7 +41,7 @@ class Launch:
 
     @property
     def fn(self):
-        return getattr(gather, self.kernel, None) or getattr(tma, self.kernel, None) or getattr(common, self.kernel)
+        return next(getattr(module, self.kernel) for module in (gather, tma, depthwise, common) if hasattr(module, self.kernel))
 
     def __call__(self, tensors: dict):
         arguments = {name: tensors[role] if box is None else _descriptor(tensors[role], box) for name, role, box in self.tensors}
@@ -75,6 +75,8 @@ def _plan(problem, pass_, config, precision, has_bias):
         precision = "upcast"
     constexprs = {"PRECISION": precision} | {name: value for name, value in config.items() if name.isupper()}
     options = {name: config[name] for name in ("num_warps", "num_stages", "maxnreg") if config[name] is not None}
+    if config["kernel"] == "depthwise":
+        return tuple(_depthwise_plan(problem, pass_, config, options, has_bias))
     if config["kernel"] != "tma":
         flat = config["kernel"] == "gather_flat"
         constexprs |= {"ACC": "float64" if problem.dtype == "float64" else "float32", "PIXELS": cfg.pixels(config),
@@ -162,6 +164,34 @@ def _wgrad_plan(p: Problem, config, constexprs, options):
     return first, _sum(split, total, dict(sy_n=s_k, sy_p=s_r, sy_q=s_s, sy_k=s_c, y0=0), dict(P=p.r, Q=p.s, K=c), False)
 
 
+def _depthwise_plan(p: Problem, pass_, config, options, has_bias):
+    """Launches of the direct kernels; x, dy and the result are all in p.layout."""
+    mult, vector, nhwc = p.k // p.c, 16 // DTYPE_BYTES[p.dtype], p.layout == "nhwc"
+    blocks = {name: config[name] for name in config if name.isupper() and name != "SPLIT_K"}
+    constexprs = dict(blocks, PIXELS=cfg.pixels(config), MULT=mult, CHANNELS_LAST=nhwc, ALIGN=gcd(p.c, p.k, vector) if nhwc and mult == 1 else 1,
+                      ACC="float64" if p.dtype == "float64" else "float32", INT64=_elements(p) >= 2**31)
+    shapes = (p.y_shape, p.x_shape) if pass_ == "dgrad" else (p.x_shape, p.y_shape)
+    (x_n, x_k, x_h, x_w), (y_n, y_k, y_p, y_q) = (_strides(shape, p.layout) for shape in shapes)
+    for h, w in cfg.passes_axes(p, pass_):
+        scalars = dict(N=p.n, P=h.out, Q=w.out, K=shapes[1][1], R=h.taps, stride_h=h.stride, stride_w=w.stride, **_steps(h, w), grid_w=cfg.grid_step(w),
+                       sx_n=x_n, sx_h=x_h, sx_w=x_w, sx_k=x_k)
+        sizes = dict(constexprs, S=w.taps, SHIFT=w.stride // gcd(w.stride, w.dilation))
+        programs = cfg.tiles(p, pass_, config, (h, w))
+        if pass_ == "wgrad":
+            splits, total = config["SPLIT_K"], prod(p.w_shape)
+            scalars |= dict(sy_n=y_n, sy_p=y_p, sy_q=y_q, sy_k=y_k, splits=splits)
+            tensors = (("x_ptr", "b", None), ("dy_ptr", "a", None), ("part_ptr", "partials", None))
+            yield _launch("wgrad_depthwise", programs, tensors, scalars, sizes, options, splits * total)
+            yield _launch("sum_partials", -(-total // 32), (("part_ptr", "partials", None), ("dw_ptr", "out", None)),
+                          dict(K=p.k, total=total, splits=splits), dict(TAPS=p.r * p.s, BLOCK=32, BLOCK_Z=32), {})
+        else:
+            scalars |= dict(grid_h=cfg.grid_step(h), tap_r=h.tap0, tap_s=w.tap0, step_r=h.tap_step, sy_n=y_n, sy_p=y_p * h.out_step,
+                            sy_q=y_q * w.out_step, sy_k=y_k, y0=h.out0 * y_p + w.out0 * y_q)
+            sizes |= dict(STEP_S=w.tap_step, FILTER_R=p.r, FILTER_S=p.s, TRANSPOSED=pass_ == "dgrad", HAS_BIAS=has_bias)
+            tensors = (("x_ptr", "a", None), ("w_ptr", "b", None), ("bias_ptr", "bias", None), ("y_ptr", "out", None))
+            yield _launch("correlate_depthwise", programs, tensors, scalars, sizes, options)
+
+
 def _sum(split, total, strides, sizes, has_bias) -> Launch:
     tensors = (("part_ptr", "partials", None), ("bias_ptr", "bias", None), ("y_ptr", "out", None))
     constexprs = dict(HAS_BIAS=has_bias, SPLIT_K=split, BLOCK=256)
@@ -225,7 +255,10 @@ def _run(problem, pass_, shape, a, b, bias, config, precision):
     if pass_ == "dgrad" and not problem.dgrad_covers:
         out.zero_()
     aligned = config["kernel"] == "tma"
-    a, b = _nhwc(a, aligned), _nhwc(b, aligned)
+    if config["kernel"] == "depthwise":
+        a, b = (t.detach().contiguous(memory_format=FORMATS[problem.layout]) for t in (a, b))
+    else:
+        a, b = _nhwc(a, aligned), _nhwc(b, aligned)
     launches = plan(problem, pass_, config, precision, bias is not None)
     tensors = {"a": a, "b": b, "bias": b if bias is None else bias.contiguous(), "out": out}
     workspace = max((launch.workspace for launch in launches), default=0)
