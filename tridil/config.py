@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import lru_cache
+from itertools import product
 from math import gcd, prod
 
 from .problem import DTYPE_BYTES, PASSES, Axis, Problem
@@ -454,7 +455,7 @@ def describe(config: dict) -> str:
 # besides, an iteration its own arithmetic. Static counts (fp16, 3x3 to 7x7, sm_80 and sm_90)
 COLUMN, ADDRESS, WEIGHT, ITERATION, PROGRAM = 1, 6, 2.7, 40, 250
 # assumed: bytes per SM and clock from memory and from L2, and the warps of an SM that keep them busy
-DRAM_BYTES, L2_BYTES, BUSY_WARPS = 14, 32, 12
+DRAM_BYTES, L2_BYTES, BUSY_WARPS = 14, 24, 12
 
 
 def is_depthwise(problem: Problem) -> bool:
@@ -469,7 +470,8 @@ def grid_step(axis: Axis) -> int:
 
 def _depthwise_fits(config: dict, problem: Problem, pass_: str, target: str) -> str | None:
     """`fits` of a direct kernel."""
-    sizes = ("BLOCK_IMG", "BLOCK_P", "BLOCK_Q", "BLOCK_N", "COLS", "TAPS", *(("ROWS",) if pass_ == "wgrad" else ()), "SPLIT_K", "num_warps", "num_stages")
+    rows = ("ROWS",) if pass_ == "wgrad" else ()
+    sizes = ("BLOCK_IMG", "BLOCK_P", "BLOCK_Q", "BLOCK_N", "COLS", "TAPS", *rows, "SPLIT_K", "num_warps", "num_stages")
     needed = ("kernel", *sizes, "maxnreg")
     if set(config) != set(needed):
         return f"a {pass_} config of depthwise has exactly the entries {sorted(needed)}, got {sorted(config)}"
@@ -490,9 +492,7 @@ def _depthwise_fits(config: dict, problem: Problem, pass_: str, target: str) -> 
     shift = max(w.stride // gcd(w.stride, w.dilation) for _, w in passes_axes(problem, pass_)) if problem.q else 1
     registers = _depthwise_registers(config, problem, shift)
     if config["num_warps"] > 16 or registers > 255:
-        return f"a lane would hold {registers} registers with COLS={config['COLS']}, TAPS={config['TAPS']}, num_warps={config['num_warps']} (at most 255)"
-    if max(config["COLS"], config["TAPS"]) > 64:
-        return f"COLS (={config['COLS']}) and TAPS (={config['TAPS']}) are unrolled: at most 64"
+        return f"a lane would hold {registers} registers with COLS={config['COLS']}, TAPS={config['TAPS']}, {config['num_warps']} warps (at most 255, 16)"
     if (programs := grid(problem, pass_, config)) >= 2**31:
         return f"the grid of {programs} programs exceeds 2**31 - 1: use larger tiles"
     return None
@@ -582,7 +582,7 @@ def _depthwise_cost(problem: Problem, pass_: str, config: dict, target: str) -> 
     wide = gcd(problem.c, problem.k, 16 // nbytes) if problem.layout == "nhwc" and problem.k == problem.c else 1
     moves = max(per / wide, 1)
     is_wgrad = pass_ == "wgrad"
-    total = busy = 0.0
+    total = 0.0
     for axes in passes_axes(problem, pass_):
         macs, live, walked, iterations = _depthwise_walk(problem, pass_, config, axes)
         programs = tiles(problem, pass_, config, axes)
@@ -598,9 +598,8 @@ def _depthwise_cost(problem: Problem, pass_: str, config: dict, target: str) -> 
         unfilled = max(1.0, BUSY_WARPS / (min(resident, programs / sms) * warps))
         rows_read = (config["BLOCK_P"] + axes[0].taps - 1) / config["BLOCK_P"] if not is_wgrad else axes[0].taps / config["ROWS"] + 1
         halo = 1 + (axes[1].taps - 1) * min(grid_step(axes[1]), config["BLOCK_Q"]) / (config["BLOCK_Q"] * config["COLS"])
-        source = problem.n * axes[0].out * axes[1].out * problem.c * nbytes
-        total += max(issue / (sms * 4 * 0.8) * waves, source * rows_read * halo / (sms * L2_BYTES), 1500.0) * unfilled
-        busy += programs
+        moved = problem.n * axes[0].out * axes[1].out * problem.k * nbytes * (1 + rows_read * halo)
+        total += max(issue / (sms * 4 * 0.8) * waves, moved / (sms * L2_BYTES), 1500.0) * unfilled
     memory = problem.bytes / (sms * DRAM_BYTES)
     if is_wgrad:
         memory += 8 * config["SPLIT_K"] * prod(problem.w_shape) / (sms * L2_BYTES) + 4000
@@ -615,30 +614,34 @@ def _depthwise_options(problem: Problem, pass_: str, target: str):
         return
     h, w = max(axes, key=lambda hw: (hw[0].out * hw[1].out, hw[1].taps))
     shift, out = w.stride // gcd(w.stride, w.dilation), problem.c if pass_ == "dgrad" else problem.k
-    nhwc = problem.layout == "nhwc"
-    vector = 16 // nbytes if nhwc else 1
-    rows_of_box = h.out if is_wgrad else -(-h.out // grid_step(h))
-    for n in (128, 64, 32, 16, 8) if nhwc else (1,):
-        if n > 8 and n >= 2 * out:
+    vector, least = (16 // nbytes, 32 // nbytes) if problem.layout == "nhwc" else (1, 1)        # a sector of L2 is 32 bytes
+    sides = (problem.n, h.out if is_wgrad else -(-h.out // grid_step(h)), 0)
+    most = -(-w.out // grid_step(w)) if shift < w.taps else 1                 # outputs of a lane that share columns
+    for n in (128, 64, 32, 16, 8, 4, 1) if problem.layout == "nhwc" else (1,):
+        if n > least and n >= 2 * out or n < least:
             continue
-        for warps in (4, 2, 1):
-            lanes = 32 * warps * vector // n
-            if lanes < 1:
-                continue
-            for cols in (8, 6, 5, 4, 3, 2, 1):
-                if cols > -(-w.out // grid_step(w)):
-                    continue
-                anchors = len(_lane_boxes(w, cols, 1))
-                for taps, rows in _unrolled(h.taps, w.taps) if is_wgrad else [(min(w.taps, 11), 1)]:
-                    option = dict(kernel="depthwise", BLOCK_N=n, COLS=cols, TAPS=taps, SPLIT_K=1, num_warps=warps, num_stages=1, maxnreg=None)
-                    if is_wgrad:
-                        option["ROWS"] = rows
-                    sides = (problem.n, rows_of_box, anchors)
-                    boxes = [dict(option, BLOCK_IMG=b, BLOCK_P=p, BLOCK_Q=q) for b, p, q in _boxes(lanes, sides, powers=False)]
-                    if _depthwise_registers(boxes[0], problem, shift) > 180:
-                        continue
-                    best = min(boxes, key=lambda cfg: _depthwise_cost(problem, pass_, cfg, target))
-                    yield min(_depthwise_splits(best, problem, target), key=lambda cfg: _depthwise_cost(problem, pass_, cfg, target)) if is_wgrad else best
+        for warps, cols in product((4, 2, 1), sorted({-(-most // -(-most // cols)) for cols in (2, 4, 6, 8)} | {1})):
+            lanes, anchors = 32 * warps * vector // n, len(_lane_boxes(w, cols, 1))
+            for taps, rows in _unrolled(h.taps, w.taps) if is_wgrad else [(min(w.taps, 11), 1)] if lanes else []:
+                option = dict(kernel="depthwise", BLOCK_N=n, COLS=cols, TAPS=taps, SPLIT_K=1, num_warps=warps, num_stages=1, maxnreg=None)
+                if is_wgrad:
+                    option["ROWS"] = rows
+                boxes = [dict(option, BLOCK_IMG=b, BLOCK_P=p, BLOCK_Q=q) for b, p, q in _lane_shapes(lanes, sides[0], sides[1], anchors)]
+                if _depthwise_registers(boxes[0], problem, shift) <= 180:
+                    options = (_depthwise_split(box, problem, target) for box in boxes) if is_wgrad else boxes
+                    yield min(options, key=lambda cfg: _depthwise_cost(problem, pass_, cfg, target))
+
+
+def _lane_shapes(count: int, images: int, rows: int, anchors: int) -> list[tuple[int, int, int]]:
+    """Boxes of `count` lanes, or of as many as there are: all of nearly one size along each side."""
+    def even(size, most):
+        return -(-size // -(-size // max(min(size, most), 1)))
+    shapes = set()
+    for q in {even(anchors, count >> e) for e in range(count.bit_length())}:
+        for p in {even(rows, count // q >> e) for e in range((count // q).bit_length())}:
+            shapes.add((even(images, count // (p * q)), p, q))
+    full = [shape for shape in shapes if 2 * prod(shape) > count]
+    return full or [(count // 2 // (rows * anchors) + 1, rows, anchors)]
 
 
 def _unrolled(r: int, s: int) -> list[tuple[int, int]]:
@@ -647,9 +650,10 @@ def _unrolled(r: int, s: int) -> list[tuple[int, int]]:
     return [(taps, rows) for rows in (1, 2, 3) if rows <= r and taps * rows <= 11]
 
 
-def _depthwise_splits(option: dict, problem: Problem, target: str) -> list[dict]:
-    """option with shares of the boxes of dy: at most one box each, 64 MiB of partial results."""
+def _depthwise_split(option: dict, problem: Problem, target: str) -> dict:
+    """option with shares of the boxes of dy for about four programs of four warps per SM: at most one box each, 64 MiB of partial results."""
     h, w = problem.fprop_axes
     boxes = -(-problem.n // option["BLOCK_IMG"]) * -(-h.out // option["BLOCK_P"]) * len(_lane_boxes(w, option["COLS"], option["BLOCK_Q"]))
-    most = min(boxes, 2048, 2**26 // (max(DTYPE_BYTES[problem.dtype], 4) * prod(problem.w_shape)))
-    return [dict(option, SPLIT_K=split) for split in (*range(1, 9), *(b << e for e in range(1, 9) for b in (5, 6, 7, 8))) if split <= max(most, 1)]
+    most = min(boxes, 2**26 // (max(DTYPE_BYTES[problem.dtype], 4) * prod(problem.w_shape)))
+    split = max(1, min(16 * device_limits(target)[0] // (option["num_warps"] * _depthwise_tiles(problem, "wgrad", option, (h, w))), most))
+    return dict(option, SPLIT_K=-(-boxes // -(-boxes // split)))

@@ -173,8 +173,8 @@ def _depthwise_plan(p: Problem, pass_, config, options, has_bias):
     shapes = (p.y_shape, p.x_shape) if pass_ == "dgrad" else (p.x_shape, p.y_shape)
     (x_n, x_k, x_h, x_w), (y_n, y_k, y_p, y_q) = (_strides(shape, p.layout) for shape in shapes)
     for h, w in cfg.passes_axes(p, pass_):
-        scalars = dict(N=p.n, P=h.out, Q=w.out, K=shapes[1][1], R=h.taps, stride_h=h.stride, stride_w=w.stride, **_steps(h, w), grid_w=cfg.grid_step(w),
-                       sx_n=x_n, sx_h=x_h, sx_w=x_w, sx_k=x_k)
+        scalars = dict(N=p.n, P=h.out, Q=w.out, K=shapes[1][1], R=h.taps, stride_h=h.stride, stride_w=w.stride, **_steps(h, w),
+                       grid_w=cfg.grid_step(w), sx_n=x_n, sx_h=x_h, sx_w=x_w, sx_k=x_k)
         sizes = dict(constexprs, S=w.taps, SHIFT=w.stride // gcd(w.stride, w.dilation))
         programs = cfg.tiles(p, pass_, config, (h, w))
         if pass_ == "wgrad":

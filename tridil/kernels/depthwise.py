@@ -53,7 +53,7 @@ def tap_products(acc, dy, x, BASE: tl.constexpr, COLUMN: tl.constexpr, SHIFT: tl
     for a in tl.static_range(len(acc)):
         value = acc[a]
         for j in tl.static_range(COLS):
-            if COLUMN - j * SHIFT == a - BASE and a - BASE < TAPS:
+            if COLUMN - j * SHIFT == a - BASE and a >= BASE and a < BASE + TAPS:
                 value += dy[j] * x
         out = out + (value,)
     return out
