@@ -257,23 +257,29 @@ def depthwise(n, c, h, w, taps, mult=1, **kw):
     return problem((n, c, h, w), (c * mult, 1, *taps), groups=c, **kw)
 
 
+def laid_out(p, layout, dtype="float16"):
+    """p in a layout; few channels in NCHW, where each is a tile of its own."""
+    c = p.c if layout == "nhwc" else min(p.c, 3)
+    return replace(p, layout=layout, dtype=dtype, c=c, groups=c, k=p.k // p.c * c)
+
+
 DEPTHWISE = {
-    "residues on both axes": depthwise(2, 16, 13, 17, (3, 3), padding=3, dilation=3),
-    "VAN": depthwise(3, 24, 14, 14, (7, 7), padding=9, dilation=3),
-    "map smaller than the filter": depthwise(5, 40, 7, 7, (7, 7), padding=9, dilation=3),
-    "odd channels": depthwise(1, 37, 11, 12, (5, 5), padding=4, dilation=2),
-    "channels of 8 bytes": depthwise(1, 156, 6, 9, (3, 3), padding=2, dilation=2),
+    "residues on both axes": depthwise(2, 16, 7, 11, (3, 3), padding=3, dilation=3),
+    "VAN": depthwise(1, 8, 8, 10, (7, 7), padding=9, dilation=3),
+    "map smaller than the filter": depthwise(3, 8, 4, 5, (7, 7), padding=9, dilation=3),
+    "odd channels": depthwise(1, 19, 5, 8, (5, 5), padding=4, dilation=2),
+    "channels of 8 bytes": depthwise(1, 36, 4, 9, (3, 3), padding=2, dilation=2),
     "stride 2": depthwise(2, 16, 15, 16, (3, 3), stride=2, padding=1),
     "stride 2, dilation 2": depthwise(2, 16, 15, 16, (3, 3), stride=2, padding=2, dilation=2),
     "stride 2, dilation 3": depthwise(2, 16, 15, 16, (3, 3), stride=2, padding=3, dilation=3),
     "stride 3x2, dilation 2x4": depthwise(1, 16, 14, 19, (3, 3), stride=(3, 2), padding=(2, 5), dilation=(2, 4)),
     "stride beyond the filter": depthwise(1, 16, 11, 13, (2, 2), stride=(5, 4), padding=1, dilation=(2, 1)),
-    "dilation beyond the map": depthwise(1, 32, 6, 7, (3, 3), padding=18, dilation=18),
-    "multiplier 2": depthwise(1, 9, 9, 10, (3, 3), 2, padding=2, dilation=2),
-    "multiplier 3, stride 2": depthwise(2, 8, 9, 9, (3, 3), 3, stride=2, padding=3, dilation=3),
-    "1D": depthwise(2, 16, 1, 300, (1, 3), padding=(0, 64), dilation=(1, 64)),
+    "dilation beyond the map": depthwise(1, 16, 3, 4, (3, 3), padding=18, dilation=18),
+    "multiplier 2": depthwise(1, 5, 6, 7, (3, 3), 2, padding=2, dilation=2),
+    "multiplier 3, stride 2": depthwise(2, 3, 7, 7, (3, 3), 3, stride=2, padding=3, dilation=3),
+    "1D": depthwise(2, 8, 1, 200, (1, 3), padding=(0, 64), dilation=(1, 64)),
     "1D, causal": depthwise(1, 16, 1, 70, (1, 2), dilation=(1, 32)),
-    "13 taps in a row": depthwise(1, 16, 5, 40, (3, 13), padding=(1, 12), dilation=(1, 2)),
+    "13 taps in a row": depthwise(1, 8, 2, 30, (1, 13), padding=(0, 12), dilation=(1, 2)),
     "vertical": depthwise(1, 16, 20, 3, (5, 1), padding=(4, 0), dilation=(2, 1)),
     "even filter, same": depthwise(1, 16, 7, 8, (2, 4), padding="same", dilation=(3, 1)),
     "one pixel": depthwise(4, 16, 1, 1, (3, 3), padding=4, dilation=4),
@@ -287,7 +293,7 @@ def test_depthwise(name, dtype, layout, monkeypatch):
     """The direct kernels alone; they read both layouts where they are."""
     launched, call = [], launch.Launch.__call__
     monkeypatch.setattr(launch.Launch, "__call__", lambda self, tensors: launched.append(self.kernel) or call(self, tensors))
-    check(replace(DEPTHWISE[name], dtype=dtype, layout=layout))
+    check(laid_out(DEPTHWISE[name], layout, dtype))
     assert set(launched) == {"correlate_depthwise", "wgrad_depthwise", "sum_partials"}
 
 
@@ -313,7 +319,7 @@ def test_depthwise_wgrad_sums_every_share(rows, split):
 @pytest.mark.parametrize("layout", ["nhwc", "nchw"])
 @pytest.mark.parametrize("pass_", PASSES)
 def test_depthwise_reruns_are_bit_identical(pass_, layout):
-    p = replace(DEPTHWISE["residues on both axes"], dtype="float32", layout=layout)
+    p = laid_out(DEPTHWISE["residues on both axes"], layout, "float32")
     cfg = config.default(p, pass_, dispatch.target())
     first, again = check(p, [pass_], [cfg, dict(cfg)], seed=1)
     assert torch.equal(first, again)
@@ -322,7 +328,7 @@ def test_depthwise_reruns_are_bit_identical(pass_, layout):
 def test_depthwise_reads_both_layouts_in_place(monkeypatch):
     """No copy of a tensor that has the result's layout, channels_last or not; others are brought into it."""
     for layout, fmt in launch.FORMATS.items():
-        p = replace(DEPTHWISE["VAN"], layout=layout)
+        p = laid_out(DEPTHWISE["residues on both axes"], layout)
         x, w, bias, dy = (t.contiguous(memory_format=fmt) if t.dim() == 4 else t for t in testing.random_tensors(p, kernel_device(), 0))
         read, call = set(), launch.Launch.__call__
         with monkeypatch.context() as patch:
@@ -347,9 +353,9 @@ def test_depthwise_of_a_misaligned_tensor():
 
 @pytest.mark.skipif(not dispatch.interpreted(), reason="counts the interpreter's products")
 @pytest.mark.parametrize("layout", ["nhwc", "nchw"])
-@pytest.mark.parametrize("name", DEPTHWISE)
+@pytest.mark.parametrize("name", ["VAN", "odd channels", "stride 3x2, dilation 2x4", "dilation beyond the map", "multiplier 2", "13 taps in a row"])
 def test_executed_macs_of_depthwise_layers(name, layout, monkeypatch):
-    test_executed_macs_are_those_that_run(name, monkeypatch, replace(DEPTHWISE[name], layout=layout))
+    test_executed_macs_are_those_that_run(name, monkeypatch, laid_out(DEPTHWISE[name], layout))
 
 
 TMA = ["aspp", "dilation beyond the map", "padding beyond the extent", "stride 2, dilation 2", "stride 2, dilation 3", "dilations differ", "3x1",

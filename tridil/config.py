@@ -453,7 +453,7 @@ def describe(config: dict) -> str:
 # ---- direct kernels, one channel per group
 # a lane's element costs about so many instructions: to load and convert a column, to load and convert a weight; a column costs its address and masks
 # besides, an iteration its own arithmetic. Static counts (fp16, 3x3 to 7x7, sm_80 and sm_90)
-COLUMN, ADDRESS, WEIGHT, ITERATION, PROGRAM = 1, 6, 2.7, 40, 250
+COLUMN, ADDRESS, WEIGHT, ITERATION, WGRAD_ITERATION, PROGRAM = 1, 6, 2.7, 40, 160, 250
 # assumed: bytes per SM and clock from memory and from L2, and the warps of an SM that keep them busy
 DRAM_BYTES, L2_BYTES, BUSY_WARPS = 14, 24, 12
 
@@ -587,11 +587,11 @@ def _depthwise_cost(problem: Problem, pass_: str, config: dict, target: str) -> 
         macs, live, walked, iterations = _depthwise_walk(problem, pass_, config, axes)
         programs = tiles(problem, pass_, config, axes)
         shift = axes[1].stride // gcd(axes[1].stride, axes[1].dilation)
-        issue = macs / 32 + warps * (live * (per * COLUMN + 6) + walked * moves * ADDRESS + iterations * ITERATION + programs * PROGRAM)
+        issue = macs / 32 + warps * (live * (per * COLUMN + 6) + walked * moves * ADDRESS + programs * PROGRAM)
         if is_wgrad:
-            issue += warps * (iterations * config["COLS"] * (per + moves * ADDRESS) + programs * config["TAPS"] * config["ROWS"] * (per * 12 + 20))
+            issue += warps * (iterations * (config["COLS"] * (per + moves * ADDRESS) + WGRAD_ITERATION) + programs * config["TAPS"] * config["ROWS"] * (per * 12 + 20))
         else:
-            issue += warps * (iterations * config["TAPS"] * per * WEIGHT + programs * config["COLS"] * (per + moves * ADDRESS))
+            issue += warps * (iterations * (config["TAPS"] * per * WEIGHT + ITERATION) + programs * config["COLS"] * (per + moves * ADDRESS))
         resident = max(1, min(65536 // (32 * warps * min(_depthwise_registers(config, problem, shift) + 50, 255)), 32))
         slots = sms * resident
         waves = -(-programs // slots) * slots / programs if programs > slots else -(-programs // sms) * sms / programs
@@ -623,7 +623,8 @@ def _depthwise_options(problem: Problem, pass_: str, target: str):
         for warps, cols in product((4, 2, 1), sorted({-(-most // -(-most // cols)) for cols in (2, 4, 6, 8)} | {1})):
             lanes, anchors = 32 * warps * vector // n, len(_lane_boxes(w, cols, 1))
             for taps, rows in _unrolled(h.taps, w.taps) if is_wgrad else [(min(w.taps, 11), 1)] if lanes else []:
-                option = dict(kernel="depthwise", BLOCK_N=n, COLS=cols, TAPS=taps, SPLIT_K=1, num_warps=warps, num_stages=1, maxnreg=None)
+                option = dict(kernel="depthwise", BLOCK_N=n, COLS=cols, TAPS=taps, SPLIT_K=1, num_warps=warps, num_stages=1,
+                              maxnreg=255 if target.startswith("cuda") else None)
                 if is_wgrad:
                     option["ROWS"] = rows
                 boxes = [dict(option, BLOCK_IMG=b, BLOCK_P=p, BLOCK_Q=q) for b, p, q in _lane_shapes(lanes, sides[0], sides[1], anchors)]
