@@ -490,18 +490,24 @@ def _depthwise_fits(config: dict, problem: Problem, pass_: str, target: str) -> 
     if pass_ != "wgrad" and config["SPLIT_K"] > 1:
         return f"depthwise does not split {pass_}'s reduction, got SPLIT_K={config['SPLIT_K']}"
     shift = max(w.stride // gcd(w.stride, w.dilation) for _, w in passes_axes(problem, pass_)) if problem.q else 1
-    registers = _depthwise_registers(config, problem, shift)
+    registers = _depthwise_registers(config, problem, shift, target)
     if config["num_warps"] > 16 or registers > 255:
-        return f"a lane would hold {registers} registers with COLS={config['COLS']}, TAPS={config['TAPS']}, {config['num_warps']} warps (at most 255, 16)"
+        return (f"a lane would hold {registers} registers with COLS={config['COLS']}, TAPS={config['TAPS']}, num_warps={config['num_warps']} "
+                f"(at most 255 registers, 16 warps)")
     if (programs := grid(problem, pass_, config)) >= 2**31:
         return f"the grid of {programs} programs exceeds 2**31 - 1: use larger tiles"
     return None
 
 
-def _depthwise_registers(config: dict, problem: Problem, shift: int) -> int:
+def _warp(target: str) -> int:
+    """Threads of a warp."""
+    return 64 if target.startswith("hip:gfx9") else 32
+
+
+def _depthwise_registers(config: dict, problem: Problem, shift: int, target: str) -> int:
     """Registers of a thread that hold sums, weights and columns."""
     nbytes = DTYPE_BYTES[problem.dtype]
-    per = max(pixels(config) * config["BLOCK_N"] // (32 * config["num_warps"]), 1) * (2 if nbytes == 8 else 1)
+    per = max(pixels(config) * config["BLOCK_N"] // (_warp(target) * config["num_warps"]), 1) * (2 if nbytes == 8 else 1)
     count = (config["COLS"] - 1) * shift + config["TAPS"]
     sums = config["TAPS"] * config["ROWS"] if "ROWS" in config else config["COLS"]
     return per * (sums + (config["COLS"] if "ROWS" in config else config["TAPS"])) + -(-per * count * min(nbytes, 4) // 4)
@@ -578,7 +584,7 @@ def _depthwise_walk(problem: Problem, pass_: str, config: dict, axes: tuple[Axis
 def _depthwise_cost(problem: Problem, pass_: str, config: dict, target: str) -> float:
     """Clocks of the slowest of issue, memory and L2: orders candidates. From static counts; nothing of it was measured."""
     nbytes, warps, (sms, _) = DTYPE_BYTES[problem.dtype], config["num_warps"], device_limits(target)
-    per = max(pixels(config) * config["BLOCK_N"] / (32 * warps), 1)
+    per = max(pixels(config) * config["BLOCK_N"] / (_warp(target) * warps), 1)
     wide = gcd(problem.c, problem.k, 16 // nbytes) if problem.layout == "nhwc" and problem.k == problem.c else 1
     moves = max(per / wide, 1)
     is_wgrad = pass_ == "wgrad"
@@ -587,12 +593,13 @@ def _depthwise_cost(problem: Problem, pass_: str, config: dict, target: str) -> 
         macs, live, walked, iterations = _depthwise_walk(problem, pass_, config, axes)
         programs = tiles(problem, pass_, config, axes)
         shift = axes[1].stride // gcd(axes[1].stride, axes[1].dilation)
-        issue = macs / 32 + warps * (live * (per * COLUMN + 6) + walked * moves * ADDRESS + programs * PROGRAM)
+        issue = macs / _warp(target) + warps * (live * (per * COLUMN + 6) + walked * moves * ADDRESS + programs * PROGRAM)
         if is_wgrad:
-            issue += warps * (iterations * (config["COLS"] * (per + moves * ADDRESS) + WGRAD_ITERATION) + programs * config["TAPS"] * config["ROWS"] * (per * 12 + 20))
+            issue += warps * iterations * (config["COLS"] * (per + moves * ADDRESS) + WGRAD_ITERATION)
+            issue += warps * programs * config["TAPS"] * config["ROWS"] * (per * 12 + 20)
         else:
             issue += warps * (iterations * (config["TAPS"] * per * WEIGHT + ITERATION) + programs * config["COLS"] * (per + moves * ADDRESS))
-        resident = max(1, min(65536 // (32 * warps * min(_depthwise_registers(config, problem, shift) + 50, 255)), 32))
+        resident = max(1, min(65536 // (_warp(target) * warps * min(_depthwise_registers(config, problem, shift, target) + 50, 255)), 32))
         slots = sms * resident
         waves = -(-programs // slots) * slots / programs if programs > slots else -(-programs // sms) * sms / programs
         unfilled = max(1.0, BUSY_WARPS / (min(resident, programs / sms) * warps))
@@ -616,19 +623,22 @@ def _depthwise_options(problem: Problem, pass_: str, target: str):
     shift, out = w.stride // gcd(w.stride, w.dilation), problem.c if pass_ == "dgrad" else problem.k
     vector, least = (16 // nbytes, 32 // nbytes) if problem.layout == "nhwc" else (1, 1)        # a sector of L2 is 32 bytes
     sides = (problem.n, h.out if is_wgrad else -(-h.out // grid_step(h)), 0)
+    unrolled, columns = (8, 9) if target.startswith("hip") else (11, 64)       # masks of more columns would spill scalar registers
     most = -(-w.out // grid_step(w)) if shift < w.taps else 1                 # outputs of a lane that share columns
     for n in (128, 64, 32, 16, 8, 4, 1) if problem.layout == "nhwc" else (1,):
         if n > least and n >= 2 * out or n < least:
             continue
         for warps, cols in product((4, 2, 1), sorted({-(-most // -(-most // cols)) for cols in (2, 4, 6, 8)} | {1})):
-            lanes, anchors = 32 * warps * vector // n, len(_lane_boxes(w, cols, 1))
-            for taps, rows in _unrolled(h.taps, w.taps) if is_wgrad else [(min(w.taps, 11), 1)] if lanes else []:
+            lanes, anchors = _warp(target) * warps * vector // n, len(_lane_boxes(w, cols, 1))
+            for taps, rows in _unrolled(h.taps, w.taps, unrolled) if is_wgrad else [(min(w.taps, unrolled), 1)]:
+                if not lanes or (cols - 1) * shift + taps > columns:
+                    continue
                 option = dict(kernel="depthwise", BLOCK_N=n, COLS=cols, TAPS=taps, SPLIT_K=1, num_warps=warps, num_stages=1,
                               maxnreg=255 if target.startswith("cuda") else None)
                 if is_wgrad:
                     option["ROWS"] = rows
                 boxes = [dict(option, BLOCK_IMG=b, BLOCK_P=p, BLOCK_Q=q) for b, p, q in _lane_shapes(lanes, sides[0], sides[1], anchors)]
-                if _depthwise_registers(boxes[0], problem, shift) <= 180:
+                if _depthwise_registers(boxes[0], problem, shift, target) <= 180:
                     options = (_depthwise_split(box, problem, target) for box in boxes) if is_wgrad else boxes
                     yield min(options, key=lambda cfg: _depthwise_cost(problem, pass_, cfg, target))
 
@@ -645,9 +655,9 @@ def _lane_shapes(count: int, images: int, rows: int, anchors: int) -> list[tuple
     return full or [(count // 2 // (rows * anchors) + 1, rows, anchors)]
 
 
-def _unrolled(r: int, s: int) -> list[tuple[int, int]]:
+def _unrolled(r: int, s: int, most: int) -> list[tuple[int, int]]:
     """(TAPS, ROWS) whose sums stay in registers."""
-    taps = s if s <= 11 else 8
+    taps = s if s <= most else 8
     return [(taps, rows) for rows in (1, 2, 3) if rows <= r and taps * rows <= 11]
 
 

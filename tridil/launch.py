@@ -168,25 +168,26 @@ def _depthwise_plan(p: Problem, pass_, config, options, has_bias):
     """Launches of the direct kernels; x, dy and the result are all in p.layout."""
     mult, vector, nhwc = p.k // p.c, 16 // DTYPE_BYTES[p.dtype], p.layout == "nhwc"
     blocks = {name: config[name] for name in config if name.isupper() and name != "SPLIT_K"}
-    constexprs = dict(blocks, PIXELS=cfg.pixels(config), MULT=mult, CHANNELS_LAST=nhwc, ALIGN=gcd(p.c, p.k, vector) if nhwc and mult == 1 else 1,
+    align = gcd(p.c, vector, config["BLOCK_N"]) if nhwc and mult == 1 else 1
+    constexprs = dict(blocks, PIXELS=cfg.pixels(config), MULT=mult, CHANNELS_LAST=nhwc, ALIGN=align,
                       ACC="float64" if p.dtype == "float64" else "float32", INT64=_elements(p) >= 2**31)
     shapes = (p.y_shape, p.x_shape) if pass_ == "dgrad" else (p.x_shape, p.y_shape)
     (x_n, x_k, x_h, x_w), (y_n, y_k, y_p, y_q) = (_strides(shape, p.layout) for shape in shapes)
     for h, w in cfg.passes_axes(p, pass_):
         scalars = dict(N=p.n, P=h.out, Q=w.out, K=shapes[1][1], R=h.taps, stride_h=h.stride, stride_w=w.stride, **_steps(h, w),
-                       grid_w=cfg.grid_step(w), sx_n=x_n, sx_h=x_h, sx_w=x_w, sx_k=x_k)
+                       grid_w=cfg.grid_step(w), sx_n=x_n // align, sx_h=x_h // align, sx_w=x_w // align, sx_k=x_k)
         sizes = dict(constexprs, S=w.taps, SHIFT=w.stride // gcd(w.stride, w.dilation))
         programs = cfg.tiles(p, pass_, config, (h, w))
         if pass_ == "wgrad":
             splits, total = config["SPLIT_K"], prod(p.w_shape)
-            scalars |= dict(sy_n=y_n, sy_p=y_p, sy_q=y_q, sy_k=y_k, splits=splits)
+            scalars |= dict(sy_n=y_n // align, sy_p=y_p // align, sy_q=y_q // align, sy_k=y_k, splits=splits)
             tensors = (("x_ptr", "b", None), ("dy_ptr", "a", None), ("part_ptr", "partials", None))
             yield _launch("wgrad_depthwise", programs, tensors, scalars, sizes, options, splits * total)
             yield _launch("sum_partials", -(-total // 32), (("part_ptr", "partials", None), ("dw_ptr", "out", None)),
                           dict(K=p.k, total=total, splits=splits), dict(TAPS=p.r * p.s, BLOCK=32, BLOCK_Z=32), {})
         else:
-            scalars |= dict(grid_h=cfg.grid_step(h), tap_r=h.tap0, tap_s=w.tap0, step_r=h.tap_step, sy_n=y_n, sy_p=y_p * h.out_step,
-                            sy_q=y_q * w.out_step, sy_k=y_k, y0=h.out0 * y_p + w.out0 * y_q)
+            scalars |= dict(grid_h=cfg.grid_step(h), tap_r=h.tap0, tap_s=w.tap0, step_r=h.tap_step, sy_n=y_n // align,
+                            sy_p=y_p * h.out_step // align, sy_q=y_q * w.out_step // align, sy_k=y_k, y0=(h.out0 * y_p + w.out0 * y_q) // align)
             sizes |= dict(STEP_S=w.tap_step, FILTER_R=p.r, FILTER_S=p.s, TRANSPOSED=pass_ == "dgrad", HAS_BIAS=has_bias)
             tensors = (("x_ptr", "a", None), ("w_ptr", "b", None), ("bias_ptr", "bias", None), ("y_ptr", "out", None))
             yield _launch("correlate_depthwise", programs, tensors, scalars, sizes, options)

@@ -90,7 +90,7 @@ def main_loop(code: list[Instruction]) -> tuple[list[Instruction], bool] | None:
 
 
 def per_fma(code: list[Instruction]) -> float | None:
-    """Instructions of the loop with the most multiply-accumulates outside tensor cores, over these: what a direct kernel costs where none is masked."""
+    """Instructions of the loop with the most multiply-accumulates outside tensor cores, over these; all of them are useful in the inner of a map."""
     def products(loop):
         return sum(FMA.get(ins.opcode.split(".")[0], 0) for ins in loop)
     best = max(loops(code), key=lambda loop: (products(loop), -len(loop)), default=[])

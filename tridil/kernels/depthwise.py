@@ -7,6 +7,7 @@ on the grid of the rows, so that lanes share source rows in L1. Rows of taps tha
 not multiplied. fprop and dgrad are one correlation, as in gather.py; wgrad is a reduction with a fixed order in two passes.
 
 MULT is the channel multiplier. TAPS filter columns are unrolled at a time, SHIFT columns lie between neighbouring outputs of a lane.
+Strides of images, rows and pixels come in units of ALIGN elements, so that the compiler sees 16-byte vectors in what it multiplies by ALIGN.
 Loads that are masked off issue no address (no cp.async here), so none is clamped.
 """
 import triton
@@ -100,11 +101,9 @@ def correlate_depthwise(x_ptr, w_ptr, bias_ptr, y_ptr, N, H, W, P, Q, K, R, stri
         sx_k = 1
         sy_k = 1
     channel = n if MULT == 1 else (n0 + n) * MULT if TRANSPOSED else (n0 + n) // MULT
-    pixel = tl.multiple_of(i * sx_n + p * stride_h * sx_h + q * stride_w * sx_w, ALIGN)
-    x_lanes = address(pixel, INT64)[:, None] + address(channel * sx_k, INT64)[None, :]
+    x_lanes = address((i * sx_n + p * stride_h * sx_h + q * stride_w * sx_w) * ALIGN, INT64)[:, None] + address(channel * sx_k, INT64)[None, :]
     x0 = img.to(tl.int64) * sx_n + (p0 * stride_h + off_h) * x_h + off_w * x_w
-    if MULT == 1:
-        x0 += n0.to(tl.int64) * sx_k
+    c0 = n0.to(tl.int64) * sx_k if MULT == 1 else n0.to(tl.int64) * 0
     # every lane loads the weights of its channels itself: a layout of their own would be exchanged through shared memory
     filters: tl.constexpr = REP * FILTER_R * FILTER_S
     w_lanes = tl.zeros((PIXELS,), tl.int64)[:, None] + (n.to(tl.int64) * filters)[None, :] + n0.to(tl.int64) * filters
@@ -116,12 +115,13 @@ def correlate_depthwise(x_ptr, w_ptr, bias_ptr, y_ptr, N, H, W, P, Q, K, R, stri
         m = it // CHUNKS % REP
         s0 = it % CHUNKS * TAPS
         in_x = (in_lane & ((h + r * dil_h).to(tl.uint32) < H))[:, None] & in_k               # negative is huge
-        xo = tl.multiple_of(x0 + r * dil_h * x_h + s0 * dil_w * x_w + m * sx_k, ALIGN)
+        xo = x0 + r * dil_h * x_h + s0 * dil_w * x_w
+        co = c0 + m * sx_k if MULT > 1 else c0
         wo = (tap_r + r * step_r) * FILTER_S + tap_s + s0 * STEP_S + m * (FILTER_R * FILTER_S)
         x = ()
         for u in tl.static_range(COUNT):
             in_w = ((v + (s0 + u) * dil_w).to(tl.uint32) < W)[:, None]
-            offset = tl.multiple_of(xo + u * dil_w * x_w, ALIGN)
+            offset = (xo + u * dil_w * x_w) * ALIGN + co
             x = x + (tl.load(x_ptr + offset + x_lanes, mask=in_x & in_w, other=0.0),)
         w = ()
         for s in tl.static_range(TAPS):
@@ -132,14 +132,15 @@ def correlate_depthwise(x_ptr, w_ptr, bias_ptr, y_ptr, N, H, W, P, Q, K, R, stri
             if (u >= first) & (u < first + count):
                 acc = column_products(acc, x[u].to(ACC), w, u, SHIFT, COLS, TAPS)
     if HAS_BIAS:
-        bias = tl.load(bias_ptr + n0 + tl.zeros((PIXELS,), tl.int32)[:, None] + n[None, :], mask=in_k, other=0.0).to(ACC)
-    y_lanes = tl.multiple_of(i * sy_n + p * sy_p + q * sy_q, ALIGN)[:, None] + (n * sy_k)[None, :]
-    y0 = tl.multiple_of(y0 + img.to(tl.int64) * sy_n + p0.to(tl.int64) * sy_p + n0.to(tl.int64) * sy_k, ALIGN)
+        bias = tl.load(bias_ptr + n0 + (tl.zeros((PIXELS,), tl.int32)[:, None] + tl.arange(0, BLOCK_N)[None, :]), mask=in_k, other=0.0).to(ACC)
+    y_lanes = ((i * sy_n + p * sy_p + q * sy_q) * ALIGN)[:, None] + (n * sy_k)[None, :]
+    y0 += img.to(tl.int64) * sy_n + p0.to(tl.int64) * sy_p
+    k0 = n0.to(tl.int64) * sy_k
     in_y = in_lane[:, None] & in_k
     for j in tl.static_range(COLS):
         value = acc[j] + bias if HAS_BIAS else acc[j]
         in_q = (q + j * grid_w < Q)[:, None]
-        tl.store(y_ptr + tl.multiple_of(y0 + j * grid_w * y_q, ALIGN) + y_lanes, value.to(y_ptr.dtype.element_ty), mask=in_y & in_q)
+        tl.store(y_ptr + ((y0 + j * grid_w * y_q) * ALIGN + k0) + y_lanes, value.to(y_ptr.dtype.element_ty), mask=in_y & in_q)
 
 
 @triton.jit(do_not_specialize=["N", "H", "W", "P", "Q", "K", "R", "stride_h", "stride_w", "off_h", "off_w", "dil_h", "dil_w", "grid_w",
@@ -184,6 +185,8 @@ def wgrad_depthwise(x_ptr, dy_ptr, part_ptr, N, H, W, P, Q, K, R, stride_h, stri
     if INT64:
         i, bp, bq, n = i.to(tl.int64), bp.to(tl.int64), bq.to(tl.int64), n.to(tl.int64)
     channel = n if MULT == 1 else (n0 + n) // MULT
+    k0 = n0.to(tl.int64) * sy_k
+    c0 = n0.to(tl.int64) * sx_k if MULT == 1 else k0 * 0
     acc = ()
     for _ in tl.static_range(ROWS * TAPS):
         acc = acc + (tl.zeros((PIXELS, BLOCK_N), ACC),)
@@ -192,16 +195,15 @@ def wgrad_depthwise(x_ptr, dy_ptr, part_ptr, N, H, W, P, Q, K, R, stride_h, stri
         in_lane = (i < tl.minimum(N - img, BLOCK_IMG)) & (bp < p_hi - p0)
         h = (p0 + bp) * stride_h + off_h + r0 * dil_h
         v = q * stride_w + off_w + s0 * dil_w
-        y_lanes = address(tl.multiple_of(i * sy_n + bp * sy_p + q * sy_q, ALIGN), INT64)[:, None] + address(n * sy_k, INT64)[None, :]
-        x_pixel = tl.multiple_of(i * sx_n + bp * stride_h * sx_h + q * stride_w * sx_w, ALIGN)
+        y_lanes = address((i * sy_n + bp * sy_p + q * sy_q) * ALIGN, INT64)[:, None] + address(n * sy_k, INT64)[None, :]
+        x_pixel = (i * sx_n + bp * stride_h * sx_h + q * stride_w * sx_w) * ALIGN
         x_lanes = address(x_pixel, INT64)[:, None] + address(channel * sx_k, INT64)[None, :]
-        yo = tl.multiple_of(img.to(tl.int64) * sy_n + p0.to(tl.int64) * sy_p + n0.to(tl.int64) * sy_k, ALIGN)
+        yo = img.to(tl.int64) * sy_n + p0.to(tl.int64) * sy_p
         xo = img.to(tl.int64) * sx_n + (p0 * stride_h + off_h + r0 * dil_h) * x_h + (off_w + s0 * dil_w) * x_w
-        xo = tl.multiple_of(xo + n0.to(tl.int64) * sx_k if MULT == 1 else xo, ALIGN)
         dy = ()
         for j in tl.static_range(COLS):
             in_y = (in_lane & (q + j * grid_w < Q))[:, None] & in_k
-            offset = tl.multiple_of(yo + j * grid_w * y_q, ALIGN)
+            offset = (yo + j * grid_w * y_q) * ALIGN + k0
             dy = dy + (tl.load(dy_ptr + offset + y_lanes, mask=in_y, other=0.0).to(ACC),)
         first, count = live_columns(a0, grid_w, Q, W, off_w + s0 * dil_w, stride_w, dil_w, BLOCK_Q, COLS, COUNT)
         for row in tl.static_range(ROWS):
@@ -209,10 +211,10 @@ def wgrad_depthwise(x_ptr, dy_ptr, part_ptr, N, H, W, P, Q, K, R, stride_h, stri
             if (r0 + row < R) & (p0 < p_last) & (p0 + BLOCK_P > p_first):
                 in_row = (in_lane & ((h + row * dil_h).to(tl.uint32) < H))[:, None] & in_k
                 x = ()
-                x_row = tl.multiple_of(xo + row * dil_h * x_h, ALIGN)
+                x_row = xo + row * dil_h * x_h
                 for u in tl.static_range(COUNT):
                     in_x = in_row & ((v + u * dil_w).to(tl.uint32) < W)[:, None]
-                    offset = tl.multiple_of(x_row + u * dil_w * x_w, ALIGN)
+                    offset = (x_row + u * dil_w * x_w) * ALIGN + c0
                     x = x + (tl.load(x_ptr + offset + x_lanes, mask=in_x, other=0.0),)
                 for u in tl.static_range(COUNT):
                     if (u >= first) & (u < first + count):
