@@ -53,8 +53,11 @@ def test_default_kernels_of_real_layers(tmp_path, target):
         assert row["spills"] == 0 and 0 < row["registers"] <= (512 if "hip" in target else 255) and row["target"] == target
         assert row["shared_bytes"] <= config.device_limits(target)[1] and (row["ctas_per_sm"] or 1) >= 1
         assert row["useful_macs"] <= row["dense_macs"] and row["useful_macs"] <= row["executed_macs"]
+        if row["kernel"].endswith("_depthwise"):
+            assert row["mma"] == "none" and row["loads"].get("global_load_dwordx4" if "hip" in target else "LDG.128", 0) >= 2
+            continue
         tile = config.tile(row["config"], row["pass"])
-        if row["kernel"] == "sum_splits" or min(tile[:2]) < 64:
+        if row["kernel"].startswith("sum_") or min(tile[:2]) < 64:
             continue
         assert row["mma"].startswith(MMA[target])
         loads = wide_loads(row)
@@ -110,6 +113,26 @@ print(json.dumps(found))
                 assert row["mma"].startswith("HGMMA") and "UTMALDG" in row["loads"] and (row["loop_ldsm"] == 0 or pass_ == "wgrad")
             if target == "cuda:80":
                 assert row["loads"]["LDGSTS.128"] > 0
+
+
+@pytest.mark.parametrize("target", ["cuda:80", "cuda:90"])
+def test_instructions_of_direct_kernels(target):
+    """At most 3.0 instructions per multiply-accumulate for 3x3 and 2.5 for 7x7 filters in fp16; operands arrive 16 bytes at a time, weights apart."""
+    code = f"""
+import json
+from tridil import aot
+from tridil.problem import Problem
+layers = {{3: Problem(8, 480, 64, 64, 480, 3, 3, padding=((2, 2), (2, 2)), dilation=(2, 2), groups=480),
+          7: Problem(128, 64, 56, 56, 64, 7, 7, padding=((9, 9), (9, 9)), dilation=(3, 3), groups=64)}}
+print(json.dumps({{taps: [aot.resources(p, pass_, None, {target!r})[0] for pass_ in ("fprop", "dgrad", "wgrad")] for taps, p in layers.items()}}))
+"""
+    out = child("-c", code)
+    assert out.returncode == 0, out.stderr
+    for taps, rows in json.loads(out.stdout).items():
+        for row, most in zip(rows, [{"3": 3.0, "7": 2.5}[taps]] * 2 + [{"3": 3.5, "7": 3.0}[taps]]):
+            assert row["kernel"].endswith("_depthwise") and row["spills"] == 0 and 1 < row["per_fma"] <= most, row
+            columns = (row["config"]["COLS"] - 1) + row["config"]["TAPS"]
+            assert row["loads"]["LDG.128"] >= columns and set(row["loads"]) <= {"LDG.128", "LDG.16"}
 
 
 def test_saved_code(tmp_path):
