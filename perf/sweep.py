@@ -133,7 +133,9 @@ def _on_gpu(gpu, problem, pass_, tensors, expected, row):
 
 
 def _tiles(problem, pass_, config):
-    return dict(config=f"{config['kernel']} {cfg.describe(config)}", executed_macs=cfg.executed_macs(problem, pass_, config))
+    moved, requested = cfg.moved_bytes(problem, pass_, config)
+    return dict(config=f"{config['kernel']} {cfg.describe(config)}", executed_macs=cfg.executed_macs(problem, pass_, config),
+                compulsory_bytes=problem.bytes, moved_bytes=moved, requested_bytes=requested)
 
 
 def reduced(problem: Problem, config: dict, pixels: int = 2048) -> tuple[Problem, dict]:

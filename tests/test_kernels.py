@@ -281,6 +281,9 @@ DEPTHWISE = {
     "1D, causal": depthwise(1, 16, 1, 70, (1, 2), dilation=(1, 32)),
     "13 taps in a row": depthwise(1, 8, 2, 30, (1, 13), padding=(0, 12), dilation=(1, 2)),
     "vertical": depthwise(1, 16, 20, 3, (5, 1), padding=(4, 0), dilation=(2, 1)),
+    "stride 2x3 that reaches no odd row": depthwise(2, 16, 14, 12, (3, 3), stride=(2, 3), padding=(2, 1), dilation=(2, 2)),
+    "stride 4, dilation 2": depthwise(1, 16, 15, 13, (3, 3), stride=4, padding=2, dilation=2),
+    "stride 2 that reaches no even row": depthwise(1, 16, 9, 10, (2, 2), stride=2, padding=1, dilation=2),
     "even filter, same": depthwise(1, 16, 7, 8, (2, 4), padding="same", dilation=(3, 1)),
     "one pixel": depthwise(4, 16, 1, 1, (3, 3), padding=4, dilation=4),
 }
@@ -349,6 +352,33 @@ def test_depthwise_of_a_misaligned_tensor():
         n, c, h, w_ = t.shape
         return flat.view(n, h, w_, c).permute(0, 3, 1, 2).copy_(t)
     check(p, tensors=(shifted(x), w, bias, shifted(dy)))
+
+
+@pytest.mark.skipif(not dispatch.interpreted(), reason="counts the interpreter's loads and stores")
+@pytest.mark.parametrize("name, layout", [("odd channels", "nchw"), *((name, "nhwc") for name in (
+    "VAN", "stride 2, dilation 3", "stride 2, dilation 2", "dilation beyond the map", "multiplier 2", "13 taps in a row"))])
+def test_bytes_of_depthwise_layers(name, layout, monkeypatch):
+    """config.moved_bytes, which the sweep reports, against the bytes that the kernels load and store."""
+    from triton.runtime.interpreter import InterpreterBuilder
+    p, count, load, store = laid_out(DEPTHWISE[name], layout), 0, InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
+
+    def loading(self, ptrs, mask, *args):
+        nonlocal count
+        count += mask.data.sum() * ptrs.get_element_ty().primitive_bitwidth // 8
+        return load(self, ptrs, mask, *args)
+
+    def storing(self, ptrs, value, mask, *args):
+        nonlocal count
+        count += mask.data.sum() * ptrs.get_element_ty().primitive_bitwidth // 8
+        return store(self, ptrs, value, mask, *args)
+    monkeypatch.setattr(InterpreterBuilder, "create_masked_load", loading)
+    monkeypatch.setattr(InterpreterBuilder, "create_masked_store", storing)
+    x, w, _, dy = testing.random_tensors(p, kernel_device(), 0)
+    for pass_, args in (("fprop", (x, w, None)), ("dgrad", (dy, w)), ("wgrad", (dy, x))):
+        cfg, count = config.default(p, pass_, dispatch.target()), 0
+        getattr(launch, pass_)(p, *args, cfg)
+        moved, requested = config.moved_bytes(p, pass_, cfg)
+        assert count == requested and (moved == p.bytes) == (pass_ != "wgrad")
 
 
 @pytest.mark.skipif(not dispatch.interpreted(), reason="counts the interpreter's products")

@@ -468,6 +468,13 @@ def grid_step(axis: Axis) -> int:
     return axis.dilation // gcd(axis.stride, axis.dilation)
 
 
+def fill(problem: Problem) -> tuple[int, int] | None:
+    """Rows and columns of dx that dgrad's direct kernel writes per pixel of its residue class, zeros but for the first; None where it cannot."""
+    sides = [1 if sum(axis.out for axis in axes) == size else axes[0].out_step if len(axes) == 1 and axes[0].out0 == 0 else 0
+             for axes, size in zip(problem.dgrad_axes, (problem.h, problem.w))]
+    return tuple(sides) if all(sides) else None
+
+
 def _depthwise_fits(config: dict, problem: Problem, pass_: str, target: str) -> str | None:
     """`fits` of a direct kernel."""
     rows = ("ROWS",) if pass_ == "wgrad" else ()
@@ -668,3 +675,44 @@ def _depthwise_split(option: dict, problem: Problem, target: str) -> dict:
     most = min(boxes, 2**26 // (max(DTYPE_BYTES[problem.dtype], 4) * prod(problem.w_shape)))
     split = max(1, min(16 * device_limits(target)[0] // (option["num_warps"] * _depthwise_tiles(problem, "wgrad", option, (h, w))), most))
     return dict(option, SPLIT_K=-(-boxes // -(-boxes // split)))
+
+
+def moved_bytes(problem: Problem, pass_: str, config: dict) -> tuple[int, int]:
+    """(bytes from and to memory, bytes that the programs load and store) of a pass without bias, in problem.layout.
+
+    The first counts operands and result once, zeros that are written first, partial sums written and read: what stays where L2 serves every
+    re-read. The second counts each element that a lane loads or stores, re-reads in L1 and L2 included; exact for direct kernels, for tiles of
+    matrix products an upper bound, since it counts masked elements.
+    """
+    nbytes, result = DTYPE_BYTES[problem.dtype], {"fprop": problem.y_shape, "dgrad": problem.x_shape, "wgrad": problem.w_shape}[pass_]
+    partial, split = max(nbytes, 4), config["SPLIT_K"]
+    sums = 2 * partial * split * prod(result) if split > 1 or config["kernel"] == "depthwise" and pass_ == "wgrad" else 0
+    filled = config["kernel"] == "depthwise" and pass_ == "dgrad" and fill(problem)
+    zeros = nbytes * prod(result) if pass_ == "dgrad" and not problem.dgrad_covers and not filled else 0
+    memory, programs = problem.bytes + zeros + sums, zeros + sums
+    if filled and not problem.dgrad_covers:
+        programs += nbytes * (prod(result) - prod(result[:2]) * sum(h.out * w.out for h, w in passes_axes(problem, pass_)))
+    for axes in passes_axes(problem, pass_):
+        stored = prod(result) if pass_ == "wgrad" else problem.n * axes[0].out * axes[1].out * result[1]
+        if config["kernel"] == "depthwise":
+            programs += nbytes * (_depthwise_loads(problem, pass_, config, axes) + stored)
+        else:
+            m, n, step = tile(config, pass_)
+            programs += nbytes * (round(_launch_steps(problem, pass_, config, axes)[0]) * (m + n) * step + stored)
+    return memory, programs
+
+
+def _depthwise_loads(problem: Problem, pass_: str, config: dict, axes: tuple[Axis, Axis]) -> int:
+    """Elements of both operands that the lanes of a launch load."""
+    (h, w), taps, cols = axes, config["TAPS"], config["COLS"]
+    count = (cols - 1) * (w.stride // gcd(w.stride, w.dilation)) + taps
+    columns = 0                                                # in the image, over the lanes along a row
+    for s0 in range(0, w.taps, taps):
+        chunk = replace(w, taps=count, offset=w.offset + s0 * w.dilation)
+        columns += sum(hi - lo for lo, hi in (chunk.live(q, q) for q, _ in _lane_boxes(w, cols, 1)))
+    source = problem.n * h.useful * columns * problem.k
+    if pass_ == "wgrad":
+        groups = [(r0, min(r0 + config["ROWS"], h.taps) - 1) for r0 in range(0, h.taps, config["ROWS"])]
+        return source + problem.n * sum(h.live_out_any(*group) for group in groups) * w.out * problem.k * -(-w.taps // taps)
+    boxes = -(-problem.n // config["BLOCK_IMG"]) * len(_lane_boxes(w, cols, config["BLOCK_Q"]))
+    return source + boxes * _row_walk(h, config["BLOCK_P"])[1] * pixels(config) * problem.k * w.taps

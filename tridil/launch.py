@@ -186,8 +186,11 @@ def _depthwise_plan(p: Problem, pass_, config, options, has_bias):
             yield _launch("sum_partials", -(-total // 32), (("part_ptr", "partials", None), ("dw_ptr", "out", None)),
                           dict(K=p.k, total=total, splits=splits), dict(TAPS=p.r * p.s, BLOCK=32, BLOCK_Z=32), {})
         else:
+            fill_h, fill_w = pass_ == "dgrad" and cfg.fill(p) or (1, 1)
+            scalars |= dict(size_h=shapes[1][2], size_w=shapes[1][3], step_p=h.out_step, step_q=w.out_step)
+            sizes |= dict(FILL_H=fill_h, FILL_W=fill_w)
             scalars |= dict(grid_h=cfg.grid_step(h), tap_r=h.tap0, tap_s=w.tap0, step_r=h.tap_step, sy_n=y_n // align,
-                            sy_p=y_p * h.out_step // align, sy_q=y_q * w.out_step // align, sy_k=y_k, y0=(h.out0 * y_p + w.out0 * y_q) // align)
+                            sy_p=y_p // align, sy_q=y_q // align, sy_k=y_k, y0=(h.out0 * y_p + w.out0 * y_q) // align)
             sizes |= dict(STEP_S=w.tap_step, FILTER_R=p.r, FILTER_S=p.s, TRANSPOSED=pass_ == "dgrad", HAS_BIAS=has_bias)
             tensors = (("x_ptr", "a", None), ("w_ptr", "b", None), ("bias_ptr", "bias", None), ("y_ptr", "out", None))
             yield _launch("correlate_depthwise", programs, tensors, scalars, sizes, options)
@@ -253,7 +256,7 @@ def wgrad(problem: Problem, dy, x, config: dict, precision: str = "ieee") -> tor
 def _run(problem, pass_, shape, a, b, bias, config, precision):
     _check(problem, pass_, config)
     out = torch.empty(shape, dtype=a.dtype, device=a.device, memory_format=FORMATS[problem.layout])
-    if pass_ == "dgrad" and not problem.dgrad_covers:
+    if pass_ == "dgrad" and not problem.dgrad_covers and not (config["kernel"] == "depthwise" and cfg.fill(problem)):
         out.zero_()
     aligned = config["kernel"] == "tma"
     if config["kernel"] == "depthwise":

@@ -61,15 +61,20 @@ def tap_products(acc, dy, x, BASE: tl.constexpr, COLUMN: tl.constexpr, SHIFT: tl
 
 
 @triton.jit(do_not_specialize=["N", "H", "W", "P", "Q", "K", "R", "stride_h", "stride_w", "off_h", "off_w", "dil_h", "dil_w", "grid_h", "grid_w",
-                               "tap_r", "tap_s", "step_r", "sx_n", "sx_h", "sx_w", "sx_k", "sy_n", "sy_p", "sy_q", "sy_k", "y0"])
+                               "tap_r", "tap_s", "step_r", "sx_n", "sx_h", "sx_w", "sx_k", "sy_n", "sy_p", "sy_q", "sy_k", "y0", "size_h", "size_w",
+                               "step_p", "step_q"])
 def correlate_depthwise(x_ptr, w_ptr, bias_ptr, y_ptr, N, H, W, P, Q, K, R, stride_h, stride_w, off_h, off_w, dil_h, dil_w, grid_h, grid_w,
-                        tap_r, tap_s, step_r, sx_n, sx_h, sx_w, sx_k, sy_n, sy_p, sy_q, sy_k, y0,
+                        tap_r, tap_s, step_r, sx_n, sx_h, sx_w, sx_k, sy_n, sy_p, sy_q, sy_k, y0, size_h, size_w, step_p, step_q,
                         S: tl.constexpr, SHIFT: tl.constexpr, STEP_S: tl.constexpr, FILTER_R: tl.constexpr, FILTER_S: tl.constexpr,
                         MULT: tl.constexpr, TRANSPOSED: tl.constexpr, HAS_BIAS: tl.constexpr, CHANNELS_LAST: tl.constexpr, ALIGN: tl.constexpr,
                         ACC: tl.constexpr, INT64: tl.constexpr,
                         BLOCK_IMG: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, PIXELS: tl.constexpr,
-                        COLS: tl.constexpr, TAPS: tl.constexpr):
-    """y (+ bias) over K channels. TRANSPOSED (dgrad): a channel of y sums MULT channels of x; else MULT channels of y read one of x."""
+                        COLS: tl.constexpr, TAPS: tl.constexpr, FILL_H: tl.constexpr, FILL_W: tl.constexpr):
+    """y (+ bias) over K channels. TRANSPOSED (dgrad): a channel of y sums MULT channels of x; else MULT channels of y read one of x.
+
+    Output (p, q) is stored at row p * step_p and column q * step_q from y0 of a tensor of size_h x size_w. FILL_H, FILL_W: the steps, where the
+    outputs in between are zeros and stored, too; else 1.
+    """
     COUNT: tl.constexpr = (COLS - 1) * SHIFT + TAPS                      # columns that a lane loads
     CHUNKS: tl.constexpr = (S + TAPS - 1) // TAPS
     REP: tl.constexpr = MULT if TRANSPOSED else 1
@@ -133,14 +138,20 @@ def correlate_depthwise(x_ptr, w_ptr, bias_ptr, y_ptr, N, H, W, P, Q, K, R, stri
                 acc = column_products(acc, x[u].to(ACC), w, u, SHIFT, COLS, TAPS)
     if HAS_BIAS:
         bias = tl.load(bias_ptr + n0 + (tl.zeros((PIXELS,), tl.int32)[:, None] + tl.arange(0, BLOCK_N)[None, :]), mask=in_k, other=0.0).to(ACC)
-    y_lanes = ((i * sy_n + p * sy_p + q * sy_q) * ALIGN)[:, None] + (n * sy_k)[None, :]
-    y0 += img.to(tl.int64) * sy_n + p0.to(tl.int64) * sy_p
+    y_lanes = ((i * sy_n + p * step_p * sy_p + q * step_q * sy_q) * ALIGN)[:, None] + (n * sy_k)[None, :]
+    y0 += img.to(tl.int64) * sy_n + p0.to(tl.int64) * step_p * sy_p
     k0 = n0.to(tl.int64) * sy_k
-    in_y = in_lane[:, None] & in_k
     for j in tl.static_range(COLS):
-        value = acc[j] + bias if HAS_BIAS else acc[j]
-        in_q = (q + j * grid_w < Q)[:, None]
-        tl.store(y_ptr + ((y0 + j * grid_w * y_q) * ALIGN + k0) + y_lanes, value.to(y_ptr.dtype.element_ty), mask=in_y & in_q)
+        value = (acc[j] + bias if HAS_BIAS else acc[j]).to(y_ptr.dtype.element_ty)
+        in_y = (in_lane & (q + j * grid_w < Q))[:, None] & in_k
+        for dh in tl.static_range(FILL_H):
+            for dw in tl.static_range(FILL_W):
+                y = y_ptr + (y0 + (j * grid_w * step_q + dw) * y_q + dh * sy_p) * ALIGN + k0
+                if dh + dw == 0:
+                    tl.store(y + y_lanes, value, mask=in_y)
+                else:
+                    in_fill = ((p0 + p) * step_p + dh < size_h) & ((q + j * grid_w) * step_q + dw < size_w)
+                    tl.store(y + y_lanes, tl.zeros((PIXELS, BLOCK_N), y_ptr.dtype.element_ty), mask=in_y & in_fill[:, None])
 
 
 @triton.jit(do_not_specialize=["N", "H", "W", "P", "Q", "K", "R", "stride_h", "stride_w", "off_h", "off_w", "dil_h", "dil_w", "grid_w",
