@@ -59,7 +59,7 @@ def compile_pass(problem: Problem, pass_: str, config: dict, target: str, precis
                 signature[name], constants[name] = "constexpr", 1
             else:
                 signature[name] = "i32" if -2**31 <= scalars[name] < 2**31 else "i64"
-                if scalars[name] % 16 == 0 and not parameter.do_not_specialize:
+                if scalars[name] % 16 == 0 and not (parameter.do_not_specialize or parameter.do_not_specialize_on_alignment):
                     attrs[(i,)] = [["tt.divisibility", 16]]
         constexprs = {(fn.arg_names.index(name),): value for name, value in constants.items()}
         source = ASTSource(fn, signature, constexprs=constexprs, attrs=attrs)

@@ -1,6 +1,7 @@
 """dilated_conv2d: arguments -> Problem -> backend -> autograd Function. Start reading here."""
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from functools import lru_cache
 
@@ -45,16 +46,34 @@ def dilated_conv2d(input, weight, bias=None, stride=1, padding=0, dilation=1, gr
     lookup = _problem.__wrapped__ if torch.compiler.is_compiling() else _problem
     problem = lookup(input.shape, input.stride(), weight.shape, weight.stride(), None if bias is None else bias.shape,
                      stride, padding, dilation, groups, dtype, device.type)
-    if dispatch.choose(problem, device, backend) == "aten" or problem.is_empty:
+    variable = os.environ.get("TRIDIL_BACKEND", "auto") if backend == "auto" else backend
+    if _choose(problem, device, backend, variable) == "aten" or problem.is_empty:
         return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
     x = input if input.dim() == 4 else input.unsqueeze(0)
+    auto = variable == "auto"
     if autocast:
         x, weight, bias = x.to(dtype), weight.to(dtype), bias if bias is None else bias.to(dtype)
         with torch.autocast(device.type, enabled=False):
-            y = ops.convolve(x, weight, bias, problem)
+            y = ops.convolve(x, weight, bias, problem, auto)
     else:
-        y = ops.convolve(x, weight, bias, problem)
+        y = ops.convolve(x, weight, bias, problem, auto)
     return y if input.dim() == 4 else y.squeeze(0)
+
+
+# what `dispatch.choose` answered: it asks the driver
+_chosen: dict = {}
+
+
+def _choose(problem, device, backend, variable) -> str:
+    if torch.compiler.is_compiling() or variable == "aten" or variable == "auto" and device.type == "cpu":
+        return dispatch.choose(problem, device, backend)
+    try:
+        key = problem.dtype, device, variable, *ops.switches(device)
+    except Exception:                   # no Triton, or whatever a driver raises where it finds no device
+        return dispatch.choose(problem, device, backend)
+    if key not in _chosen:
+        _chosen[key] = dispatch.choose(problem, device, backend)
+    return _chosen[key]
 
 
 @lru_cache(maxsize=4096)

@@ -7,25 +7,25 @@ its reduced and its output channels per group. dgrad is the correlation of dy, o
 import triton
 import triton.language as tl
 
-from .common import address, below, box_pixels, dot, live_taps, load_masked, output_tile, split_steps, store_tile, wgrad_boxes
+from .common import RUNTIME, STEP_1, address, below, box_pixels, dot, live_taps, load_masked, output_tile, split_steps, store_tile, wgrad_boxes
 
 
-@triton.jit
+@triton.jit(do_not_specialize=RUNTIME, do_not_specialize_on_alignment=STEP_1)
 def correlate(x_ptr, w_ptr, bias_ptr, y_ptr, N, H, W, P, Q, K, G, stride_h, stride_w, off_h, off_w, dil_h, dil_w,
-              tap_r, tap_s, step_r, step_s, sy_split, sy_n, sy_p, sy_q, sy_k, y0,
+              tap_r, tap_s, step_r, step_s, sy_split, sy_n, sy_p, sy_q, sy_k, y0, SPLIT_K,
               C: tl.constexpr, CW: tl.constexpr, R: tl.constexpr, S: tl.constexpr, FILTER_R: tl.constexpr, FILTER_S: tl.constexpr,
               TRANSPOSED: tl.constexpr, HAS_BIAS: tl.constexpr, ALIGN: tl.constexpr, ALIGN_W: tl.constexpr, ALIGN_Y: tl.constexpr,
               EVEN_N: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr, INT64: tl.constexpr, CLAMP: tl.constexpr,
               BLOCK_IMG: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-              SPLIT_K: tl.constexpr, PIXELS: tl.constexpr):
+              IS_SPLIT: tl.constexpr, PIXELS: tl.constexpr):
     """One flat loop over (live tap, channel block), so that cp.async runs ahead across taps."""
     BITS: tl.constexpr = R * S <= 31
     EVEN_C: tl.constexpr = C % BLOCK_K == 0
     CB: tl.constexpr = (C + BLOCK_K - 1) // BLOCK_K
-    split, g, img, p0, q0, n0 = output_tile(N, P, Q, K, G, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_N, SPLIT_K)
+    split, g, img, p0, q0, n0 = output_tile(N, P, Q, K, G, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_N, IS_SPLIT)
     r_lo, nr = live_taps(p0, tl.minimum(p0 + BLOCK_P, P) - 1, H, off_h, stride_h, dil_h, R)
     s_lo, ns = live_taps(q0, tl.minimum(q0 + BLOCK_Q, Q) - 1, W, off_w, stride_w, dil_w, S)
-    steps, r, s, c = split_steps(split, nr, ns, CB, SPLIT_K)
+    steps, r, s, c = split_steps(split, nr, ns, CB, SPLIT_K, IS_SPLIT)
     # rows of the tile: offset of the pixel in its box, and which taps of it lie in the image
     i, p, q = box_pixels(BLOCK_P, BLOCK_Q, PIXELS)
     in_y = (i < tl.minimum(N - img, BLOCK_IMG)) & (p0 + p < P) & (q0 + q < Q)
@@ -62,7 +62,7 @@ def correlate(x_ptr, w_ptr, bias_ptr, y_ptr, N, H, W, P, Q, K, G, stride_h, stri
         w_rows = tl.multiple_of(n * (FILTER_R * FILTER_S * CW), ALIGN)[None, :] + kk[:, None]
         w_step: tl.constexpr = BLOCK_K
         wo = ((g * K + n0).to(tl.int64) * (FILTER_R * FILTER_S) + tap) * CW
-    if SPLIT_K > 1:
+    if IS_SPLIT:
         wo += c.to(tl.int64) * w_step
     in_n = below(n0 + n, CW if TRANSPOSED else K, ALIGN_W if TRANSPOSED else 1)[None, :]
     # what the scalar offsets gain at the end of a tap, and of a row of taps
@@ -104,22 +104,22 @@ def correlate(x_ptr, w_ptr, bias_ptr, y_ptr, N, H, W, P, Q, K, G, stride_h, stri
             dv = tl.where(end, 0, tl.where(wrap, dv + dil_w, dv))
         u = tl.where(end, 1, tl.where(wrap, u + 1, u))
         c = tl.where(wrap, 0, c)
-    if SPLIT_K > 1:
-        y_ptr += split.to(tl.int64) * sy_split
+    if IS_SPLIT:
+        y_ptr += tl.multiple_of(split.to(tl.int64) * sy_split, ALIGN_Y)
     store_tile(y_ptr, bias_ptr, acc, g, img, p0, q0, n0, N, P, Q, K, sy_n, sy_p, sy_q, sy_k, y0,
                BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_N, PIXELS, ALIGN_Y, HAS_BIAS, INT64)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=RUNTIME, do_not_specialize_on_alignment=STEP_1)
 def correlate_flat(x_ptr, w_ptr, bias_ptr, y_ptr, N, H, W, P, Q, K, G, stride_h, stride_w, off_h, off_w, dil_h, dil_w,
-                   tap_r, tap_s, step_r, step_s, sy_split, sy_n, sy_p, sy_q, sy_k, y0,
+                   tap_r, tap_s, step_r, step_s, sy_split, sy_n, sy_p, sy_q, sy_k, y0, SPLIT_K,
                    C: tl.constexpr, CW: tl.constexpr, R: tl.constexpr, S: tl.constexpr, FILTER_R: tl.constexpr, FILTER_S: tl.constexpr,
                    TRANSPOSED: tl.constexpr, HAS_BIAS: tl.constexpr, ALIGN: tl.constexpr, ALIGN_W: tl.constexpr, ALIGN_Y: tl.constexpr,
                    PRECISION: tl.constexpr, ACC: tl.constexpr, INT64: tl.constexpr, CLAMP: tl.constexpr,
                    BLOCK_IMG: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-                   SPLIT_K: tl.constexpr, PIXELS: tl.constexpr):
+                   IS_SPLIT: tl.constexpr, PIXELS: tl.constexpr):
     """The same for few channels: the reduction runs over the flattened (live tap, channel) index, in blocks of BLOCK_K."""
-    _, g, img, p0, q0, n0 = output_tile(N, P, Q, K, G, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_N, SPLIT_K)
+    _, g, img, p0, q0, n0 = output_tile(N, P, Q, K, G, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_N, IS_SPLIT)
     r_lo, nr = live_taps(p0, tl.minimum(p0 + BLOCK_P, P) - 1, H, off_h, stride_h, dil_h, R)
     s_lo, ns = live_taps(q0, tl.minimum(q0 + BLOCK_Q, Q) - 1, W, off_w, stride_w, dil_w, S)
     total = nr * ns * C
@@ -161,13 +161,13 @@ def correlate_flat(x_ptr, w_ptr, bias_ptr, y_ptr, N, H, W, P, Q, K, G, stride_h,
                BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_N, PIXELS, ALIGN_Y, HAS_BIAS, INT64)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=RUNTIME, do_not_specialize_on_alignment=STEP_1)
 def wgrad(x_ptr, dy_ptr, dw_ptr, N, H, W, P, Q, K, G, stride_h, stride_w, off_h, off_w, dil_h, dil_w,
-          sw_split, sw_k, sw_r, sw_s, sw_c,
+          sw_split, sw_k, sw_r, sw_s, sw_c, SPLIT_K,
           C: tl.constexpr, R: tl.constexpr, S: tl.constexpr, FLAT: tl.constexpr, ALIGN_C: tl.constexpr, ALIGN_K: tl.constexpr,
           PRECISION: tl.constexpr, ACC: tl.constexpr, INT64: tl.constexpr, CLAMP: tl.constexpr,
           BLOCK_IMG: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-          SPLIT_K: tl.constexpr, PIXELS: tl.constexpr):
+          PIXELS: tl.constexpr):
     """dw[k, columns] over pixel boxes of the tap's live output rectangle; split z of SPLIT_K writes its own partial sum.
 
     Columns are BLOCK_N channels of one tap, or (FLAT) BLOCK_N flattened (tap, channel) pairs, whose live rectangles are united.
@@ -236,7 +236,9 @@ def wgrad(x_ptr, dy_ptr, dw_ptr, N, H, W, P, Q, K, G, stride_h, stride_w, off_h,
         wrap = p >= p_hi
         p = tl.where(wrap, p_lo, p)
         img = tl.where(wrap, img + BLOCK_IMG, img)
-    dw = dw_ptr + split.to(tl.int64) * sw_split
-    rows = (g * K + k0 + kk).to(tl.int64) * sw_k
-    cols = r * sw_r + s * sw_s + c * sw_c
+    # every stride but that of c is a multiple of ALIGN_C where that of c is 1
+    ALIGN_W: tl.constexpr = 1 if FLAT or sw_c != 1 else ALIGN_C
+    dw = dw_ptr + tl.multiple_of(split.to(tl.int64) * sw_split, ALIGN_C)
+    rows = tl.multiple_of((g * K + k0 + kk).to(tl.int64) * sw_k, ALIGN_C)
+    cols = c * sw_c + tl.multiple_of(r * sw_r + s * sw_s, ALIGN_W)
     tl.store(dw + rows[:, None] + cols[None, :], acc.to(dw_ptr.dtype.element_ty), mask=in_k & in_c)
