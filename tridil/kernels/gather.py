@@ -165,7 +165,7 @@ def correlate_flat(x_ptr, w_ptr, bias_ptr, y_ptr, N, H, W, P, Q, K, G, stride_h,
 def wgrad(x_ptr, dy_ptr, dw_ptr, N, H, W, P, Q, K, G, stride_h, stride_w, off_h, off_w, dil_h, dil_w,
           sw_split, sw_k, sw_r, sw_s, sw_c, SPLIT_K,
           C: tl.constexpr, R: tl.constexpr, S: tl.constexpr, FLAT: tl.constexpr, ALIGN_C: tl.constexpr, ALIGN_K: tl.constexpr,
-          PRECISION: tl.constexpr, ACC: tl.constexpr, INT64: tl.constexpr, CLAMP: tl.constexpr,
+          ALIGN_W: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr, INT64: tl.constexpr, CLAMP: tl.constexpr,
           BLOCK_IMG: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
           PIXELS: tl.constexpr):
     """dw[k, columns] over pixel boxes of the tap's live output rectangle; split z of SPLIT_K writes its own partial sum.
@@ -236,8 +236,6 @@ def wgrad(x_ptr, dy_ptr, dw_ptr, N, H, W, P, Q, K, G, stride_h, stride_w, off_h,
         wrap = p >= p_hi
         p = tl.where(wrap, p_lo, p)
         img = tl.where(wrap, img + BLOCK_IMG, img)
-    # every stride but that of c is a multiple of ALIGN_C where that of c is 1
-    ALIGN_W: tl.constexpr = 1 if FLAT or sw_c != 1 else ALIGN_C
     dw = dw_ptr + tl.multiple_of(split.to(tl.int64) * sw_split, ALIGN_C)
     rows = tl.multiple_of((g * K + k0 + kk).to(tl.int64) * sw_k, ALIGN_C)
     cols = c * sw_c + tl.multiple_of(r * sw_r + s * sw_s, ALIGN_W)
