@@ -2,7 +2,7 @@
 """Host time of eager calls, without a GPU: how long until the launch, over a bare Triton launch of the same kernels with the same arguments.
 
 Kernels are compiled for --target (ptxas comes with Triton) and launched on CPU tensors through a driver whose launcher does nothing, so what is
-timed is Python: argument checks, lookups, allocation, autograd, Triton. All providers take turns in one run; figures are medians.
+timed is Python: argument checks, lookups, allocation, autograd, Triton. All take turns in one run; figures are medians, ratios those of rounds.
 """
 from __future__ import annotations
 
@@ -10,22 +10,24 @@ import argparse
 import gc
 import sys
 from functools import partial
+from itertools import permutations
 from pathlib import Path
 from statistics import median
 from time import perf_counter_ns
+from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 from torch.nn import functional as F
 
-from tridil import dilated_conv2d, dispatch
+from tridil import dilated_conv2d, dispatch, functional, tuner
 from tridil.problem import Problem
 
 # a dilated layer of DeepLabV3-ResNet50, which takes one kernel per pass but for wgrad's sum; what runs through ATen is small, since it computes
 LAYER = Problem(4, 256, 60, 60, 256, 3, 3, padding=((2, 2), (2, 2)), dilation=(2, 2))
 SMALL = Problem(1, 64, 32, 32, 64, 3, 3, padding=((2, 2), (2, 2)), dilation=(2, 2), dtype="float32", layout="nchw")
-TARGETS = {"no grad": 2.5, "forward+backward": 3.0, "ATen, forward+backward": 1.15}
+TARGETS = {"no grad": 2.5, "forward+backward": 3.0, "aten, forward+backward": 1.15, "auto that chose ATen": 1.15}
 
 
 def stub_driver(arch: int):
@@ -76,17 +78,18 @@ def stub_driver(arch: int):
     return Stub()
 
 
-def medians(functions: dict, repetitions: int) -> dict[str, float]:
-    """Median microseconds of each function, all of them called in turn."""
+def timed(functions: dict, repetitions: int) -> dict[str, list[float]]:
+    """Microseconds of each function in each round; a round calls all of them, and each follows every other one equally often."""
     times = {name: [] for name in functions}
     for f in functions.values():
         f(), f()
-    for _ in range(repetitions):
-        for name, f in functions.items():
+    orders = list(permutations(functions.items()))
+    for i in range(repetitions):
+        for name, f in orders[i % len(orders)]:
             begin = perf_counter_ns()
             f()
-            times[name].append(perf_counter_ns() - begin)
-    return {name: median(values) / 1e3 for name, values in times.items()}
+            times[name].append((perf_counter_ns() - begin) / 1e3)
+    return times
 
 
 def recorded(f) -> list:
@@ -122,17 +125,26 @@ def measure(target: str, repetitions: int) -> list[dict]:
     small = [torch.randn(SMALL.x_shape).requires_grad_(), torch.randn(SMALL.w_shape).requires_grad_(), torch.randn(SMALL.y_shape)]
     tiny = torch.randn(1, 1, 4, 4), torch.randn(1, 1, 1, 1)
     plain = partial(forward_backward, partial(F.conv2d, padding=2, dilation=2), *small)
-    aten = partial(forward_backward, partial(dilated_conv2d, padding=2, dilation=2, backend="aten"), *small)
+    aten, auto = (partial(forward_backward, partial(dilated_conv2d, padding=2, dilation=2, backend=backend), *small) for backend in ("aten", "auto"))
     # apart: a convolution that runs leaves cold caches behind
-    us = medians({"no grad": no_grad, "bare": lambda: [f() for _, f in bare_forward], "train": train, "bare all": lambda: [f() for _, f in bare_all]},
-                 repetitions)
-    us |= medians({"aten": aten, "F.conv2d": plain}, repetitions // 10)
-    us |= medians({"aten, tiny": lambda: dilated_conv2d(*tiny, backend="aten"), "F.conv2d, tiny": lambda: F.conv2d(*tiny)}, repetitions)
+    us = timed({"no grad": no_grad, "bare": lambda: [f() for _, f in bare_forward], "train": train, "bare all": lambda: [f() for _, f in bare_all]},
+               repetitions)
+
+    def choose(problem, device, backend, variable):
+        return "triton" if backend == "auto" else backend
+
+    with mock.patch.object(functional, "_choose", choose), mock.patch.object(tuner, "resolve", lambda *a: None):
+        us |= timed({"aten": aten, "auto": auto, "F.conv2d": plain}, max(repetitions // 4, 1))         # auto: as on a GPU where ATen is faster
+    us |= timed({"aten, tiny": lambda: dilated_conv2d(*tiny, backend="aten"), "F.conv2d, tiny": lambda: F.conv2d(*tiny)}, repetitions)
+
     def names(bare):
         return " ".join(kernel for kernel, _ in bare)
+
     rows = [("no grad", names(bare_forward), us["no grad"], us["bare"]), ("forward+backward", names(bare_all), us["train"], us["bare all"]),
-            ("ATen, forward+backward", "", us["aten"], us["F.conv2d"]), ("ATen, tiny layer", "", us["aten, tiny"], us["F.conv2d, tiny"])]
-    return [{"target": target, "call": name, "kernels": kernels, "us": a, "yardstick_us": b, "ratio": a / b, "at_most": TARGETS.get(name)}
+            ("aten, forward+backward", "", us["aten"], us["F.conv2d"]), ("auto that chose ATen", "", us["auto"], us["F.conv2d"]),
+            ("aten, tiny layer", "", us["aten, tiny"], us["F.conv2d, tiny"])]
+    return [{"target": target, "call": name, "kernels": kernels, "us": median(a), "yardstick_us": median(b),
+             "ratio": median(x / y for x, y in zip(a, b)), "at_most": TARGETS.get(name)}
             for name, kernels, a, b in rows]
 
 
