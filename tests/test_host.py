@@ -213,6 +213,10 @@ def test_function_transforms_and_forward_mode(device, seed):
         return f(x, w, bias, padding=2, dilation=2, **kwargs).square().sum()
     torch.testing.assert_close(torch.func.grad(lambda x: loss(x, backend="triton"))(x), torch.func.grad(lambda x: loss(x, F.conv2d))(x),
                                rtol=1e-3, atol=1e-3)
+    leaked = []
+    torch.func.grad(lambda x: (leaked.append(x), x.sum())[1])(x)                    # a dead wrapper
+    torch.testing.assert_close(loss(*leaked, backend="triton"), loss(x, F.conv2d), rtol=1e-3, atol=1e-3)
+    assert not loss(*leaked, backend="triton").requires_grad
     with torch.no_grad(), pytest.raises(RuntimeError):
         torch.func.jvp(lambda x: loss(x, backend="triton"), (x,), (x,))            # not supported: no silent zero
 

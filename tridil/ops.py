@@ -185,12 +185,13 @@ def is_plain(a, b, bias=None) -> bool:
     """Whether nothing but autograd may watch an eager call on these tensors, so that no operator needs to be dispatched: no compiler, tracer,
     transform, mode, profiler or dual level is active, and the tensors are ordinary."""
     return (not torch.compiler.is_compiling() and type(a) in _ORDINARY and type(b) in _ORDINARY and (bias is None or type(bias) in _ORDINARY)
-            and not (a.is_neg() or b.is_neg() or bias is not None and bias.is_neg())
+            and not (a.is_neg() or b.is_neg() or bias is not None and bias.is_neg() or _is_wrapped(a) or _is_wrapped(b))
             and not (torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack() or torch._C._are_functorch_transforms_active()
                      or torch._C._get_tracing_state() or profiler._is_profiler_enabled or forward_ad._current_level >= 0))
 
 
 _ORDINARY = (torch.Tensor, torch.nn.Parameter)
+_is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor          # left over from a transform
 
 
 def _fprop(x, w, bias, geometry, channels_last, auto):
@@ -291,4 +292,6 @@ def convolve(x, w, bias, problem: Problem, auto: bool = False) -> torch.Tensor:
             return _run("fprop", x, w, bias, x.shape, w.shape, geometry, nhwc, auto)
         if auto and _all_aten(x, w, bias, geometry, nhwc):
             return torch.conv2d(x, w, bias, problem.stride, [lo for lo, _ in problem.padding], problem.dilation, problem.groups)
+        # Function.apply without its look at the signature of forward, which takes longer than a launch
+        return super(torch.autograd.Function, Fprop).apply(x, w, bias, geometry, nhwc, auto)
     return Fprop.apply(x, w, bias, geometry, nhwc, auto)
