@@ -205,7 +205,8 @@ def _wgrad_plan(p: Problem, config, constexprs, options):
         tensors = (("x_ptr", "b", None), ("dy_ptr", "a", None), ("dw_ptr", "partials" if split_up else "out", None))
         scalars |= dict(stride_h=h.stride, stride_w=w.stride, **_steps(h, w), sw_split=total, **dict(zip(("sw_k", "sw_c", "sw_r", "sw_s"), to)))
         flat = config["kernel"] == "gather_flat"
-        constexprs |= dict(C=c, R=p.r, S=p.s, FLAT=flat, ALIGN_C=gcd(c, vector), ALIGN_K=gcd(k, vector),
+        scalars["C"] = c
+        constexprs |= dict(R=p.r, S=p.s, FLAT=flat, ALIGN_C=gcd(c, vector), ALIGN_K=gcd(k, vector),
                            ALIGN_W=gcd(c, vector) if to[1] == 1 and not flat else 1)      # where channels are contiguous, taps are multiples of them
         first = _launch("wgrad", programs, tensors, scalars, constexprs, options, split * total * split_up)
     if not split_up:
