@@ -51,11 +51,12 @@ def _is_aspp(w: Workload) -> bool:
     return min(w.problem.dilation) >= 12 and w.problem.h > 1 and w.problem.c >= 256
 
 
-SUITES = {"quick": lambda w: (w.model, w.layer) in QUICK, "aspp": _is_aspp, "all": lambda w: True}
+SUITES = {"quick": lambda w: (w.model, w.layer) in QUICK, "aspp": _is_aspp, "deeplab": lambda w: "deeplab" in w.model.lower(), "all": lambda w: True}
 
 
 def suite(name: str, dtype: str = "float16", layout: str = "nhwc") -> list[Workload]:
-    """The workloads of a suite: "quick" (12 layers, about one per kind), "aspp" (28 layers of rate 12 or more) or "all" (297).
+    """The workloads of a suite: "quick" (12 layers, about one per kind), "aspp" (28 layers of rate 12 or more), "deeplab" (those of the DeepLabs)
+    or "all" (297).
 
     Raises ValueError for an unknown name.
     """
