@@ -31,6 +31,14 @@ class Workload:
     def name(self) -> str:
         return f"{self.model} {self.layer}"
 
+    @property
+    def kind(self) -> str:
+        """Class of the layer: depthwise, grouped, 1D, ASPP (rate 12 and more), narrow (at most 16 channels in or out) or dense."""
+        p = self.problem
+        if p.groups > 1:
+            return "depthwise" if p.groups == p.c else "grouped"
+        return "1D" if 1 in (p.h, p.w) else "ASPP" if _is_aspp(self) else "narrow" if min(p.c, p.k) <= 16 else "dense"
+
 
 def load(dtype: str = "float16", layout: str = "nhwc") -> list[Workload]:
     """All rows of workloads.csv, in order, as problems of `dtype` and `layout`."""
