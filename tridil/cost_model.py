@@ -21,7 +21,7 @@ from .problem import DTYPE_BYTES, Problem
 LOOP = {("gather", "fprop"): (50, 8), ("gather", "dgrad"): (50, 9), ("gather", "wgrad"): (68, 11.5), ("tma", "fprop"): (90, 0),
         ("tma", "dgrad"): (90, 0), ("tma", "wgrad"): (100, 0)}
 SPECIALIZED = 45            # the same for one warp of a warp-specialised loop
-SCATTERED = 12              # instructions for an operand element that is addressed and loaded alone
+SCATTERED = {"gather": 12, "gather_flat": 25}   # instructions for an operand element that is addressed and loaded alone (counted: 10 to 40)
 ATTAINED = 0.85             # share of its busiest unit's peak that a loop reaches with enough programs on the SM
 ALONE = 0.6                 # share of that which one program of four warps reaches; grows with the root of its warps
 ALONE_SPECIALIZED = 0.9
@@ -72,9 +72,8 @@ def step_clocks(problem: Problem, pass_: str, config: dict, device: Device, prec
     else:
         # bytes of one copy of each operand: m is pixels, or (wgrad) the channels of dy
         widths = (c_align if pass_ == "fprop" else k_align), (k_align if pass_ == "dgrad" and problem.groups == 1 else c_align)
-        if config["kernel"] == "gather_flat":
-            widths = (nbytes, nbytes)
-        other = warps * fixed + sum((per_copy if width >= 4 else SCATTERED) * size * k * nbytes / width / 32 for size, width in zip((m, n), widths))
+        each = [per_copy / width if width >= 4 else SCATTERED[config["kernel"]] / nbytes for width in widths]
+        other = warps * fixed + sum(cost * size * k * nbytes / 32 for size, cost in zip((m, n), each))
     if kind == "tma":                               # operands stay in shared memory; a warpgroup reads its 64 rows and all columns
         read = (m + (-(-m // 64) if device.target == "cuda:90" else 1) * n) * k * nbytes
     else:                                                               # warps in a grid, each reads its rows and columns
