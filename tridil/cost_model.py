@@ -85,11 +85,11 @@ def step_clocks(problem: Problem, pass_: str, config: dict, device: Device, prec
 
 def resident(problem: Problem, pass_: str, config: dict, device: Device) -> int:
     """Programs that one SM holds, by shared memory, registers (accumulator and about 90 more a thread) and threads."""
+    if config.get("WARP_SPECIALIZE"):                                   # its warps take all registers
+        return 1
     (m, n, _), threads = cfg.tile(config, pass_), 32 * config["num_warps"]
     shared, _, most_threads, most = device.limits
     registers = min(255, m * n * (2 if problem.dtype == "float64" else 1) // threads + 90)
-    if config.get("WARP_SPECIALIZE"):                                   # accumulators live in tensor memory: 512 columns
-        registers, most, threads = 128, max(1, 512 * 128 // max(m * n, 1)), threads + 128
     need = cfg.shared_bytes(config, problem, pass_, device.target) + 1024
     return max(1, min(shared // need, 65536 // (threads * registers), most_threads // threads, most))
 
