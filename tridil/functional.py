@@ -38,7 +38,7 @@ def dilated_conv2d(input, weight, bias=None, stride=1, padding=0, dilation=1, gr
     lookup = _problem.__wrapped__ if compiling else _problem
     problem = lookup(input.shape, input.stride(), weight.shape, weight.stride(), None if bias is None else bias.shape,
                      stride, padding, dilation, groups, dtype, input.device.type)
-    if dispatch.choose(problem, input.device, backend) == "aten" or problem.is_empty or compiling and _to_onnx():
+    if dispatch.choose(problem, input.device, backend) == "aten" or problem.is_empty or (compiling or torch._C._get_tracing_state()) and _to_onnx():
         return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
     y = _run(input if input.dim() == 4 else input.unsqueeze(0), weight, bias, problem, dtype, autocast)
     return y if input.dim() == 4 else y.squeeze(0)
@@ -63,7 +63,8 @@ def dilated_conv1d(input, weight, bias=None, stride=1, padding=0, dilation=1, gr
             raise TypeError(f"causal=True needs strided tensors, got {input.layout} and {weight.layout}: convert them with .to_dense()")
         return F.conv1d(input, weight, bias, stride, padding, dilation, groups)
     problem = _problem_1d(input, weight, bias, stride, padding, dilation, groups, causal, dtype)
-    if dispatch.choose(problem, input.device, backend) == "aten" or problem.is_empty or torch.compiler.is_compiling() and _to_onnx():
+    compiling = torch.compiler.is_compiling()
+    if dispatch.choose(problem, input.device, backend) == "aten" or problem.is_empty or (compiling or torch._C._get_tracing_state()) and _to_onnx():
         if causal and problem.padding[1][0]:
             input = F.pad(input, problem.padding[1])
         return F.conv1d(input, weight, bias, stride, padding, dilation, groups)
@@ -103,8 +104,12 @@ def _check_layout(input, weight, backend):
 
 
 def _to_onnx() -> bool:
-    """Whether torch.onnx exports: ONNX has a Conv and no Triton."""
-    return "torch.onnx" in sys.modules and torch.onnx.is_in_onnx_export()
+    """Whether torch.onnx exports: ONNX has a Conv and no Triton. Nor has TorchScript, whose tracer is refused."""
+    if "torch.onnx" in sys.modules and torch.onnx.is_in_onnx_export():
+        return True
+    if torch._C._get_tracing_state():
+        raise TypeError("torch.jit.trace cannot record the Triton backend: trace with backend='aten', or use torch.export")
+    return False
 
 
 _to_onnx._dynamo_marked_constant = True

@@ -155,3 +155,21 @@ def convolve(x, w, bias, problem: Problem) -> torch.Tensor:
     """y (N, K, P, Q) of 4D tensors that `problem` describes, differentiable twice, through the Triton kernels."""
     geometry = (problem.stride, (*problem.padding[0], *problem.padding[1]), problem.dilation, problem.groups)
     return Fprop.apply(x, w, bias, geometry, problem.layout == "nhwc")
+
+
+def _register_flops():
+    """The dense FLOPs that torch.utils.flop_counter gives F.conv2d."""
+    try:
+        from torch.utils import flop_counter
+    except Exception:                                        # it imports Triton, which may be broken
+        return
+
+    def backward(dy, x_shape, w_shape, groups, mask):
+        return flop_counter.conv_backward_flop(dy, x_shape, w_shape, None, None, None, None, False, None, groups, mask, out_val=(x_shape, w_shape))
+    for packet, formula in ((torch.ops.tridil.fprop, lambda x, w, *rest, out_shape, **_: flop_counter.conv_flop_count(x, w, out_shape)),
+                            (torch.ops.tridil.dgrad, lambda dy, w, x, *geometry, **_: backward(dy, x, w, geometry[3], (True, False, False))),
+                            (torch.ops.tridil.wgrad, lambda dy, x, w, *geometry, **_: backward(dy, x, w, geometry[3], (False, True, False)))):
+        flop_counter.register_flop_formula(packet)(formula)
+
+
+_register_flops()
