@@ -98,7 +98,8 @@ def test_which_layers_are_converted(seed):
     after = dict(model.named_parameters())
     assert after.keys() == parameters.keys() and all(after[name] is parameters[name] for name in parameters)
     lines = str(report).splitlines()
-    assert len(lines) == 1 + 3 + len(reasons) and lines[1].split() == ["dilated", "yes"] and lines[4].startswith("flat ") and "no: dilation 1" in lines[4]
+    assert len(lines) == 1 + 3 + len(reasons) and lines[1].split() == ["dilated", "yes"]
+    assert lines[4].startswith("flat ") and "no: dilation 1" in lines[4]
 
     assert convert(model, min_dilation=1).replaced == ["flat", "dense", "unwanted"]
     assert revert(model) == ["dilated", "wide", "sound", "flat", "dense", "unwanted"] and revert(model) == []
@@ -164,14 +165,18 @@ def test_norms_are_kept(name, device, backend, seed):
         torch.testing.assert_close(grads[1], grads[0], rtol=1e-3, atol=1e-3)
     assert list(ours.state_dict()) == list(plain.state_dict())
     if not name.startswith("old"):
-        again = copy.deepcopy(ours)
+        expected = ours.eval()(x)
+        again = copy.deepcopy(ours)                          # shares its class with ours, which revert gives up
+        torch.testing.assert_close(again(x), expected)
+        assert revert(ours) == ["0"] and type(ours[0]).__bases__ == (nn.Conv2d,)
         parametrize.register_parametrization(ours[0], "bias", nn.Identity())
-        assert revert(ours) == ["0"] and type(ours[0]).__bases__ == (nn.Conv2d,) and parametrize.is_parametrized(ours[0], "bias")
-        torch.testing.assert_close(ours.eval()(x), again.eval()(x), rtol=1e-4, atol=1e-4)
-        for name in ("bias", "weight"):
-            parametrize.remove_parametrizations(ours[0], name)
+        torch.testing.assert_close(ours(x), expected, rtol=1e-4, atol=1e-4)
+        for tensor in ("bias", "weight"):
+            parametrize.remove_parametrizations(ours[0], tensor)
+        torch.testing.assert_close(again(x), expected)
         parametrize.remove_parametrizations(again[0], "weight")
         assert type(ours[0]) is nn.Conv2d and type(again[0]) is DilatedConv2d and revert(again) == ["0"] and type(again[0]) is nn.Conv2d
+        torch.testing.assert_close(again(x), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_state_and_hooks_are_kept(seed):

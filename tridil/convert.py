@@ -63,15 +63,20 @@ def convert(model: nn.Module, *, min_dilation: int = 2, predicate: Callable[[str
 
 
 def revert(model: nn.Module) -> list[str]:
-    """Undo `convert`, in place; names of the layers that are plain again. Layers built as DilatedConv2d or DilatedConv1d stay."""
+    """Undo `convert`, in place; names of the layers that are plain again. Layers built as DilatedConv2d or DilatedConv1d stay.
+
+    Raises ValueError, before anything is changed, where something derived a class from that of a converted layer (FSDP's fully_shard).
+    """
     _check_model(model)
-    names = []
-    for name, module in model.named_modules():
-        if isinstance(module, tuple(LAYERS.values())) and "_converted" in module.__dict__:
-            del module.backend, module._converted
-            _become(module, {tridil: plain for plain, tridil in LAYERS.items()}[_plain_class(module)])
-            names.append(name)
-    return names
+    plain = {tridil: plain for plain, tridil in LAYERS.items()}
+    converted = {name: module for name, module in model.named_modules() if "_converted" in module.__dict__}
+    for name, module in converted.items():
+        if _plain_class(module) not in plain:
+            raise ValueError(f"layer {name} is a {type(module).__name__}: revert before the model is wrapped")
+    for module in converted.values():
+        del module.backend, module._converted
+        _become(module, plain[_plain_class(module)])
+    return list(converted)
 
 
 def scan(model: Callable, *inputs, **kwargs) -> Counter[Problem]:
