@@ -344,21 +344,29 @@ EXPECTED = {problem(2, 4, 9, 8, 6, (3, 3), (2, 2), (2, 2)): 1, problem(2, 6, 9, 
             problem(2, 6, 1, 24, 6, (1, 2), (0, (3, 0)), (1, 3)): 2, problem(1, 6, 1, 24, 6, (1, 3), (0, 1), stride=(1, 2)): 1}
 
 
+@pytest.mark.filterwarnings("ignore:Using padding='same'")
 @pytest.mark.parametrize("kind", ["real", "meta", "fake"])
-@pytest.mark.parametrize("converted", [False, True])
-def test_scan_lists_problems(converted, kind, seed):
-    model = Functional()
-    if converted:
-        convert(model, backend="aten")
+@pytest.mark.parametrize("converted", [None, "auto", "triton"])
+def test_scan_lists_problems(converted, kind, seed, monkeypatch):
+    """Without a launch, without Triton even."""
+    monkeypatch.setattr(tridil.dispatch, "_has_triton", lambda: False)
     with torch._subclasses.FakeTensorMode() if kind == "fake" else nullcontext():
-        if kind != "real":
-            model = Functional().to("meta") if kind == "meta" else Functional()
+        model = Functional().to("meta") if kind == "meta" else Functional()
+        if converted:
+            convert(model, backend=converted)
         state = {name: t.clone() for name, t in model.state_dict().items()}
         found = scan(model, torch.randn(2, 4, 9, 8, device="meta" if kind == "meta" else "cpu"), scale=2)
         assert list(found.items()) == list(EXPECTED.items())
         if kind == "real":
             assert all(torch.equal(t, state[name]) for name, t in model.state_dict().items())
-    assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("norm", [parametrizations.weight_norm, parametrizations.spectral_norm, nn.utils.spectral_norm])
+def test_scan_leaves_the_state_of_norms(norm, seed):
+    model = nn.Sequential(norm(nn.Conv2d(4, 6, 3, dilation=2)), nn.BatchNorm2d(6))
+    state = copy.deepcopy(model.state_dict())
+    assert scan(model, torch.randn(2, 4, 7, 6)).total() == 1
+    assert all(torch.equal(t, state[name]) for name, t in model.state_dict().items())
 
 
 def test_scan_follows_dtype_layout_and_compiled_models(backend, device, seed):

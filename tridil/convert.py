@@ -83,8 +83,8 @@ def scan(model: Callable, *inputs, **kwargs) -> Counter[Problem]:
     """The problems that one forward pass of `model` runs, and how often each, in the order of their first call.
 
     Every call of `F.conv2d`, `F.conv1d`, `dilated_conv2d` and `dilated_conv1d` counts, from layers and functions, converted or not, with the
-    dtype (autocast's) and the layout in which `dilated_conv2d` would run it. The model runs once, without gradients and outside of
-    torch.compile; buffers (BatchNorm's averages) keep their values. Tensors may be on the meta device or fake: nothing is then computed.
+    dtype (autocast's) and the layout in which `dilated_conv2d` would run it. The model runs once, without gradients, through ATen and outside
+    of torch.compile; buffers (BatchNorm's averages) keep their values. Tensors may be on the meta device or fake: nothing is then computed.
     TorchScript hides its convolutions, they are not counted.
     """
     if not callable(model):
@@ -110,10 +110,12 @@ class _Recorder(TorchFunctionMode):
         self.problems = Counter()
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))           # the mode is off in here: dilated_conv2d is counted, not its F.conv2d
-        dim = self.dims.get(func)
+        kwargs, dim = kwargs or {}, self.dims.get(func)
+        if "backend" in kwargs and dim:                  # ATen has meta and fake tensors, and compiles nothing
+            kwargs = kwargs | {"backend": "aten"}
+        result = func(*args, **kwargs)                   # the mode is off in here: dilated_conv2d is counted, not its F.conv2d
         if dim:
-            problem = _problem_of(dim, *args, **(kwargs or {}))
+            problem = _problem_of(dim, *args, **kwargs)
             if problem.dtype in DTYPE_BYTES and not problem.is_empty:
                 self.problems[problem] += 1
         return result
