@@ -392,6 +392,24 @@ def test_flops_are_those_of_conv2d(kwargs, backend, device, seed):
     assert counts[:3] == counts[3:] and counts[0] > counts[1] > 0
 
 
+@pytest.mark.parametrize("first", ["tridil", "torch.utils.flop_counter"])
+def test_flops_in_any_order_of_imports(first):
+    """tridil imports no Triton, whose import reads TRITON_INTERPRET; flop_counter does."""
+    pytest.importorskip("triton")
+    code = f"""
+import os, sys
+os.environ.pop("TRITON_INTERPRET", None)
+import {first}
+assert "{first}" != "tridil" or "triton" not in sys.modules
+import tridil
+from torch.utils.flop_counter import flop_registry
+import torch
+assert {{getattr(torch.ops.tridil, name) for name in ("fprop", "dgrad", "wgrad")}} < flop_registry.keys()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_torch_function_is_asked(seed):
     """As F.conv2d does: symbolic values and modes see the call."""
     class Mode(torch.overrides.TorchFunctionMode):
