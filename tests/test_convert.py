@@ -2,6 +2,7 @@
 import copy
 import io
 import pickle
+import shutil
 from collections import Counter
 from contextlib import nullcontext
 
@@ -42,6 +43,14 @@ def train(model, batches, mode="eager", lr=0.05):
     return results | {f"state {name}": t.clone() for name, t in model.state_dict().items()}
 
 
+@pytest.fixture
+def launches(monkeypatch):
+    pytest.importorskip("triton")
+    count, run = Counter(), launch.fprop
+    monkeypatch.setattr(launch, "fprop", lambda *args: count.update(["fprop"]) or run(*args))
+    return count
+
+
 @pytest.mark.parametrize("mode", ["eager", "compile", "autocast"])
 @pytest.mark.parametrize("name", BUILD)
 def test_converted_models_train_like_the_original(name, mode, seed):
@@ -70,6 +79,23 @@ def test_models_train_on_the_kernels(name, mode, device, seed, poisoned):
     assert convert(ours, min_dilation=1, backend="triton").replaced
     batches = torch.randn(1 if mode == "autocast" else 5, *SMALL_INPUTS[name], dtype=dtype, device=device)
     close(train(ours, batches, mode), train(plain, batches, mode), 0.1 if mode == "autocast" else 1e-9)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_inductor_runs_the_kernels(memory_format, launches, device, seed):
+    """Inductor chooses memory formats around operators that it does not know."""
+    if device.type == "cpu" and not (shutil.which("g++") or shutil.which("clang++")):
+        pytest.skip("Inductor needs a C++ compiler on the CPU")
+    torch._dynamo.reset()
+    plain = models.head().to(device)
+    ours = copy.deepcopy(plain)
+    convert(ours, min_dilation=1, backend="triton")
+    x = torch.randn(2, 4, 6, 7, device=device).contiguous(memory_format=memory_format).requires_grad_()
+    outputs = [run(x) for run in (plain, torch.compile(ours, fullgraph=True))]
+    assert launches["fprop"] == 2 and outputs[1].stride() == outputs[0].stride()
+    grads = [torch.autograd.grad(y.square().mean(), [x, *m.parameters()]) for y, m in zip(outputs, (plain, ours))]
+    for got, expected in zip((outputs[1], *grads[1]), (outputs[0], *grads[0])):
+        torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-4)
 
 
 def test_which_layers_are_converted(seed):
@@ -210,14 +236,6 @@ def test_copies_of_converted_models(duplicate, seed):
     other = duplicate(model)
     assert torch.equal(other(x), model(x)) and other.convs[1][0].backend == "aten"
     assert revert(other) == replaced and type(other.convs[1][0]) is nn.Conv2d and type(model.convs[1][0]) is DilatedConv2d
-
-
-@pytest.fixture
-def launches(monkeypatch):
-    pytest.importorskip("triton")
-    count, run = Counter(), launch.fprop
-    monkeypatch.setattr(launch, "fprop", lambda *args: count.update(["fprop"]) or run(*args))
-    return count
 
 
 @pytest.mark.parametrize("how", ["torch.compile", "Module.compile", "fx"])
