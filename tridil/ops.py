@@ -1,8 +1,11 @@
 """The torch boundary: operators tridil::fprop, dgrad and wgrad, and the autograd Functions that call each other. Imports no Triton."""
 from __future__ import annotations
 
+import sys
 from contextlib import nullcontext
 from functools import lru_cache
+from importlib.abc import MetaPathFinder
+from importlib.util import find_spec
 
 import torch
 
@@ -155,3 +158,34 @@ def convolve(x, w, bias, problem: Problem) -> torch.Tensor:
     """y (N, K, P, Q) of 4D tensors that `problem` describes, differentiable twice, through the Triton kernels."""
     geometry = (problem.stride, (*problem.padding[0], *problem.padding[1]), problem.dilation, problem.groups)
     return Fprop.apply(x, w, bias, geometry, problem.layout == "nhwc")
+
+
+def _register_flops():
+    """The dense FLOPs that torch.utils.flop_counter gives F.conv2d."""
+    from torch.utils import flop_counter
+
+    def backward(dy, x_shape, w_shape, groups, mask):
+        return flop_counter.conv_backward_flop(dy, x_shape, w_shape, None, None, None, None, False, None, groups, mask, out_val=(x_shape, w_shape))
+    for packet, formula in ((torch.ops.tridil.fprop, lambda x, w, *rest, out_shape, **_: flop_counter.conv_flop_count(x, w, out_shape)),
+                            (torch.ops.tridil.dgrad, lambda dy, w, x, *geometry, **_: backward(dy, x, w, geometry[3], (True, False, False))),
+                            (torch.ops.tridil.wgrad, lambda dy, x, w, *geometry, **_: backward(dy, x, w, geometry[3], (False, True, False)))):
+        flop_counter.register_flop_formula(packet)(formula)
+
+
+class _AfterFlopCounter(MetaPathFinder):
+    """Registers when somebody imports torch.utils.flop_counter: it imports Triton, which `import tridil` must leave to be configured."""
+
+    def find_spec(self, name, path, target=None):
+        if name != "torch.utils.flop_counter":
+            return None
+        sys.meta_path.remove(self)
+        spec = find_spec(name)
+        run = spec.loader.exec_module
+        spec.loader.exec_module = lambda module: (run(module), _register_flops())
+        return spec
+
+
+if "torch.utils.flop_counter" in sys.modules:
+    _register_flops()
+else:
+    sys.meta_path.insert(0, _AfterFlopCounter())
