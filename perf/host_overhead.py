@@ -130,8 +130,8 @@ def measure(target: str, repetitions: int) -> list[dict]:
     us = timed({"no grad": no_grad, "bare": lambda: [f() for _, f in bare_forward], "train": train, "bare all": lambda: [f() for _, f in bare_all]},
                repetitions)
 
-    def choose(problem, device, backend, variable):
-        return "triton" if backend == "auto" else backend
+    def choose(problem, device, backend):
+        return "triton" if backend == "auto" else backend, backend == "auto"
 
     with mock.patch.object(functional, "_choose", choose), mock.patch.object(tuner, "resolve", lambda *a: None):
         us |= timed({"aten": aten, "auto": auto, "F.conv2d": plain}, max(repetitions // 4, 1))         # auto: as on a GPU where ATen is faster

@@ -9,7 +9,7 @@ import pytest
 
 pytest.importorskip("triton")
 
-from tridil import aot, config, dispatch
+from tridil import aot, config, devices, dispatch
 from tridil.problem import Problem
 
 P = Problem(4, 256, 60, 60, 256, 3, 3, padding=((2, 2), (2, 2)), dilation=(2, 2))
@@ -43,7 +43,7 @@ def wide_loads(row):
     return kinds
 
 
-@pytest.mark.parametrize("target", config.TARGETS)
+@pytest.mark.parametrize("target", devices.TARGETS)
 def test_default_kernels_of_real_layers(tmp_path, target):
     """One layer per kind, three passes: every kernel compiles, spills nothing and fits; large ones run on tensor cores, fed as the target wants."""
     out, rows = tridil_aot(tmp_path, "--suite", "quick", "--target", target)
@@ -67,7 +67,7 @@ def test_default_kernels_of_real_layers(tmp_path, target):
         assert {row["kernel"] for row in rows} >= {"correlate_tma", "wgrad_tma"}
 
 
-@pytest.mark.parametrize("target", config.TARGETS)
+@pytest.mark.parametrize("target", devices.TARGETS)
 def test_default_kernels_in_fp32(tmp_path, target):
     out, rows = tridil_aot(tmp_path, "--shape", "n=4 c=256 h=64 w=64 k=256 r=3 d=2", "--target", target, "--dtype", "float32")
     assert out.returncode == 0, out.stdout + out.stderr

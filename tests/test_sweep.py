@@ -203,6 +203,33 @@ def test_with_a_fake_gpu(run):
     assert (run.out / "results.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
 
+def test_the_model_against_a_clock(run, monkeypatch):
+    """A clock that agrees with the model: correlation 1, regret 1; one that says the opposite: correlation -1, and the regret of it."""
+    monkeypatch.setattr(sweep.model, "precompile", lambda jobs, target: None)
+    sign = [1]
+
+    class Clock(FakeGpu):
+        def quartiles(self, fn):
+            fn()
+            self.calls += 1
+            return 0.0, 10.0 + sign[0] * 0.01 * self.calls, 20.0
+    status, _, out = run("--validate-model", "--passes", "fprop", gpu=Clock())
+    assert status == 0 and "rank correlation 1.00 (median), regret 1.000" in out and "all measured on" in out
+    frame = pd.read_csv(run.out / "model.csv")
+    assert (frame["predicted_ms"] > 0).all() and frame["ms"].between(10, 11).all() and len(frame) > len(TINY)
+    sign[0] = -1
+    assert "rank correlation -1.00 (median), regret 1.0" in run("--validate-model", "--passes", "fprop", gpu=Clock())[2]
+    monkeypatch.setattr(launch, "fprop", lambda *a: 1 / 0)
+    assert run("--validate-model", "--passes", "fprop", gpu=Clock())[0] == 1
+
+
+def test_the_model_without_a_gpu(run):
+    status, _, out = run("--validate-model", "--target", "cuda:90")
+    frame = pd.read_csv(run.out / "model.csv")
+    assert status == 0 and "not measured, for want of a GPU" in out and "predicted time / roof" in out
+    assert len(frame) == 3 * len(TINY) and (frame["predicted_ms"] >= frame["roof_ms"]).all() and "ms" not in frame
+
+
 def test_an_unstable_kernel_is_told(run, monkeypatch):
     right, noise = launch.fprop, iter(range(100))
     monkeypatch.setattr(launch, "fprop", lambda *arguments: right(*arguments) + next(noise))

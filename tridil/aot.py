@@ -8,6 +8,7 @@ import subprocess
 import tempfile
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 
@@ -111,11 +112,30 @@ def report(jobs, target: str, save: Path | None = None) -> list[dict]:
     A kernel that does not compile has a row with `failure`.
     """
     jobs = [(*job, target, save) for job in jobs]
-    workers = min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, len(jobs))
+    workers = _workers(jobs)
     if workers < 2 or len(jobs) < 9:                            # a worker takes seconds to start
         return [row for job in jobs for row in _rows(job)]
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
         return [row for rows in pool.map(_rows, jobs) for row in rows]
+
+
+def precompile(jobs: list, target: str) -> None:
+    """Fills Triton's cache with the kernels of (problem, pass, precision, config) jobs on all cores; what fails here fails again at its launch."""
+    jobs = [(*job, target) for job in jobs]
+    if len(jobs) < 3:
+        return                                                  # compiled where they are launched
+    with ProcessPoolExecutor(_workers(jobs), multiprocessing.get_context("spawn")) as pool:
+        list(pool.map(_try_to_compile, jobs))
+
+
+def _try_to_compile(job) -> None:
+    problem, pass_, precision, config, target = job
+    with suppress(Exception):
+        compile_pass(problem, pass_, config, target, precision)
+
+
+def _workers(jobs: list) -> int:
+    return min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, len(jobs))
 
 
 def _rows(job) -> list[dict]:

@@ -1,4 +1,4 @@
-"""Tile configurations: which are legal (`fits`), which are sensible (`candidates`), and the default one.
+"""Tile configurations: which are legal (`fits`), which are sensible (`candidates`), and how much work each one is.
 
 A config is a plain dict: ``kernel`` ("gather", "gather_flat" or "tma"), the kernel's constexpr tile sizes, num_warps, num_stages, maxnreg.
 fprop and dgrad: the pixel box BLOCK_IMG x BLOCK_P x BLOCK_Q is the tile's M, rounded up to a power of two, BLOCK_N output channels, BLOCK_K
@@ -12,34 +12,23 @@ from __future__ import annotations
 from functools import lru_cache
 from math import gcd, prod
 
+from . import devices
 from .problem import DTYPE_BYTES, PASSES, Axis, Problem
 
-# target -> (SMs of its largest common part, bytes of shared memory one program may use); CUDA programming guide, table "Technical
-# specifications per compute capability"; AMD CDNA3 ISA guide for LDS
-TARGETS = {"cuda:80": (108, 166912), "cuda:86": (84, 101376), "cuda:89": (128, 101376), "cuda:90": (132, 232448),
-           "cuda:100": (148, 232448), "cuda:120": (170, 101376), "hip:gfx942": (304, 65536)}
 KERNELS = ("gather", "gather_flat", "tma")
-# tile (M, N, num_warps) -> relative rate of the main loop: 1 / (1 + instructions that are not MMA per MMA), static counts, fp16, sm_80;
-# on the smallest tile more warps would repeat each other's work
-TILES = {(128, 128, 4): 1.0, (128, 256, 8): 1.0, (256, 128, 8): 0.98, (64, 128, 4): 0.8, (128, 64, 4): 0.8, (64, 64, 4): 0.65,
-         (128, 32, 4): 0.5, (64, 32, 4): 0.42, (128, 16, 4): 0.3, (64, 16, 4): 0.25,
-         (32, 128, 4): 0.5, (32, 64, 4): 0.42, (16, 128, 4): 0.3, (16, 64, 4): 0.25, (16, 32, 4): 0.2, (16, 16, 2): 0.15}
-# the same for kernels/tma.py, in units of the gather kernel's best tile: sm_90 by instructions, sm_100 by the bound that shared memory sets, both
-# times 1 / the bound of the gather kernel's loop there (0.8, 0.67). From static counts, like the rest: nothing of it was measured
-TMA_TILES = {"cuda:90": {(128, 128, 4): 1.25, (128, 256, 8): 1.25, (256, 128, 8): 1.25, (64, 256, 4): 1.2, (256, 64, 4): 1.2, (64, 128, 4): 1.0,
-                         (128, 64, 4): 1.0, (64, 64, 4): 0.75, (128, 32, 4): 0.5, (32, 128, 4): 0.5},
-             "cuda:100": {(128, 128, 4): 1.5, (128, 256, 8): 1.5, (256, 128, 8): 1.5, (64, 256, 4): 1.2, (256, 64, 4): 1.0, (64, 128, 4): 1.0,
-                          (128, 64, 4): 1.0, (64, 64, 4): 0.75, (128, 32, 4): 0.6, (32, 128, 4): 0.6}}
-# assumed: what a program's prologue and epilogue cost, in steps of 64 of its loop; what writing and reading a partial result (8 bytes) in L2 costs,
-# in MACs
-TILE_STEPS, PARTIAL_MACS = 4, 400
-# the same without tensor cores: fp64, ieee fp32
-SIMT_TILES = {(64, 64, 4): 1.0, (64, 32, 4): 0.8, (64, 16, 4): 0.5, (32, 32, 4): 0.5, (32, 16, 4): 0.3, (16, 64, 4): 0.5, (16, 16, 4): 0.2}
+# tiles (M, N, num_warps); on the smallest one more warps would repeat each other's work
+TILES = ((128, 128, 4), (128, 256, 8), (256, 128, 8), (64, 128, 4), (128, 64, 4), (64, 64, 4), (128, 32, 4), (64, 32, 4), (128, 16, 4),
+         (64, 16, 4), (32, 128, 4), (32, 64, 4), (16, 128, 4), (16, 64, 4), (16, 32, 4), (16, 16, 2))
+TMA_TILES = ((128, 128, 4), (128, 256, 8), (256, 128, 8), (64, 256, 4), (256, 64, 4), (64, 128, 4), (128, 64, 4), (64, 64, 4), (128, 32, 4),
+             (32, 128, 4))
+# without tensor cores: fp64, ieee fp32
+SIMT_TILES = ((64, 64, 4), (64, 32, 4), (64, 16, 4), (32, 32, 4), (32, 16, 4), (16, 64, 4), (16, 16, 4))
 
 
 def device_limits(target: str) -> tuple[int, int]:
-    """(SMs, shared memory bytes per program) of a target such as "cuda:90"; an unknown one is taken as the smallest."""
-    return TARGETS.get(target, (84, 65536 if target.startswith("hip") else 101376))
+    """(SMs, bytes of shared memory one program may use) of a target such as "cuda:90"."""
+    device = devices.of_target(target)
+    return device.sms, device.limits[1]
 
 
 def pixels(config: dict) -> int:
@@ -253,7 +242,7 @@ def candidates(problem: Problem, pass_: str, target: str, precision: str = "tf32
 
     precision ("tf32" or "ieee") matters for float32: ieee products do not run on tensor cores and take smaller tiles.
     """
-    options = [*_gather_options(problem, pass_, target, precision), *_tma_options(problem, pass_, target, precision)]
+    options = [*_gather_options(problem, pass_, target, precision), *tma_options(problem, pass_, target, precision)]
     return [cfg for cfg in options if fits(cfg, problem, pass_, target) is None]
 
 
@@ -288,16 +277,17 @@ def _gather_options(problem: Problem, pass_: str, target: str, precision: str):
             if not rows and (flat or m * n > 128 * 128):               # larger accumulators and a split would spill
                 yield option
             else:
-                yield from _split(option, problem, pass_, target, precision)
+                yield from _split(option, problem, pass_, target)
 
 
-def _tma_options(problem: Problem, pass_: str, target: str, precision: str):
-    if target not in TMA_TILES or not has_mma(problem, precision) or is_flat(problem, pass_):
+def tma_options(problem: Problem, pass_: str, target: str, precision: str):
+    """Sensible configs of the tma kernel, legal or not."""
+    if target not in ("cuda:90", "cuda:100") or not has_mma(problem, precision) or is_flat(problem, pass_):
         return
     nbytes = DTYPE_BYTES[problem.dtype]
     specialize = int(target[5:]) // 10 == 10 and not (pass_ == "wgrad" and nbytes == 4)
     rows, cols, reduced = _channels(problem, pass_, 1)
-    for m, n, warps in TMA_TILES[target]:
+    for m, n, warps in TMA_TILES:
         if not _suits(m, n, rows, cols, nbytes):
             continue
         for step in _reduction_steps(pass_, reduced, nbytes)[:1 if rows else 2]:
@@ -306,7 +296,7 @@ def _tma_options(problem: Problem, pass_: str, target: str, precision: str):
             if not rows:
                 option["WEIGHT_FIRST"] = n >= 64 and (not specialize or m < 128)       # tcgen05 runs at full rate from 128 rows on
             option = _best_box(problem, pass_, option, _boxes(step if rows else m, _map(problem, pass_), powers=True))
-            for cfg in _split(option, problem, pass_, target, precision):
+            for cfg in _split(option, problem, pass_, target):
                 if rows or m <= 128 or not specialize or stores_boxes(cfg, problem, pass_):          # else the store's addresses would spill
                     yield cfg
 
@@ -337,44 +327,20 @@ def _reduction_steps(pass_: str, reduced: int | None, nbytes: int) -> list[int]:
     return [step for step in steps if -(-reduced // step) * step <= 1.1 * least]
 
 
-def _split(option: dict, problem: Problem, pass_: str, target: str, precision: str) -> list[dict]:
-    """option, and the same with the reduction split as it costs least: splits of at least eight steps each, at most 64 MiB of partial results."""
+def _split(option: dict, problem: Problem, pass_: str, target: str) -> list[dict]:
+    """option, and the same with the reduction split so that the programs fill about half of the target's SMs, all and twice: splits of at least eight
+    steps each, at most 64 MiB of partial results."""
     c, k, step = problem.c // problem.groups, problem.k // problem.groups, tile(option, pass_)[2]
     result = {"fprop": problem.y_shape, "dgrad": problem.x_shape, "wgrad": problem.w_shape}[pass_]
     taps = 1 if pass_ == "wgrad" else problem.r * problem.s
     steps = taps * -(-{"fprop": c, "dgrad": k, "wgrad": problem.n * problem.p * problem.q}[pass_] // step)
     most = min(128, steps // 8, 2**26 // (max(DTYPE_BYTES[problem.dtype], 4) * max(prod(result), 1)))
-    splits = [dict(option, SPLIT_K=split) for split in (*range(2, 9), 12, 16, 24, 32, 48, 64, 96, 128) if split <= most]
-    return [option] + sorted(splits, key=lambda cfg: cost(problem, pass_, cfg, target, precision))[:1]
+    programs, sms = max(grid(problem, pass_, option), 1), device_limits(target)[0]
+    splits = {min(most, max(2, sms * waves // (2 * programs))) for waves in (1, 2, 4)} if programs < 2 * sms else set()
+    return [option] + [dict(option, SPLIT_K=split) for split in sorted(splits) if 1 < split <= most]
 
 
-def cost(problem: Problem, pass_: str, config: dict, target: str, precision: str = "tf32") -> float:
-    """MACs that all SMs could execute while the launches of this config run: orders candidates, has no unit of time.
-
-    A launch ends with its last program, so unequal tiles and the idle part of the last wave count; so do a program's prologue and epilogue
-    (TILE_STEPS) and the traffic of partial results (PARTIAL_MACS).
-    """
-    m, n, step = tile(config, pass_)
-    table = TMA_TILES[target] if config["kernel"] == "tma" else TILES if has_mma(problem, precision) else SIMT_TILES
-    rate = table[m, n, config["num_warps"]] * {16: 0.6, 32: 0.85}.get(step, 1.0)
-    slots, split = device_limits(target)[0] * (2 if m * n <= 128 * 128 else 1), config["SPLIT_K"]
-    span = 0.0
-    for axes in passes_axes(problem, pass_):
-        programs = tiles(problem, pass_, config, axes)
-        total, most = _launch_steps(problem, pass_, config, axes)
-        extra = TILE_STEPS * 64 / step
-        total, most = total + extra * programs, most / split + extra
-        if programs <= slots:
-            span += most
-        elif most * programs <= 1.05 * total:                                   # equal programs
-            span += -(-programs // slots) * most
-        else:                                                                   # the last program begins at a random moment of another
-            span += max(most, total / slots + most / 2)
-    result = prod({"fprop": problem.y_shape, "dgrad": problem.x_shape, "wgrad": problem.w_shape}[pass_])
-    return span * slots * m * n * step / rate + (PARTIAL_MACS * split * result if split > 1 else 0)
-
-
-def _launch_steps(problem: Problem, pass_: str, config: dict, axes: tuple[Axis, Axis]) -> tuple[float, float]:
+def launch_steps(problem: Problem, pass_: str, config: dict, axes: tuple[Axis, Axis]) -> tuple[float, float]:
     """(sum, maximum) over tiles of their reduction steps, all splits together."""
     (m, n, step), (h, w) = tile(config, pass_), axes
     images = -(-problem.n // config["BLOCK_IMG"])
@@ -390,37 +356,9 @@ def _launch_steps(problem: Problem, pass_: str, config: dict, axes: tuple[Axis, 
     return images * h_sum * w_sum * blocks * -(-cols // n) * problem.groups, h_most * w_most * blocks
 
 
-@lru_cache(maxsize=4096)
-def _default(problem: Problem, pass_: str, target: str, precision: str) -> tuple:
-    options = candidates(problem, pass_, target, precision)
-    if not options:
-        raise ValueError(f"no tile fits {pass_} of {problem.key()} on {target}")
-    return tuple(min(options, key=lambda cfg: cost(problem, pass_, cfg, target, precision)).items())
-
-
 def default(problem: Problem, pass_: str, target: str, precision: str = "tf32") -> dict:
-    """The config that runs when nothing was measured: the candidate of least `cost`. Raises ValueError when none fits."""
-    return dict(_default(problem, pass_, target, precision))
-
-
-def why(problem: Problem, pass_: str, config: dict, target: str, precision: str = "tf32") -> str:
-    """Why the config's kernel is the one of that pass, in words."""
-    if config["kernel"] == "gather_flat":
-        channels = _channels(problem, pass_, 1)[1 if pass_ == "wgrad" else 2]
-        return f"{channels} channels: blocks of (tap, channel) pairs waste less than blocks of channels"
-    options = list(_tma_options(problem, pass_, target, precision))
-    legal = [cfg for cfg in options if fits(cfg, problem, pass_, target) is None]
-    if config["kernel"] == "tma":
-        return f"{target} loads boxes of the image by descriptor"
-    if legal:
-        best = min(legal, key=lambda cfg: cost(problem, pass_, cfg, target, precision))
-        ratio = executed_macs(problem, pass_, best) / executed_macs(problem, pass_, config)
-        return f"descriptors need boxes of powers of two, which would execute {ratio:.2f} times the MACs"
-    if options:
-        return fits(options[0], problem, pass_, target)
-    if not has_mma(problem, precision):
-        return f"{problem.dtype} does not run on tensor cores here"
-    return f"pointer loads: {target} has no descriptors that pay"
+    from .cost_model import best
+    return best(problem, pass_, target, precision)
 
 
 def describe(config: dict) -> str:

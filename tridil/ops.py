@@ -2,8 +2,11 @@
 from __future__ import annotations
 
 import os
+import sys
 from contextlib import nullcontext
 from functools import lru_cache, partial
+from importlib.abc import MetaPathFinder
+from importlib.util import find_spec
 
 import torch
 from torch.autograd import forward_ad, profiler
@@ -85,7 +88,7 @@ def _prepare(pass_, has_bias, x_shape, w_shape, geometry, channels_last, auto, d
     precision = fp32_precision(target) if dtype == torch.float32 else "ieee"
     config = tuner.resolve(problem, pass_, target, precision, device, auto and all(lo == hi for lo, hi in problem.padding))
     if config is None:
-        return partial(_ATEN[pass_], problem)
+        return partial(aten, problem, pass_)
     return _launch().prepare(problem, pass_, config, precision, has_bias)
 
 
@@ -93,7 +96,7 @@ def _all_aten(x, w, bias, geometry, channels_last) -> bool:
     """Whether ATen runs every pass that a call on these tensors may need."""
     w_last = is_channels_last(w.shape, w.stride())
     needed = ("fprop", True, channels_last), ("dgrad", x.requires_grad, channels_last), ("wgrad", w.requires_grad, w_last)
-    return all(getattr(_lookup(pass_, x, bias if pass_ == "fprop" else None, x.shape, w.shape, geometry, nhwc, True), "func", None) is _ATEN[pass_]
+    return all(getattr(_lookup(pass_, x, bias if pass_ == "fprop" else None, x.shape, w.shape, geometry, nhwc, True), "func", None) is aten
                for pass_, need, nhwc in needed if need)
 
 
@@ -101,10 +104,6 @@ def _without_products(shape, channels_last, a, b, bias=None):
     """Without images or pixels there is nothing to launch: the result is zero, or the bias."""
     out = _empty(a, shape, channels_last).zero_()
     return out if bias is None else out.add_(bias.view(1, -1, 1, 1))
-
-
-def _geometry(p: Problem):
-    return p.stride, [lo for lo, _ in p.padding], p.dilation, False, [0, 0], p.groups
 
 
 def _formatted(t, channels_last):
@@ -122,28 +121,21 @@ def _strides(shape, channels_last):
     return (h * w * c, 1, w * c, c) if channels_last else (c * h * w, h * w, w, 1)
 
 
-def _aten_fprop(p, x, w, bias):
-    nhwc = p.layout == "nhwc"
+def aten(problem: Problem, pass_: str, a, b, bias=None) -> torch.Tensor:
+    """One pass through ATen, in problem.layout. Raises NotImplementedError for padding that differs on both sides, which ATen does not have."""
+    if any(lo != hi for lo, hi in problem.padding):
+        raise NotImplementedError(f"ATen's convolution has no padding {problem.padding}")
+    geometry = problem.stride, [lo for lo, _ in problem.padding], problem.dilation, False, [0, 0], problem.groups
+    nhwc = problem.layout == "nhwc"
     with torch._C._AutoDispatchBelowAutograd():
-        return _formatted(torch.ops.aten.convolution(x, _formatted(w, nhwc), bias, *_geometry(p)), nhwc)
-
-
-def _aten_dgrad(p, dy, w, bias=None):
-    nhwc = p.layout == "nhwc"
-    with torch._C._AutoDispatchBelowAutograd():
-        x = dy.new_empty(1).expand(p.x_shape)               # only its sizes are read
-        arguments = (None, *_geometry(p), [True, False, False])
-        return _formatted(torch.ops.aten.convolution_backward(dy, x, _formatted(w, nhwc), *arguments)[0], nhwc)
-
-
-def _aten_wgrad(p, dy, x, bias=None):
-    nhwc = p.layout == "nhwc"
-    with torch._C._AutoDispatchBelowAutograd():
-        arguments = (None, *_geometry(p), [False, True, False])
-        return _formatted(torch.ops.aten.convolution_backward(dy, x, _empty(x, p.w_shape, nhwc), *arguments)[1], nhwc)
-
-
-_ATEN = {"fprop": _aten_fprop, "dgrad": _aten_dgrad, "wgrad": _aten_wgrad}
+        if pass_ == "fprop":
+            return _formatted(torch.ops.aten.convolution(a, _formatted(b, nhwc), bias, *geometry), nhwc)
+        if pass_ == "dgrad":
+            x, w = a.new_empty(1).expand(problem.x_shape), _formatted(b, nhwc)                  # only the sizes of x are read
+        else:
+            x, w = b, _empty(b, problem.w_shape, nhwc)
+        mask = [pass_ == "dgrad", pass_ == "wgrad", False]
+        return _formatted(torch.ops.aten.convolution_backward(a, x, w, None, *geometry, mask)[mask.index(True)], nhwc)
 
 
 def _empty(like, shape, channels_last):
@@ -295,3 +287,34 @@ def convolve(x, w, bias, problem: Problem, auto: bool = False) -> torch.Tensor:
         # Function.apply without its look at the signature of forward, which takes longer than a launch
         return super(torch.autograd.Function, Fprop).apply(x, w, bias, geometry, nhwc, auto)
     return Fprop.apply(x, w, bias, geometry, nhwc, auto)
+
+
+def _register_flops():
+    """The dense FLOPs that torch.utils.flop_counter gives F.conv2d."""
+    from torch.utils import flop_counter
+
+    def backward(dy, x_shape, w_shape, groups, mask):
+        return flop_counter.conv_backward_flop(dy, x_shape, w_shape, None, None, None, None, False, None, groups, mask, out_val=(x_shape, w_shape))
+    for packet, formula in ((torch.ops.tridil.fprop, lambda x, w, *rest, out_shape, **_: flop_counter.conv_flop_count(x, w, out_shape)),
+                            (torch.ops.tridil.dgrad, lambda dy, w, x, *geometry, **_: backward(dy, x, w, geometry[3], (True, False, False))),
+                            (torch.ops.tridil.wgrad, lambda dy, x, w, *geometry, **_: backward(dy, x, w, geometry[3], (False, True, False)))):
+        flop_counter.register_flop_formula(packet)(formula)
+
+
+class _AfterFlopCounter(MetaPathFinder):
+    """Registers when somebody imports torch.utils.flop_counter: it imports Triton, which `import tridil` must leave to be configured."""
+
+    def find_spec(self, name, path, target=None):
+        if name != "torch.utils.flop_counter":
+            return None
+        sys.meta_path.remove(self)
+        spec = find_spec(name)
+        run = spec.loader.exec_module
+        spec.loader.exec_module = lambda module: (run(module), _register_flops())
+        return spec
+
+
+if "torch.utils.flop_counter" in sys.modules:
+    _register_flops()
+else:
+    sys.meta_path.insert(0, _AfterFlopCounter())
