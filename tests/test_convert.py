@@ -15,7 +15,7 @@ from torch.nn.utils import parametrizations, parametrize
 from torch.utils.checkpoint import checkpoint
 
 import tridil
-from tridil import DilatedConv1d, DilatedConv2d, Problem, convert, launch, revert, scan
+from tridil import DilatedConv1d, DilatedConv2d, Problem, convert, launch, ops, revert, scan
 
 BUILD = {"deeplab": lambda: models.DeepLabV3(16), "tcn": lambda: models.TCN(5, (8, 8, 6, 6))}
 INPUTS = {"deeplab": (2, 3, 48, 48), "tcn": (3, 5, 50)}
@@ -46,9 +46,15 @@ def train(model, batches, mode="eager", lr=0.05):
 @pytest.fixture
 def launches(monkeypatch):
     pytest.importorskip("triton")
-    count, run = Counter(), launch.fprop
-    monkeypatch.setattr(launch, "fprop", lambda *args: count.update(["fprop"]) or run(*args))
-    return count
+    count, prepare = Counter(), launch.prepare
+
+    def counted(problem, pass_, *args):
+        run = prepare(problem, pass_, *args)
+        return lambda *tensors: count.update([pass_]) or run(*tensors)
+    monkeypatch.setattr(launch, "prepare", counted)
+    ops._runs.clear()                                       # what was prepared before counts nothing, what is prepared here must not outlive it
+    yield count
+    ops._runs.clear()
 
 
 @pytest.mark.parametrize("mode", ["eager", "compile", "autocast"])

@@ -169,7 +169,7 @@ def test_causal_layers_copy_no_padded_input(monkeypatch, device, seed):
     from tridil import functional, ops
     seen, convolve = [], ops.convolve
     monkeypatch.setattr(functional.F, "pad", lambda *a, **k: pytest.fail("padded a copy"))
-    monkeypatch.setattr(functional.ops, "convolve", lambda x, w, bias, problem: seen.append((x, problem)) or convolve(x, w, bias, problem))
+    monkeypatch.setattr(functional.ops, "convolve", lambda x, w, bias, p, auto: seen.append((x, p)) or convolve(x, w, bias, p, auto))
     x = torch.randn(2, 4, 9, device=device)
     y = DilatedConv1d(4, 6, 3, dilation=2, causal=True, backend="triton").to(device)(x)
     (got, problem), = seen

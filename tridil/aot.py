@@ -22,14 +22,11 @@ LOOP = ("loop_instructions", "overhead", "loop_ldsm", "bound", "limiter", "l2_by
 _TYPES = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32", "float64": "fp64"}
 
 
-def compile_pass(problem: Problem, pass_: str, config: dict, target: str, precision: str = "tf32") -> list:
-    """[(Launch, triton's CompiledKernel)] of one pass for `target`, like "cuda:90" or "hip:gfx942"; pointers are taken as 16-byte aligned.
+def sources(problem: Problem, pass_: str, config: dict, target: str, precision: str = "tf32", has_bias: bool = False) -> list:
+    """[(Launch, triton's ASTSource)] of one pass, specialised as the JIT specialises it; pointers are taken as 16-byte aligned.
 
-    Compiled kernels come from Triton's cache when their source was compiled before. Raises ValueError when config does not fit, RuntimeError when
-    Triton interprets kernels in this process.
+    Raises ValueError when config does not fit, RuntimeError when Triton interprets kernels in this process.
     """
-    import triton
-    from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     from . import config as cfg
@@ -39,12 +36,10 @@ def compile_pass(problem: Problem, pass_: str, config: dict, target: str, precis
     reason = cfg.fits(config, problem, pass_, target)
     if reason:
         raise ValueError(f"config {config} does not fit {pass_} of {problem.key()}: {reason}")
-    backend, _, arch = target.partition(":")
-    gpu = GPUTarget(backend, int(arch) if backend == "cuda" else arch, 32 if re.match(r"cuda|hip:gfx1[0-2]", target) else 64)
     precision = precision if problem.dtype == "float32" else "ieee"
     element, partial = _TYPES[problem.dtype], "fp64" if problem.dtype == "float64" else "fp32"
     out = []
-    for item in launch.plan(problem, pass_, config, precision, has_bias=pass_ == "fprop"):
+    for item in launch.plan(problem, pass_, config, precision, has_bias):
         fn, scalars, constants = item.fn, dict(item.scalars), dict(launch._constexprs(item.constexprs))
         tensors = {name: (partial if role == "partials" else element, box) for name, role, box in item.tensors}
         signature, attrs = {}, {}
@@ -56,16 +51,30 @@ def compile_pass(problem: Problem, pass_: str, config: dict, target: str, precis
                 signature[name] = f"tensordesc<{type_}[{','.join(map(str, box.block))}]>" if box else f"*{type_}"
                 if not box:
                     attrs[(i,)] = [["tt.divisibility", 16]]
-            elif scalars[name] == 1 and not parameter.do_not_specialize:       # as the JIT specialises its arguments
+            elif scalars[name] == 1 and not parameter.do_not_specialize:
                 signature[name], constants[name] = "constexpr", 1
             else:
                 signature[name] = "i32" if -2**31 <= scalars[name] < 2**31 else "i64"
-                if scalars[name] % 16 == 0 and not parameter.do_not_specialize:
+                if scalars[name] % 16 == 0 and not (parameter.do_not_specialize or parameter.do_not_specialize_on_alignment):
                     attrs[(i,)] = [["tt.divisibility", 16]]
         constexprs = {(fn.arg_names.index(name),): value for name, value in constants.items()}
-        source = ASTSource(fn, signature, constexprs=constexprs, attrs=attrs)
-        out.append((item, triton.compile(source, target=gpu, options=dict(item.options))))
+        out.append((item, ASTSource(fn, signature, constexprs=constexprs, attrs=attrs)))
     return out
+
+
+def compile_source(source, options, target: str):
+    """triton's CompiledKernel of an ASTSource for `target`, like "cuda:90" or "hip:gfx942"; from Triton's cache when it was compiled before."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    backend, _, arch = target.partition(":")
+    gpu = GPUTarget(backend, int(arch) if backend == "cuda" else arch, 32 if re.match(r"cuda|hip:gfx1[0-2]", target) else 64)
+    return triton.compile(source, target=gpu, options=dict(options))
+
+
+def compile_pass(problem: Problem, pass_: str, config: dict, target: str, precision: str = "tf32") -> list:
+    """[(Launch, triton's CompiledKernel)] of one pass, fprop with a bias. Errors as in `sources`."""
+    found = sources(problem, pass_, config, target, precision, has_bias=pass_ == "fprop")
+    return [(item, compile_source(source, item.options, target)) for item, source in found]
 
 
 def resources(problem: Problem, pass_: str, config: dict | None = None, target: str = "cuda:90", precision: str = "tf32",

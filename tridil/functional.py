@@ -1,6 +1,7 @@
 """dilated_conv2d and dilated_conv1d: arguments -> Problem -> backend -> autograd Function. Start reading here."""
 from __future__ import annotations
 
+import os
 import sys
 from dataclasses import replace
 from functools import lru_cache
@@ -38,9 +39,10 @@ def dilated_conv2d(input, weight, bias=None, stride=1, padding=0, dilation=1, gr
     lookup = _problem.__wrapped__ if compiling else _problem
     problem = lookup(input.shape, input.stride(), weight.shape, weight.stride(), None if bias is None else bias.shape,
                      stride, padding, dilation, groups, dtype, input.device.type)
-    if dispatch.choose(problem, input.device, backend) == "aten" or problem.is_empty or (compiling or torch._C._get_tracing_state()) and _to_onnx():
+    chosen, auto = _choose(problem, input.device, backend)
+    if chosen == "aten" or problem.is_empty or (compiling or torch._C._get_tracing_state()) and _to_onnx():
         return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
-    y = _run(input if input.dim() == 4 else input.unsqueeze(0), weight, bias, problem, dtype, autocast)
+    y = _run(input if input.dim() == 4 else input.unsqueeze(0), weight, bias, problem, dtype, autocast, auto)
     return y if input.dim() == 4 else y.squeeze(0)
 
 
@@ -64,12 +66,13 @@ def dilated_conv1d(input, weight, bias=None, stride=1, padding=0, dilation=1, gr
         return F.conv1d(input, weight, bias, stride, padding, dilation, groups)
     problem = _problem_1d(input, weight, bias, stride, padding, dilation, groups, causal, dtype)
     compiling = torch.compiler.is_compiling()
-    if dispatch.choose(problem, input.device, backend) == "aten" or problem.is_empty or (compiling or torch._C._get_tracing_state()) and _to_onnx():
+    chosen, auto = _choose(problem, input.device, backend)
+    if chosen == "aten" or problem.is_empty or (compiling or torch._C._get_tracing_state()) and _to_onnx():
         if causal and problem.padding[1][0]:
             input = F.pad(input, problem.padding[1])
         return F.conv1d(input, weight, bias, stride, padding, dilation, groups)
     x = input if input.dim() == 3 else input.unsqueeze(0)
-    y = _run(x.unsqueeze(2), weight.unsqueeze(2), bias, problem, dtype, autocast).squeeze(2)
+    y = _run(x.unsqueeze(2), weight.unsqueeze(2), bias, problem, dtype, autocast, auto).squeeze(2)
     return y if input.dim() == 3 else y.squeeze(0)
 
 
@@ -115,12 +118,12 @@ def _to_onnx() -> bool:
 _to_onnx._dynamo_marked_constant = True
 
 
-def _run(x, weight, bias, problem: Problem, dtype, autocast) -> torch.Tensor:
+def _run(x, weight, bias, problem: Problem, dtype, autocast, auto) -> torch.Tensor:
     """`ops.convolve` of 4D tensors, in dtype."""
     if not autocast:
-        return ops.convolve(x, weight, bias, problem)
+        return ops.convolve(x, weight, bias, problem, auto)
     with torch.autocast(x.device.type, enabled=False):
-        return ops.convolve(x.to(dtype), weight.to(dtype), bias if bias is None else bias.to(dtype), problem)
+        return ops.convolve(x.to(dtype), weight.to(dtype), bias if bias is None else bias.to(dtype), problem, auto)
 
 
 def _problem_1d(input, weight, bias, stride, padding, dilation, groups, causal, dtype) -> Problem:
@@ -140,6 +143,25 @@ def _problem_1d(input, weight, bias, stride, padding, dilation, groups, causal, 
     return lookup((*input.shape[:-1], 1, length), (channels * length, length, length, 1)[-1 - input.dim():], (k, c, 1, taps),
                   (s_k, s_c, taps * s_s, s_s), None if bias is None else bias.shape, (1, stride), padding, (1, dilation),
                   to_int(groups, "groups"), dtype, input.device.type)
+
+
+# what `dispatch.choose` answered: it asks the driver
+_chosen: dict = {}
+
+
+def _choose(problem, device, backend) -> tuple[str, bool]:
+    """(what runs, "triton" or "aten"; whether a pass may run through ATen though the kernels could run it)."""
+    variable = os.environ.get("TRIDIL_BACKEND", "auto") if backend == "auto" else backend
+    auto = variable == "auto"
+    if torch.compiler.is_compiling() or variable == "aten" or auto and device.type == "cpu":
+        return dispatch.choose(problem, device, backend), auto
+    try:
+        key = problem.dtype, device, variable, *ops.switches(device)
+    except Exception:                   # no Triton, or whatever a driver raises where it finds no device
+        return dispatch.choose(problem, device, backend), auto
+    if key not in _chosen:
+        _chosen[key] = dispatch.choose(problem, device, backend)
+    return _chosen[key], auto
 
 
 @lru_cache(maxsize=4096)
