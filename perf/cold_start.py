@@ -19,7 +19,7 @@ from time import perf_counter
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tridil import aot, config, workloads
+from tridil import aot, cost_model, workloads
 from tridil.problem import PASSES, Problem
 
 MODEL = "tv/deeplabv3_resnet50"
@@ -61,7 +61,7 @@ def kernels(layers: list[Problem], target: str) -> list:
         for pass_ in PASSES:
             if pass_ == "dgrad" and p.c == 3:
                 continue
-            for item, source in aot.sources(p, pass_, config.default(p, pass_, target), target, has_bias=pass_ == "fprop" and p.k == 21):
+            for item, source in aot.sources(p, pass_, cost_model.best(p, pass_, target), target, has_bias=pass_ == "fprop" and p.k == 21):
                 found.setdefault((source.hash(), item.options), (item.kernel, source, item.options))
     return list(found.values())
 

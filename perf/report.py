@@ -33,6 +33,9 @@ COLUMNS = {
     "budget": ("measured", "error allowed to that element"), "checked_on": ("", "the convolution whose result was checked"),
     "dense_macs": ("predicted", "multiply-accumulates, padding counted"), "useful_macs": ("predicted", "multiply-accumulates that read the image"),
     "executed_macs": ("predicted", "multiply-accumulates of the tiles, overhang counted"),
+    "compulsory_bytes": ("predicted", "x, w and y once"),
+    "moved_bytes": ("predicted", "bytes from and to memory where L2 serves every re-read: operands, result, partial sums"),
+    "requested_bytes": ("predicted", "bytes that programs load and store, re-reads in L1 and L2 included; of gather and tma at most"),
     "kernels": ("measured", "kernels compiled for the target"), "registers": ("measured", "per thread, largest of the kernels"),
     "spills": ("measured", "local-memory instructions of all kernels"), "shared_bytes": ("measured", "shared memory per program, largest"),
     "mma": ("measured", "tensor-core instruction in the machine code"),
@@ -122,6 +125,8 @@ def table(frame: pd.DataFrame) -> pd.DataFrame:
         "error/\nbudget\nmeasured": number(frame["error"].astype(float) / frame["budget"].astype(float), "{:.2f}"),
         "dense/\nuseful\npredicted": "" if timed else number(frame["dense_macs"].astype(float) / useful),
         "executed/\nuseful\npredicted": number(frame["executed_macs"].astype(float) / useful),
+        "moved/\ncompulsory\npredicted": number(frame["moved_bytes"].astype(float) / frame["compulsory_bytes"].astype(float)),
+        "requested/\ncompulsory\npredicted": number(frame["requested_bytes"].astype(float) / frame["compulsory_bytes"].astype(float)),
         "regs\nmeasured": number(frame["registers"], "{:.0f}"), "spills\nmeasured": number(frame["spills"], "{:.0f}"),
         "shared\nKiB\nmeasured": number(frame["shared_bytes"], "{:.0f}", 1024), "MMA\nmeasured": frame["mma"].astype(object).fillna(""),
         "over-\nhead\nmeasured": number(frame["overhead"], "{:.2f}")})

@@ -35,7 +35,7 @@ import model  # noqa: E402
 from report import COLUMNS, IDENTITY, is_broken, machine_line, output, read, report, triton_version, with_ratio  # noqa: E402
 
 from tridil import config as cfg  # noqa: E402
-from tridil import devices, dispatch, ops, reference, testing, tuner, workloads  # noqa: E402
+from tridil import cost_model, devices, dispatch, ops, reference, testing, tuner, workloads  # noqa: E402
 from tridil.problem import DTYPE_BYTES, PASSES, Problem  # noqa: E402
 
 PROVIDERS = ("tridil", "cudnn", "cudnn_nchw")
@@ -135,7 +135,9 @@ def _on_gpu(gpu, problem, pass_, tensors, expected, row):
 
 
 def _tiles(problem, pass_, config):
-    return dict(config=f"{config['kernel']} {cfg.describe(config)}", executed_macs=cfg.executed_macs(problem, pass_, config))
+    moved, requested = cfg.moved_bytes(problem, pass_, config)
+    return dict(config=f"{config['kernel']} {cfg.describe(config)}", executed_macs=cfg.executed_macs(problem, pass_, config),
+                compulsory_bytes=problem.bytes, moved_bytes=moved, requested_bytes=requested)
 
 
 def reduced(problem: Problem, config: dict, pixels: int = 2048) -> tuple[Problem, dict]:
@@ -173,7 +175,7 @@ def _compiling_worker():
 
 def _resources(problem, pass_, target, precision):
     from tridil.aot import resources
-    rows = resources(problem, pass_, cfg.default(problem, pass_, target, precision), target, precision)
+    rows = resources(problem, pass_, cost_model.best(problem, pass_, target, precision), target, precision)
     mma = dict.fromkeys(row["mma"] for row in rows if row["mma"] != "none")
     return dict(kernels="+".join(dict.fromkeys(row["kernel"] for row in rows)), registers=max(row["registers"] for row in rows),
                 spills=sum(row["spills"] for row in rows), shared_bytes=max(row["shared_bytes"] for row in rows), mma="+".join(mma) or "none",
@@ -182,7 +184,7 @@ def _resources(problem, pass_, target, precision):
 
 def _interpreted(problem, pass_, target):
     from tridil import launch
-    config = cfg.default(problem, pass_, target, _precision(problem))
+    config = cost_model.best(problem, pass_, target, _precision(problem))
     part, part_config = reduced(problem, config)
     x, w, bias, dy = testing.random_tensors(part)
     operands = {"fprop": (x, w, bias), "dgrad": (dy, w), "wgrad": (dy, x)}[pass_]

@@ -21,17 +21,21 @@ if __name__ == "__main__" and not torch.cuda.is_available():
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from tridil import config, dispatch, launch, reference, testing  # noqa: E402
+from tridil import config, cost_model, dispatch, launch, reference, testing  # noqa: E402
 from tridil.problem import PASSES  # noqa: E402
 
 
 def configs(problem, pass_, rng):
     """The default config and, every other time, a random candidate with a random split, stage count and clamping."""
     target = dispatch.target()
-    default, candidates = config.default(problem, pass_, target), config.candidates(problem, pass_, target)
+    default, candidates = cost_model.best(problem, pass_, target), config.candidates(problem, pass_, target)
     yield default
     for cfg in rng.sample(candidates, rng.randrange(2)):
-        changed = dict(cfg, num_stages=rng.choice([1, 2, 3]), CLAMP=cfg["CLAMP"] or rng.random() < 0.5)
+        changed = dict(cfg, num_stages=rng.choice([1, 2, 3]))
+        if "CLAMP" in cfg:
+            changed["CLAMP"] = cfg["CLAMP"] or rng.random() < 0.5
+        if cfg["kernel"] == "depthwise":
+            changed |= {"COLS": rng.choice([1, 2, 3, 4]), "TAPS": rng.choice([1, 2, cfg["TAPS"]]), "BLOCK_P": rng.choice([1, 2, cfg["BLOCK_P"]])}
         if pass_ == "wgrad":
             changed["SPLIT_K"] = rng.choice([1, 1, 2, 3, 5])
         yield cfg if config.fits(changed, problem, pass_, target) else changed

@@ -9,7 +9,7 @@ import pytest
 
 pytest.importorskip("triton")
 
-from tridil import aot, config, devices, dispatch
+from tridil import aot, config, cost_model, devices, dispatch
 from tridil.problem import Problem
 
 P = Problem(4, 256, 60, 60, 256, 3, 3, padding=((2, 2), (2, 2)), dilation=(2, 2))
@@ -53,8 +53,11 @@ def test_default_kernels_of_real_layers(tmp_path, target):
         assert row["spills"] == 0 and 0 < row["registers"] <= (512 if "hip" in target else 255) and row["target"] == target
         assert row["shared_bytes"] <= config.device_limits(target)[1] and (row["ctas_per_sm"] or 1) >= 1
         assert row["useful_macs"] <= row["dense_macs"] and row["useful_macs"] <= row["executed_macs"]
+        if row["kernel"].endswith("_depthwise"):
+            assert row["mma"] == "none" and row["loads"].get("global_load_dwordx4" if "hip" in target else "LDG.128", 0) >= 2
+            continue
         tile = config.tile(row["config"], row["pass"])
-        if row["kernel"] == "sum_splits" or min(tile[:2]) < 64:
+        if row["kernel"].startswith("sum_") or min(tile[:2]) < 64:
             continue
         assert row["mma"].startswith(MMA[target])
         loads = wide_loads(row)
@@ -112,6 +115,26 @@ print(json.dumps(found))
                 assert row["loads"]["LDGSTS.128"] > 0
 
 
+@pytest.mark.parametrize("target", ["cuda:80", "cuda:90"])
+def test_instructions_of_direct_kernels(target):
+    """At most 3.0 instructions per multiply-accumulate for 3x3 and 2.5 for 7x7 filters in fp16; operands arrive 16 bytes at a time, weights apart."""
+    code = f"""
+import json
+from tridil import aot
+from tridil.problem import Problem
+layers = {{3: Problem(8, 480, 64, 64, 480, 3, 3, padding=((2, 2), (2, 2)), dilation=(2, 2), groups=480),
+          7: Problem(128, 64, 56, 56, 64, 7, 7, padding=((9, 9), (9, 9)), dilation=(3, 3), groups=64)}}
+print(json.dumps({{taps: [aot.resources(p, pass_, None, {target!r})[0] for pass_ in ("fprop", "dgrad", "wgrad")] for taps, p in layers.items()}}))
+"""
+    out = child("-c", code)
+    assert out.returncode == 0, out.stderr
+    for taps, rows in json.loads(out.stdout).items():
+        for row, most in zip(rows, [{"3": 3.0, "7": 2.5}[taps]] * 2 + [{"3": 3.5, "7": 3.0}[taps]]):
+            assert row["kernel"].endswith("_depthwise") and row["spills"] == 0 and 1 < row["per_fma"] <= most, row
+            columns = (row["config"]["COLS"] - 1) + row["config"]["TAPS"]
+            assert row["loads"]["LDG.128"] >= columns and set(row["loads"]) <= {"LDG.128", "LDG.16"}
+
+
 def test_saved_code(tmp_path):
     shape = ("--shape", "n=64 c=64 h=32 w=32 k=64 d=2", "--target", "cuda:90", "--passes", "fprop")
     out, rows = tridil_aot(tmp_path, *shape, "--save", str(tmp_path / "code"))
@@ -123,8 +146,8 @@ def test_saved_code(tmp_path):
 
 def test_spill_is_reported(tmp_path, monkeypatch):
     """A tile that cannot fit into registers: status 1."""
-    code = ("from tridil import config; good = config.default; "
-            "config.default = lambda *a: dict(good(*a), num_warps=4, BLOCK_IMG=1, BLOCK_P=16, BLOCK_Q=8, BLOCK_N=256, BLOCK_K=32, SPLIT_K=1); "
+    code = ("from tridil import cost_model; good = cost_model.best; "
+            "cost_model.best = lambda *a: dict(good(*a), num_warps=4, BLOCK_IMG=1, BLOCK_P=16, BLOCK_Q=8, BLOCK_N=256, BLOCK_K=32, SPLIT_K=1); "
             "from tridil.__main__ import main; "
             "raise SystemExit(main(['aot', '--shape', 'c=256 h=60 w=60 k=256 d=2', '--target', 'cuda:80', '--passes', 'fprop']))")
     out = child("-c", code)
@@ -141,7 +164,7 @@ def test_a_kernel_that_does_not_compile_is_reported():
 def test_illegal_config_and_interpreter():
     if not dispatch.interpreted():
         with pytest.raises(ValueError, match="does not fit"):
-            aot.resources(P, "fprop", dict(config.default(P, "fprop", "cuda:80"), BLOCK_N=24), "cuda:80")
+            aot.resources(P, "fprop", dict(cost_model.best(P, "fprop", "cuda:80"), BLOCK_N=24), "cuda:80")
     else:
         with pytest.raises(RuntimeError, match="TRITON_INTERPRET"):
             aot.resources(P, "fprop", None, "cuda:80")

@@ -3,7 +3,7 @@ from dataclasses import replace
 
 import pytest
 
-from tridil import config, devices
+from tridil import config, cost_model, devices
 from tridil.problem import PASSES, problem_of
 
 P = problem_of((4, 64, 41, 41), (96, 64, 3, 3), None, 1, 12, 12, 1, "float16", "nhwc")
@@ -47,11 +47,11 @@ def test_executed_macs(p, pass_):
 def test_executed_macs_flat():
     """27 (tap, channel) pairs of an RGB layer are one step of 32; wgrad's single column tile unites all taps."""
     p = problem_of((1, 3, 16, 16), (16, 3, 3, 3), None, 1, 1, 1, 1, "float16", "nhwc")
-    cfg = config.default(p, "fprop", "cuda:90")
+    cfg = cost_model.best(p, "fprop", "cuda:90")
     assert cfg["kernel"] == "gather_flat"
     step = -(-27 // cfg["BLOCK_K"]) * cfg["BLOCK_K"]
     assert config.executed_macs(p, "fprop", cfg) == 256 * 16 * step
-    cfg = dict(config.default(p, "wgrad", "cuda:90"), BLOCK_N=32, BLOCK_M=16, BLOCK_IMG=1, BLOCK_P=8, BLOCK_Q=8)
+    cfg = dict(cost_model.best(p, "wgrad", "cuda:90"), BLOCK_N=32, BLOCK_M=16, BLOCK_IMG=1, BLOCK_P=8, BLOCK_Q=8)
     assert config.executed_macs(p, "wgrad", cfg) == 256 * 16 * 32
 
 
@@ -64,7 +64,7 @@ def test_candidates_are_legal(target, dtype, pass_):
         cfgs = config.candidates(p, pass_, target)
         assert cfgs and all(config.fits(cfg, p, pass_, target) is None for cfg in cfgs)
         assert all(cfg.get("CLAMP", True) == (target in ("cuda:100", "cuda:120")) for cfg in cfgs if cfg["kernel"] != "tma")
-        assert config.default(p, pass_, target) in cfgs
+        assert cost_model.best(p, pass_, target) in cfgs
 
 
 @pytest.mark.parametrize("pass_", PASSES)
@@ -72,7 +72,7 @@ def test_descriptors_are_for_hopper_and_datacenter_blackwell(pass_):
     kernels = {target: {cfg["kernel"] for cfg in config.candidates(P, pass_, target)} for target in devices.TARGETS}
     assert {target for target, names in kernels.items() if "tma" in names} == {"cuda:90", "cuda:100"}
     even = replace(P, h=64, w=64)
-    assert config.default(even, pass_, "cuda:90")["kernel"] == config.default(even, pass_, "cuda:100")["kernel"] == "tma"
+    assert cost_model.best(even, pass_, "cuda:90")["kernel"] == cost_model.best(even, pass_, "cuda:100")["kernel"] == "tma"
     for cfg in config.candidates(P, pass_, "cuda:90") + config.candidates(P, pass_, "cuda:100"):
         if cfg["kernel"] == "tma" and pass_ != "wgrad":
             assert cfg["WEIGHT_FIRST"] or cfg["WARP_SPECIALIZE"] or cfg["BLOCK_N"] < 64
@@ -90,7 +90,7 @@ TMA = {pass_: next(cfg for cfg in config.candidates(P, pass_, "cuda:90") if cfg[
     ({"kernel": "winograd"}, "unknown kernel"), ({"maxnreg": 300}, "24 to 255"), ({"SPLIT_K": 70000}, "at most 65535"),
     ({"num_warps": 16}, "65536 registers"), ({"CLAMP": None}, "True or False"), ({"BLOCK_X": 1}, "exactly the entries")])
 def test_fits_gives_the_reason(change, reason):
-    good = config.default(P, "fprop", "cuda:80")
+    good = cost_model.best(P, "fprop", "cuda:80")
     assert config.fits(good, P, "fprop", "cuda:80") is None
     assert reason in config.fits({**good, **change}, P, "fprop", "cuda:80")
 
@@ -118,7 +118,7 @@ def test_strided_layers_that_descriptors_can_view():
 
 
 def test_fits_knows_pass_and_grid():
-    good = config.default(P, "fprop", "cuda:80")
+    good = cost_model.best(P, "fprop", "cuda:80")
     assert "unknown pass" in config.fits(good, P, "forward", "cuda:80")
     assert "exactly the entries" in config.fits(good, P, "wgrad", "cuda:80")
     huge = replace(P, n=2**30, h=64, w=64, padding=((1, 1), (1, 1)), dilation=(1, 1))

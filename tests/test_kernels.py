@@ -8,7 +8,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from tridil import config, dispatch, launch, reference, testing
+from tridil import config, cost_model, dispatch, launch, reference, testing
 from tridil.problem import PASSES, problem_of
 
 
@@ -34,7 +34,7 @@ def check(p, passes=PASSES, configs=None, device=None, seed=None, precision="iee
     for pass_ in passes:
         args = {"fprop": (x, w, bias), "dgrad": (dy, w), "wgrad": (dy, x)}[pass_]
         expected = getattr(reference, pass_)(p, *args)
-        for cfg in configs or [config.default(p, pass_, dispatch.target())]:
+        for cfg in configs or [cost_model.best(p, pass_, dispatch.target())]:
             got = getattr(launch, pass_)(p, *args, cfg, precision)
             assert got.dtype == x.dtype and got.shape == expected.shape
             error, budget = testing.check(got, expected, p, pass_, precision)
@@ -170,7 +170,7 @@ def test_split_k_sums_every_split(split, pass_):
 @pytest.mark.parametrize("pass_", PASSES)
 def test_reruns_are_bit_identical(pass_):
     p = replace(GEOMETRIES["aspp"], k=32, dtype="float32")
-    cfg = dict(config.default(p, pass_, dispatch.target()), SPLIT_K=5)
+    cfg = dict(cost_model.best(p, pass_, dispatch.target()), SPLIT_K=5)
     first, again = check(p, [pass_], [cfg, dict(cfg)], seed=1)
     assert torch.equal(first, again)
 
@@ -202,15 +202,16 @@ def test_a_misaligned_base_pointer():
 
 
 @pytest.mark.parametrize("pass_", PASSES)
-def test_more_than_2_31_elements(pass_):
+@pytest.mark.parametrize("groups", [1, 256])
+def test_more_than_2_31_elements(pass_, groups):
     """int64 addressing: x (or dx) has 2**31 + 2**20 elements, of which a stride touches few; the last pixels lie beyond 2**31."""
     torch.utils.deterministic.fill_uninitialized_memory = False         # do not fill 4 GiB
     width = 2**23 + 2**12
-    p = problem((1, 256, 1, width), (16, 256, 1, 2), stride=(1, width - 2))
+    p = problem((1, 256, 1, width), (16 if groups == 1 else 256, 256 // groups, 1, 2), stride=(1, width - 2), groups=groups)
     small = replace(p, w=4, stride=(1, 2))
     assert p.c * p.w > 2**31 and (small.p, small.q) == (p.p, p.q) == (1, 2)
     xs, w, bias, dy = testing.random_tensors(small, kernel_device(), 0)
-    cfg = config.default(p, pass_, dispatch.target())
+    cfg = cost_model.best(p, pass_, dispatch.target())
     args = {"fprop": (xs, w, bias), "dgrad": (dy, w), "wgrad": (dy, xs)}[pass_]
     expected = getattr(reference, pass_)(small, *args)
     if pass_ == "dgrad":
@@ -236,7 +237,7 @@ def test_nan_weight_on_a_dead_tap_is_not_read():
     x, w, bias, dy = testing.random_tensors(p, kernel_device(), 0)
     poisoned = w.clone()
     poisoned[:, :, 0] = poisoned[:, :, 2] = float("nan")
-    cfg = config.default(p, "fprop", dispatch.target())
+    cfg = cost_model.best(p, "fprop", dispatch.target())
     got = launch.fprop(p, x, poisoned, bias, cfg)
     assert torch.equal(got, launch.fprop(p, x, w, bias, cfg)) and torch.isfinite(got).all()
 
@@ -250,6 +251,141 @@ def test_illegal_config_raises_before_any_launch():
             launch.fprop(p, x, w, bias, {**good, **change})
     with pytest.raises(ValueError, match="exactly the entries"):
         launch.wgrad(p, dy, x, good)
+
+
+def depthwise(n, c, h, w, taps, mult=1, **kw):
+    return problem((n, c, h, w), (c * mult, 1, *taps), groups=c, **kw)
+
+
+def laid_out(p, layout, dtype="float16"):
+    """p in a layout; few channels in NCHW, where each is a tile of its own."""
+    c = p.c if layout == "nhwc" else min(p.c, 3)
+    return replace(p, layout=layout, dtype=dtype, c=c, groups=c, k=p.k // p.c * c)
+
+
+DEPTHWISE = {
+    "residues on both axes": depthwise(2, 16, 7, 11, (3, 3), padding=3, dilation=3),
+    "VAN": depthwise(1, 8, 8, 10, (7, 7), padding=9, dilation=3),
+    "map smaller than the filter": depthwise(3, 8, 4, 5, (7, 7), padding=9, dilation=3),
+    "odd channels": depthwise(1, 19, 5, 8, (5, 5), padding=4, dilation=2),
+    "channels of 8 bytes": depthwise(1, 36, 4, 9, (3, 3), padding=2, dilation=2),
+    "stride 2": depthwise(2, 16, 15, 16, (3, 3), stride=2, padding=1),
+    "stride 2, dilation 2": depthwise(2, 16, 15, 16, (3, 3), stride=2, padding=2, dilation=2),
+    "stride 2, dilation 3": depthwise(2, 16, 15, 16, (3, 3), stride=2, padding=3, dilation=3),
+    "stride 3x2, dilation 2x4": depthwise(1, 16, 14, 19, (3, 3), stride=(3, 2), padding=(2, 5), dilation=(2, 4)),
+    "stride beyond the filter": depthwise(1, 16, 11, 13, (2, 2), stride=(5, 4), padding=1, dilation=(2, 1)),
+    "dilation beyond the map": depthwise(1, 16, 3, 4, (3, 3), padding=18, dilation=18),
+    "multiplier 2": depthwise(1, 5, 6, 7, (3, 3), 2, padding=2, dilation=2),
+    "multiplier 3, stride 2": depthwise(2, 3, 7, 7, (3, 3), 3, stride=2, padding=3, dilation=3),
+    "1D": depthwise(2, 8, 1, 200, (1, 3), padding=(0, 64), dilation=(1, 64)),
+    "1D, causal": depthwise(1, 16, 1, 70, (1, 2), dilation=(1, 32)),
+    "13 taps in a row": depthwise(1, 8, 2, 30, (1, 13), padding=(0, 12), dilation=(1, 2)),
+    "vertical": depthwise(1, 16, 20, 3, (5, 1), padding=(4, 0), dilation=(2, 1)),
+    "stride 2x3 that reaches no odd row": depthwise(2, 16, 14, 12, (3, 3), stride=(2, 3), padding=(2, 1), dilation=(2, 2)),
+    "stride 4, dilation 2": depthwise(1, 16, 15, 13, (3, 3), stride=4, padding=2, dilation=2),
+    "stride 2 that reaches no even row": depthwise(1, 16, 9, 10, (2, 2), stride=2, padding=1, dilation=2),
+    "even filter, same": depthwise(1, 16, 7, 8, (2, 4), padding="same", dilation=(3, 1)),
+    "one pixel": depthwise(4, 16, 1, 1, (3, 3), padding=4, dilation=4),
+}
+
+
+@pytest.mark.parametrize("layout", ["nhwc", "nchw"])
+@pytest.mark.parametrize("name, dtype", [*itertools.product(DEPTHWISE, ["float16"]), *itertools.product(
+    ["VAN", "odd channels", "stride 2, dilation 3", "multiplier 2"], ["bfloat16", "float32", "float64"])])
+def test_depthwise(name, dtype, layout, monkeypatch):
+    """The direct kernels alone; they read both layouts where they are."""
+    launched, call = [], launch.Launch.__call__
+    monkeypatch.setattr(launch.Launch, "__call__", lambda self, tensors: launched.append(self.kernel) or call(self, tensors))
+    check(laid_out(DEPTHWISE[name], layout, dtype))
+    assert set(launched) == {"correlate_depthwise", "wgrad_depthwise", "sum_partials"}
+
+
+@pytest.mark.parametrize("change", [{"COLS": 1}, {"COLS": 5}, {"TAPS": 1}, {"TAPS": 2}, {"BLOCK_IMG": 1, "BLOCK_P": 3, "BLOCK_Q": 5},
+                                    {"BLOCK_IMG": 2, "BLOCK_P": 1, "BLOCK_Q": 16}, {"BLOCK_N": 8, "num_warps": 1}, {"num_warps": 8}])
+@pytest.mark.parametrize("name", ["residues on both axes", "stride 2, dilation 3", "dilation beyond the map"])
+def test_every_depthwise_tile(name, change):
+    p = DEPTHWISE[name]
+    for pass_ in PASSES:
+        cfg = cost_model.best(p, pass_, dispatch.target()) | change
+        assert config.fits(cfg, p, pass_, dispatch.target()) is None
+        check(p, [pass_], [cfg])
+
+
+@pytest.mark.parametrize("rows, split", [(1, 1), (2, 3), (3, 5), (3, 40)])
+def test_depthwise_wgrad_sums_every_share(rows, split):
+    """More shares than boxes, more rows than the filter has left."""
+    for name in ("residues on both axes", "odd channels", "dilation beyond the map"):
+        p = DEPTHWISE[name]
+        check(p, ["wgrad"], [cost_model.best(p, "wgrad", dispatch.target()) | {"ROWS": rows, "SPLIT_K": split}])
+
+
+@pytest.mark.parametrize("layout", ["nhwc", "nchw"])
+@pytest.mark.parametrize("pass_", PASSES)
+def test_depthwise_reruns_are_bit_identical(pass_, layout):
+    p = laid_out(DEPTHWISE["residues on both axes"], layout, "float32")
+    cfg = cost_model.best(p, pass_, dispatch.target())
+    first, again = check(p, [pass_], [cfg, dict(cfg)], seed=1)
+    assert torch.equal(first, again)
+
+
+def test_depthwise_reads_both_layouts_in_place(monkeypatch):
+    """No copy of a tensor that has the result's layout, channels_last or not; others are brought into it."""
+    for layout, fmt in launch.FORMATS.items():
+        p = laid_out(DEPTHWISE["residues on both axes"], layout)
+        x, w, bias, dy = (t.contiguous(memory_format=fmt) if t.dim() == 4 else t for t in testing.random_tensors(p, kernel_device(), 0))
+        read, call = set(), launch.Launch.__call__
+        with monkeypatch.context() as patch:
+            patch.setattr(launch.Launch, "__call__", lambda self, ts: read.update(t.data_ptr() for t in ts.values()) or call(self, ts))  # noqa: B023
+            check(p, tensors=(x, w, bias, dy))
+        assert {t.data_ptr() for t in (x, w, bias, dy)} <= read
+        other = next(f for f in launch.FORMATS.values() if f is not fmt)
+        for got in check(p, tensors=(x.contiguous(memory_format=other), w, bias, dy[:, :, :, :1].expand_as(dy))):
+            assert got.is_contiguous(memory_format=fmt)
+
+
+def test_depthwise_of_a_misaligned_tensor():
+    p = DEPTHWISE["residues on both axes"]
+    x, w, bias, dy = testing.random_tensors(p, kernel_device(), 0)
+
+    def shifted(t):
+        flat = torch.empty(t.numel() + 1, dtype=t.dtype, device=t.device)[1:]
+        n, c, h, w_ = t.shape
+        return flat.view(n, h, w_, c).permute(0, 3, 1, 2).copy_(t)
+    check(p, tensors=(shifted(x), w, bias, shifted(dy)))
+
+
+@pytest.mark.skipif(not dispatch.interpreted(), reason="counts the interpreter's loads and stores")
+@pytest.mark.parametrize("name, layout", [("odd channels", "nchw"), *((name, "nhwc") for name in (
+    "VAN", "stride 2, dilation 3", "stride 2, dilation 2", "dilation beyond the map", "multiplier 2", "13 taps in a row"))])
+def test_bytes_of_depthwise_layers(name, layout, monkeypatch):
+    """config.moved_bytes, which the sweep reports, against the bytes that the kernels load and store."""
+    from triton.runtime.interpreter import InterpreterBuilder
+    p, count, load, store = laid_out(DEPTHWISE[name], layout), 0, InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
+
+    def loading(self, ptrs, mask, *args):
+        nonlocal count
+        count += mask.data.sum() * ptrs.get_element_ty().primitive_bitwidth // 8
+        return load(self, ptrs, mask, *args)
+
+    def storing(self, ptrs, value, mask, *args):
+        nonlocal count
+        count += mask.data.sum() * ptrs.get_element_ty().primitive_bitwidth // 8
+        return store(self, ptrs, value, mask, *args)
+    monkeypatch.setattr(InterpreterBuilder, "create_masked_load", loading)
+    monkeypatch.setattr(InterpreterBuilder, "create_masked_store", storing)
+    x, w, _, dy = testing.random_tensors(p, kernel_device(), 0)
+    for pass_, args in (("fprop", (x, w, None)), ("dgrad", (dy, w)), ("wgrad", (dy, x))):
+        cfg, count = cost_model.best(p, pass_, dispatch.target()), 0
+        getattr(launch, pass_)(p, *args, cfg)
+        moved, requested = config.moved_bytes(p, pass_, cfg)
+        assert count == requested and (moved == p.bytes) == (pass_ != "wgrad")
+
+
+@pytest.mark.skipif(not dispatch.interpreted(), reason="counts the interpreter's products")
+@pytest.mark.parametrize("layout", ["nhwc", "nchw"])
+@pytest.mark.parametrize("name", ["VAN", "odd channels", "stride 3x2, dilation 2x4", "dilation beyond the map", "multiplier 2", "13 taps in a row"])
+def test_executed_macs_of_depthwise_layers(name, layout, monkeypatch):
+    test_executed_macs_are_those_that_run(name, monkeypatch, laid_out(DEPTHWISE[name], layout))
 
 
 TMA = ["aspp", "dilation beyond the map", "padding beyond the extent", "stride 2, dilation 2", "stride 2, dilation 3", "dilations differ", "3x1",
@@ -326,17 +462,23 @@ def test_descriptors_of_a_misaligned_tensor(hopper, offset):
 
 @pytest.mark.skipif(not dispatch.interpreted(), reason="counts the interpreter's matrix products")
 @pytest.mark.parametrize("name", GEOMETRIES)
-def test_executed_macs_are_those_that_run(name, monkeypatch):
+def test_executed_macs_are_those_that_run(name, monkeypatch, p=None):
     """config.executed_macs, which the sweep reports, against a count of the products that the kernels form."""
     from triton.runtime.interpreter import InterpreterBuilder
-    p, count, create_dot = GEOMETRIES[name], 0, InterpreterBuilder.create_dot
+    p, count, create_dot, create_fmul = p or GEOMETRIES[name], 0, InterpreterBuilder.create_dot, InterpreterBuilder.create_fmul
 
     def counting(self, a, b, *args):
         nonlocal count
         count += a.data.shape[0] * a.data.shape[1] * b.data.shape[1]
         return create_dot(self, a, b, *args)
+
+    def counting_elements(self, a, b):                                   # the direct kernels multiply floats nowhere else
+        nonlocal count
+        count += a.data.size
+        return create_fmul(self, a, b)
     monkeypatch.setattr(InterpreterBuilder, "create_dot", counting)
+    monkeypatch.setattr(InterpreterBuilder, "create_fmul", counting_elements)
     for pass_ in PASSES:
-        cfg, count = config.default(p, pass_, dispatch.target()), 0
+        cfg, count = cost_model.best(p, pass_, dispatch.target()), 0
         check(p, [pass_], [cfg])
         assert count == config.executed_macs(p, pass_, cfg)

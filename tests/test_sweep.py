@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 import torch
 
-from tridil import config, launch, reference, testing, workloads
+from tridil import config, cost_model, launch, reference, testing, workloads
 from tridil.dispatch import interpreted
 from tridil.problem import PASSES, Problem
 
@@ -91,7 +91,7 @@ def test_without_a_gpu(run):
     assert rows["mma"].str.startswith("HMMA").all() and (rows["registers"] >= 32).all() and (rows["shared_bytes"] > 0).all()
     for row in rows.to_dict("records"):
         problem = next(w.problem for w in TINY if w.layer == row["layer"])
-        chosen = config.default(problem, row["pass"], "cuda:80")
+        chosen = cost_model.best(problem, row["pass"], "cuda:80")
         assert row["executed_macs"] == config.executed_macs(problem, row["pass"], chosen)
         assert (row["dense_macs"], row["useful_macs"]) == (problem.dense_macs, problem.useful_macs)
     assert rows[["ms", "tflops_dense", "gb_s", "extra_mib", "ratio"]].isna().all(axis=None)          # no invented time

@@ -165,8 +165,8 @@ def aot(args) -> int:
     bad = [row for row in rows if row.get("failure") or row["spills"] or row["shared_bytes"] > device_limits(target)[1]]
     frame = pd.DataFrame([dict(row, layer=row["layer"][:40], config=describe(row["config"]) if row.get("config") else "", loads=str(row.get("loads")),
                                **{"executed/useful": round(row.get("executed_macs", 0) / row["useful_macs"], 3)}) for row in rows])
-    columns = ("layer", "pass", "kernel", "config", "registers", "spills", "shared_bytes", "ctas_per_sm", "mma", "loop_instructions", "overhead",
-               "cutlass", "bound", "limiter", "l2_bytes_per_fma", "loads", "executed/useful", "failure")
+    columns = ("layer", "pass", "kernel", "config", "registers", "spills", "shared_bytes", "ctas_per_sm", "mma", "loop_instructions", "per_fma",
+               "overhead", "cutlass", "bound", "limiter", "l2_bytes_per_fma", "loads", "executed/useful", "failure")
     with pd.option_context("display.width", None, "display.max_columns", None, "display.max_rows", None, "display.max_colwidth", 90):
         print(frame[[name for name in columns if name in frame]].astype(object).fillna("").to_string(index=False))
     print(f"{len(rows)} kernels for {target}, {len(bad)} that spill, exceed a limit or fail\noverhead: warp instructions of the main loop that are "

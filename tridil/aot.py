@@ -18,7 +18,7 @@ from .problem import DTYPE_BYTES, Problem
 # overhead of CUTLASS 4.2's implicit GEMM convolution (BSD-3, compiled with nvcc; 3x3, fp16, C = 256), best of its tiles, counted the same way
 CUTLASS = {("fprop", "cuda:80"): 1.62, ("dgrad", "cuda:80"): 1.61, ("wgrad", "cuda:80"): 2.64, ("fprop", "cuda:90"): 0.45, ("dgrad", "cuda:90"): 0.45,
            ("fprop", "cuda:100"): 0.05, ("dgrad", "cuda:100"): 0.05, ("wgrad", "cuda:100"): 0.05}
-LOOP = ("loop_instructions", "overhead", "loop_ldsm", "bound", "limiter", "l2_bytes_per_fma")
+LOOP = ("loop_instructions", "overhead", "loop_ldsm", "bound", "limiter", "l2_bytes_per_fma", "per_fma")
 _TYPES = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32", "float64": "fp64"}
 
 
@@ -84,11 +84,12 @@ def resources(problem: Problem, pass_: str, config: dict | None = None, target: 
     kernel, target, config; registers per thread, spills (instructions; on AMD counted by the compiler), shared_bytes per program and ctas_per_sm; mma
     (the tensor-core opcode, or "none"), loads (global loads by opcode and width in bits). Of the main loop: loop_instructions, overhead, bound,
     limiter and l2_bytes_per_fma as `sass.measure` defines them, loop_ldsm (ldmatrix instructions), and CUTLASS's overhead beside it; None where there
-    is no such loop, and on AMD.
+    is no such loop, and on AMD. Of a direct kernel: per_fma, see `sass.per_fma`.
     save: a folder that keeps PTX and SASS as name-pass-kernel.*. Errors as in `compile_pass`.
     """
     from . import config as cfg
-    config = config or cfg.default(problem, pass_, target, precision)
+    from . import cost_model
+    config = config or cost_model.best(problem, pass_, target, precision)
     rows = []
     for i, (item, kernel) in enumerate(compile_pass(problem, pass_, config, target, precision)):
         if target.startswith("cuda"):
@@ -140,11 +141,12 @@ def _workers(jobs: list) -> int:
 
 def _rows(job) -> list[dict]:
     from . import config as cfg
+    from . import cost_model
     name, problem, pass_, target, save = job
     head = {"layer": name, "pass": pass_}
     tail = {"dense_macs": problem.dense_macs, "useful_macs": problem.useful_macs}
     try:
-        config = cfg.default(problem, pass_, target)
+        config = cost_model.best(problem, pass_, target)
         rows = resources(problem, pass_, config, target, save=save, name=name)
     except Exception as e:                                      # ptxas and LLVM fail in many ways; the row says how
         return [head | {"kernel": None, "target": target, "failure": f"{type(e).__name__}: {e}".replace("\n", " ")[:300]} | tail]

@@ -122,11 +122,10 @@ class _Recorder(TorchFunctionMode):
 
 
 def _problem_of(dim, input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1, *, causal=False, backend="auto") -> Problem:
+    if dim == 2:
+        return functional.problem_of_tensors(input, weight, bias, stride, padding, dilation, groups)
     dtype, _ = functional._dtype(input, weight, bias)
-    if dim == 1:
-        return functional._problem_1d(input, weight, bias, stride, padding, dilation, groups, causal, dtype)
-    return functional._problem.__wrapped__(input.shape, input.stride(), weight.shape, weight.stride(), None if bias is None else bias.shape,
-                                           stride, padding, dilation, groups, dtype, input.device.type)
+    return functional._problem_1d(input, weight, bias, stride, padding, dilation, groups, causal, dtype)
 
 
 def _check_model(model):

@@ -96,6 +96,8 @@ def resident(problem: Problem, pass_: str, config: dict, device: Device) -> int:
 
 def predict(problem: Problem, pass_: str, config: dict, device: Device, precision: str = "tf32") -> Prediction:
     """Time of one pass whose tensors are channels_last, its launches one after another."""
+    if config["kernel"] == "depthwise":
+        return _direct(problem, pass_, config, device)
     clocks = step_clocks(problem, pass_, config, device, precision)
     unit = max(clocks, key=clocks.get)
     step, hertz = clocks[unit] / ATTAINED, device.clock * 1e9
@@ -130,6 +132,24 @@ def predict(problem: Problem, pass_: str, config: dict, device: Device, precisio
         limiter = f"too few programs ({programs} on {device.sms} SMs)" if programs < 2 * device.sms else "unequal programs in the last wave"
     else:
         limiter = UNITS[unit]
+    return Prediction(seconds, limiter, parts)
+
+
+def _direct(problem: Problem, pass_: str, config: dict, device: Device) -> Prediction:
+    """`predict` of a direct kernel, whose clocks are counted in config.depthwise_clocks."""
+    clocks, hertz = cfg.depthwise_clocks(problem, pass_, config, device), device.clock * 1e9
+    launches = (2 if pass_ == "wgrad" else 1) * len(cfg.passes_axes(problem, pass_))
+    if pass_ == "dgrad" and not problem.dgrad_covers and not cfg.fill(problem):
+        launches += 1
+    issue, l2, waves, dram = (clocks[name] / hertz for name in ("issue", "l2", "waves", "dram"))
+    parts = {UNITS["issue"]: issue, UNITS["l2"]: l2, "waves of programs": waves, "DRAM bandwidth": dram, "launches": launches * LAUNCH}
+    seconds = max(waves, dram) + 0.2 * min(waves, dram) + launches * LAUNCH
+    if launches * LAUNCH > seconds / 2:
+        limiter = "launches"
+    elif dram >= waves:
+        limiter = "DRAM bandwidth"
+    else:
+        limiter = UNITS["issue" if issue >= l2 else "l2"] if max(issue, l2) >= 0.6 * waves else "too few programs"
     return Prediction(seconds, limiter, parts)
 
 
@@ -188,6 +208,8 @@ def best(problem: Problem, pass_: str, device: Device | str, precision: str = "t
 def why(problem: Problem, pass_: str, config: dict, device: Device, precision: str = "tf32") -> str:
     """Why the config's kernel is the one of that pass, in words."""
     target = device.target
+    if config["kernel"] == "depthwise":
+        return "one channel per group: a direct kernel, since a matrix product would be mostly zeros"
     if config["kernel"] == "tma":
         return f"{target} loads boxes of the image by descriptor"
     if config["kernel"] == "gather_flat":

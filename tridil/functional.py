@@ -46,6 +46,22 @@ def dilated_conv2d(input, weight, bias=None, stride=1, padding=0, dilation=1, gr
     return y if input.dim() == 4 else y.squeeze(0)
 
 
+def explain(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1, *, backend: str = "auto") -> list[dict]:
+    """Prints what `dilated_conv2d` runs for these arguments, and why: for each pass the backend, the kernel, its config and where that came from,
+    dense, useful and executed multiply-accumulates, the measured or predicted time and what limits it. Returns the rows of `dispatch.explain`.
+    """
+    problem = problem_of_tensors(input, weight, bias, stride, padding, dilation, groups)
+    print(dispatch.explanation(problem, input.device, backend))
+    return dispatch.explain(problem, input.device, backend)
+
+
+def problem_of_tensors(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1, *, backend: str = "auto") -> Problem:
+    """The Problem that `dilated_conv2d` runs for these arguments. Raises what it raises."""
+    dtype, _ = _dtype(input, weight, bias)
+    return _problem.__wrapped__(input.shape, input.stride(), weight.shape, weight.stride(), None if bias is None else bias.shape,
+                                stride, padding, dilation, groups, dtype, input.device.type)
+
+
 def dilated_conv1d(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1, *, causal: bool = False,
                    backend: str = "auto") -> torch.Tensor:
     """`torch.nn.functional.conv1d` on the kernels of `dilated_conv2d`, as a map of height 1, and causal convolution without a padded copy.

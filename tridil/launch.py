@@ -13,7 +13,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import config as cfg
 from .dispatch import interpreted, target
-from .kernels import common, gather, tma
+from .kernels import common, depthwise, gather, tma
 from .problem import DTYPE_BYTES, Axis, Problem
 
 _interpreted = interpreted()                             # decided when the kernels are imported
@@ -61,7 +61,7 @@ class Launch:
 
     @cached_property
     def fn(self):
-        return getattr(gather, self.kernel, None) or getattr(tma, self.kernel, None) or getattr(common, self.kernel)
+        return next(getattr(module, self.kernel) for module in (gather, tma, depthwise, common) if hasattr(module, self.kernel))
 
     @cached_property
     def _signature(self) -> tuple[list, list]:
@@ -123,6 +123,8 @@ def _plan(problem, pass_, config, precision, has_bias):
         precision = "upcast"
     constexprs = {"PRECISION": precision} | {name: value for name, value in config.items() if name.isupper() and name != "SPLIT_K"}
     options = {name: config[name] for name in ("num_warps", "num_stages", "maxnreg") if config[name] is not None}
+    if config["kernel"] == "depthwise":
+        return tuple(_depthwise_plan(problem, pass_, config, options, has_bias))
     if config["kernel"] != "tma":
         flat = config["kernel"] == "gather_flat"
         constexprs |= {"ACC": "float64" if problem.dtype == "float64" else "float32", "PIXELS": cfg.pixels(config),
@@ -214,6 +216,38 @@ def _wgrad_plan(p: Problem, config, constexprs, options):
     return first, _sum(split, total, dict(sy_n=s_k, sy_p=s_r, sy_q=s_s, sy_k=s_c, y0=0), dict(P=p.r, Q=p.s, K=c), False)
 
 
+def _depthwise_plan(p: Problem, pass_, config, options, has_bias):
+    """Launches of the direct kernels; x, dy and the result are all in p.layout."""
+    mult, vector, nhwc = p.k // p.c, 16 // DTYPE_BYTES[p.dtype], p.layout == "nhwc"
+    blocks = {name: config[name] for name in config if name.isupper() and name != "SPLIT_K"}
+    align = gcd(p.c, vector, config["BLOCK_N"]) if nhwc and mult == 1 else 1
+    constexprs = dict(blocks, PIXELS=cfg.pixels(config), MULT=mult, CHANNELS_LAST=nhwc, ALIGN=align,
+                      ACC="float64" if p.dtype == "float64" else "float32", INT64=_elements(p) >= 2**31)
+    shapes = (p.y_shape, p.x_shape) if pass_ == "dgrad" else (p.x_shape, p.y_shape)
+    (x_n, x_k, x_h, x_w), (y_n, y_k, y_p, y_q) = (_strides(shape, p.layout) for shape in shapes)
+    for h, w in cfg.passes_axes(p, pass_):
+        scalars = dict(N=p.n, P=h.out, Q=w.out, K=shapes[1][1], R=h.taps, stride_h=h.stride, stride_w=w.stride, **_steps(h, w),
+                       grid_w=cfg.grid_step(w), sx_n=x_n // align, sx_h=x_h // align, sx_w=x_w // align, sx_k=x_k)
+        sizes = dict(constexprs, S=w.taps, SHIFT=w.stride // gcd(w.stride, w.dilation))
+        programs = cfg.tiles(p, pass_, config, (h, w))
+        if pass_ == "wgrad":
+            splits, total = config["SPLIT_K"], prod(p.w_shape)
+            scalars |= dict(sy_n=y_n // align, sy_p=y_p // align, sy_q=y_q // align, sy_k=y_k, splits=splits)
+            tensors = (("x_ptr", "b", None), ("dy_ptr", "a", None), ("part_ptr", "partials", None))
+            yield _launch("wgrad_depthwise", programs, tensors, scalars, sizes, options, splits * total)
+            yield _launch("sum_partials", -(-total // 32), (("part_ptr", "partials", None), ("dw_ptr", "out", None)),
+                          dict(K=p.k, total=total, splits=splits), dict(TAPS=p.r * p.s, BLOCK=32, BLOCK_Z=32), {})
+        else:
+            fill_h, fill_w = pass_ == "dgrad" and cfg.fill(p) or (1, 1)
+            scalars |= dict(size_h=shapes[1][2], size_w=shapes[1][3], step_p=h.out_step, step_q=w.out_step)
+            sizes |= dict(FILL_H=fill_h, FILL_W=fill_w)
+            scalars |= dict(grid_h=cfg.grid_step(h), tap_r=h.tap0, tap_s=w.tap0, step_r=h.tap_step, sy_n=y_n // align,
+                            sy_p=y_p // align, sy_q=y_q // align, sy_k=y_k, y0=(h.out0 * y_p + w.out0 * y_q) // align)
+            sizes |= dict(STEP_S=w.tap_step, FILTER_R=p.r, FILTER_S=p.s, TRANSPOSED=pass_ == "dgrad", HAS_BIAS=has_bias)
+            tensors = (("x_ptr", "a", None), ("w_ptr", "b", None), ("bias_ptr", "bias", None), ("y_ptr", "out", None))
+            yield _launch("correlate_depthwise", programs, tensors, scalars, sizes, options)
+
+
 def _sum(split, total, strides, sizes, has_bias) -> Launch:
     tensors = (("part_ptr", "partials", None), ("bias_ptr", "bias", None), ("y_ptr", "out", None))
     scalars = dict(total=total, SPLIT_K=split, **sizes, **strides)
@@ -285,17 +319,21 @@ def _prepare(problem, pass_, config, types, precision, has_bias, target):       
         raise ValueError(f"config {config} does not fit {pass_} of {problem.key()}: {reason}")
     launches = plan(problem, pass_, config, precision, has_bias)
     shape = {"fprop": problem.y_shape, "dgrad": problem.x_shape, "wgrad": problem.w_shape}[pass_]
-    memory_format, aligned = FORMATS[problem.layout], config["kernel"] == "tma"
-    covers = pass_ != "dgrad" or problem.dgrad_covers
+    memory_format, kernel = FORMATS[problem.layout], config["kernel"]
+    covers = pass_ != "dgrad" or problem.dgrad_covers or kernel == "depthwise" and cfg.fill(problem)
     workspace = max((launch.workspace for launch in launches), default=0)
     partials = torch.float64 if problem.dtype == "float64" else torch.float32
+
+    def operand(t):
+        """Direct kernels read either format, in the result's they read and write neighbours alike; the others read NHWC."""
+        return t.detach().contiguous(memory_format=memory_format) if kernel == "depthwise" else _nhwc(t, kernel == "tma")
 
     def run(a, b, bias=None):
         out = torch.empty(shape, dtype=a.dtype, device=a.device, memory_format=memory_format)
         if not covers:
             out.zero_()
-        b = _nhwc(b, aligned)
-        tensors = {"a": _nhwc(a, aligned), "b": b, "bias": b if bias is None else bias.contiguous(), "out": out}
+        a, b = operand(a), operand(b)
+        tensors = {"a": a, "b": b, "bias": b if bias is None else bias.contiguous(), "out": out}
         if workspace:
             tensors["partials"] = torch.empty(workspace, dtype=partials, device=a.device)
         for launch in launches:

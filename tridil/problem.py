@@ -43,11 +43,13 @@ class Axis:
 
     def live_out_any(self, t0: int, t1: int) -> int:
         """Length of the range that a reduction over taps t0..t1 (inclusive) walks: larger taps begin and end earlier."""
-        def bounds(t):
-            shift = self.offset + t * self.dilation
-            lo = min(max(0, -(shift // self.stride)), self.out)
-            return lo, max(lo, min(self.out, -((shift - self.size) // self.stride)))
-        return max(bounds(t0)[1] - bounds(t1)[0], 0)
+        return max(self.live_outputs(t0)[1] - self.live_outputs(t1)[0], 0)
+
+    def live_outputs(self, t: int) -> tuple[int, int]:
+        """`live_out` as the kernels compute it: an empty range keeps its place."""
+        shift = self.offset + t * self.dilation
+        lo = min(max(0, -(shift // self.stride)), self.out)
+        return lo, max(lo, min(self.out, -((shift - self.size) // self.stride)))
 
     @cached_property
     def subsampled(self) -> tuple[Axis, int, int] | None:

@@ -14,6 +14,7 @@ SM = {80: (1024, 167936, 2048, 32), 86: (512, 102400, 1536, 16), 89: (512, 10240
       100: (4096, 233472, 2048, 32), 120: (512, 102400, 1536, 24)}
 MMA = re.compile(r"HMMA|DMMA|HGMMA|UTC[A-Z]*MMA")
 LOADS = re.compile(r"LDGSTS|LDG|UTMALDG")
+FMA = {"FFMA": 1, "DFMA": 1, "HFMA2": 2, "FFMA2": 2}            # multiply-accumulates of a thread
 _LINE = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:@(!?U?P\w+)\s+)?([A-Z][A-Z0-9_.a-z]*)\s*([^;]*);", re.M)
 
 
@@ -88,12 +89,20 @@ def main_loop(code: list[Instruction]) -> tuple[list[Instruction], bool] | None:
     return sorted(best - spins, key=lambda ins: ins.address), fed
 
 
+def per_fma(code: list[Instruction]) -> float | None:
+    """Instructions of the loop with the most multiply-accumulates outside tensor cores, over these; all of them are useful in the inner of a map."""
+    def products(loop):
+        return sum(FMA.get(ins.opcode.split(".")[0], 0) for ins in loop)
+    best = max(loops(code), key=lambda loop: (products(loop), -len(loop)), default=[])
+    return round(len(best) / products(best), 2) if products(best) else None
+
+
 def measure(text: str, target: int, tile: tuple[int, int, int], warps: int, nbytes: int) -> dict:
     """What a kernel's loop costs, from `cuobjdump -sass` output; tile is (M, N, K) of one iteration's product, nbytes the operands' element size.
 
     overhead: warp instructions that are not products, per 2048 FMA (one m16n8k16 product). bound: clocks of the tensor cores over those of the
     busiest unit of the SM, an upper bound on their utilisation; limiter is that unit: "tensor", "issue" or "shared". l2_bytes_per_fma: what the
-    tile loads, with no reuse between programs.
+    tile loads, with no reuse between programs. Without matrix products only per_fma, see there.
     """
     code = parse(text)
     opcodes = Counter(ins.opcode for ins in code)
@@ -106,7 +115,7 @@ def measure(text: str, target: int, tile: tuple[int, int, int], warps: int, nbyt
                loads=dict(sorted(loads.items())))
     found = main_loop(code)
     if not found:
-        return row
+        return row | dict(per_fma=per_fma(code))
     (m, n, k), (loop, specialized) = tile, found
     ops = Counter(ins.opcode for ins in loop)
     products = sum(count for op, count in ops.items() if MMA.match(op))

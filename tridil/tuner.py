@@ -263,7 +263,7 @@ def _problems(subject, args, kwargs) -> list[Problem]:
         return [subject]
     if isinstance(subject, torch.nn.Module):
         from .convert import scan
-        return [problem for problem, _ in scan(subject, *args, **kwargs)]
+        return list(scan(subject, *args, **kwargs))
     if isinstance(subject, torch.Tensor):
         from .functional import problem_of_tensors
         return [problem_of_tensors(subject, *args, **kwargs)]
