@@ -152,7 +152,7 @@ def test_budget_and_resuming(monkeypatch, caplog):
 def test_subjects(monkeypatch):
     """A problem, several, a convolution's tensors, a module; a layer that occurs twice is measured once."""
     x, w = torch.randn(2, 16, 9, 9), torch.randn(16, 16, 3, 3)
-    f32 = replace(P, dtype="float32", layout="nchw")
+    f32 = replace(P, c=16, k=16, dtype="float32", layout="nchw")
     assert [r["problem"] for r in tuner.tune(x, w, None, padding=2, dilation=2, gpu=FakeGpu(), passes=("fprop",), progress=False)] == [f32]
     conv = torch.nn.Conv2d(16, 16, 3, padding=2, dilation=2)
     rows = tuner.tune(torch.nn.Sequential(conv, torch.nn.ReLU(), conv), x, gpu=FakeGpu(), passes=("dgrad",), progress=False)
