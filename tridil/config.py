@@ -279,7 +279,7 @@ def _gather_options(problem: Problem, pass_: str, target: str, precision: str):
         large = m * n >= 128 * 128                                     # its accumulator leaves few registers: below is what would spill
         if large and pass_ == "wgrad" and (cols % n or rows % m):
             continue
-        if large and (pass_ != "wgrad" and cols % n or pass_ == "wgrad" and (base["CLAMP"] or problem.layout == "nchw")):
+        if large and (pass_ != "wgrad" and cols % n or pass_ == "wgrad" and base["CLAMP"]):
             steps = [step for step in steps if step * nbytes < 128]
         for step in steps[:1 if rows else 2]:
             option = dict(base, BLOCK_N=n, num_warps=warps, SPLIT_K=1, **{"BLOCK_M" if rows else "BLOCK_K": m if rows else step})
@@ -290,6 +290,8 @@ def _gather_options(problem: Problem, pass_: str, target: str, precision: str):
             option = _best_box(problem, pass_, option, boxes)
             if not rows and (flat or m * n > 128 * 128):               # larger accumulators and a split would spill
                 yield option
+            elif rows and large and problem.layout == "nchw" and not base["CLAMP"]:      # so would the addresses of its result; not of partial sums
+                yield from _split(option, problem, pass_, target)[1:] or [dict(option, SPLIT_K=2)]
             else:
                 yield from _split(option, problem, pass_, target)
 
@@ -581,7 +583,7 @@ def _depthwise_options(problem: Problem, pass_: str, target: str):
                 if is_wgrad:
                     option["ROWS"] = rows
                 boxes = [dict(option, BLOCK_IMG=b, BLOCK_P=p, BLOCK_Q=q) for b, p, q in _lane_shapes(lanes, sides[0], sides[1], anchors)]
-                if _depthwise_registers(boxes[0], problem, shift, target) <= 180:
+                if _depthwise_registers(boxes[0], problem, shift, target) <= (170 if is_wgrad else 180):
                     options = (_depthwise_split(box, problem, target) for box in boxes) if is_wgrad else boxes
                     yield min(options, key=lambda cfg: _depthwise_cost(problem, pass_, cfg, target))
 
