@@ -9,14 +9,14 @@ import ptxemu
 
 ptxemu.install(int(sys.argv[1]), halo="ignore")
 
-from tridil import config, dispatch, launch, testing, workloads  # noqa: E402
+from tridil import config, cost_model, dispatch, launch, testing, workloads  # noqa: E402
 from tridil.problem import PASSES  # noqa: E402
 
 for pass_ in PASSES:
     executed = useful = 0
     seen = {}
     for w in workloads.suite("aspp"):
-        cfg = config.default(w.problem, pass_, dispatch.target()) | {"SPLIT_K": 1}
+        cfg = cost_model.best(w.problem, pass_, dispatch.target()) | {"SPLIT_K": 1}
         channels, groups = (32, 1) if w.problem.groups == 1 else (2, 2)
         p = replace(w.problem, n=min(w.problem.n, cfg["BLOCK_IMG"]), c=channels, k=channels, groups=groups)
         if groups == 1:

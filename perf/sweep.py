@@ -2,6 +2,7 @@
 
     python perf/sweep.py                          the 12 layers of the suite "quick", float16
     python perf/sweep.py --suite aspp --dtypes float16,float32 --passes fprop
+    python perf/sweep.py --suite all --validate-model
 
 With a GPU it times tridil and cuDNN (as PyTorch calls it, benchmark on). Without one it reports what is true there: correctness in Triton's
 interpreter on a reduced copy of each layer, and what the compiler makes of the real layer for --target. Rows are kept as they finish: a second
@@ -30,10 +31,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "perf")]
+import model  # noqa: E402
 from report import COLUMNS, IDENTITY, is_broken, machine_line, output, read, report, triton_version, with_ratio  # noqa: E402
 
 from tridil import config as cfg  # noqa: E402
-from tridil import dispatch, ops, reference, testing, workloads  # noqa: E402
+from tridil import cost_model, devices, dispatch, ops, reference, testing, tuner, workloads  # noqa: E402
 from tridil.problem import DTYPE_BYTES, PASSES, Problem  # noqa: E402
 
 PROVIDERS = ("tridil", "cudnn", "cudnn_nchw")
@@ -119,7 +121,7 @@ def _on_gpu(gpu, problem, pass_, tensors, expected, row):
     if not expected:
         expected.append(getattr(reference, pass_)(part, *(t[cut] for t, cut in zip(operands, cuts))))
     tridil = row["provider"] == "tridil"
-    config = cfg.default(problem, pass_, row["target"], _precision(problem)) if tridil else None
+    config = tuner.decide(problem, pass_, row["target"], _precision(problem), torch.device(gpu.device)).config if tridil else None
     fn = call(row["provider"], problem, pass_, operands, config)
     result = fn()
     error, budget = testing.check(result[result_cut], expected[0], part, pass_, _precision(problem))
@@ -173,7 +175,7 @@ def _compiling_worker():
 
 def _resources(problem, pass_, target, precision):
     from tridil.aot import resources
-    rows = resources(problem, pass_, cfg.default(problem, pass_, target, precision), target, precision)
+    rows = resources(problem, pass_, cost_model.best(problem, pass_, target, precision), target, precision)
     mma = dict.fromkeys(row["mma"] for row in rows if row["mma"] != "none")
     return dict(kernels="+".join(dict.fromkeys(row["kernel"] for row in rows)), registers=max(row["registers"] for row in rows),
                 spills=sum(row["spills"] for row in rows), shared_bytes=max(row["shared_bytes"] for row in rows), mma="+".join(mma) or "none",
@@ -182,7 +184,7 @@ def _resources(problem, pass_, target, precision):
 
 def _interpreted(problem, pass_, target):
     from tridil import launch
-    config = cfg.default(problem, pass_, target, _precision(problem))
+    config = cost_model.best(problem, pass_, target, _precision(problem))
     part, part_config = reduced(problem, config)
     x, w, bias, dy = testing.random_tensors(part)
     operands = {"fprop": (x, w, bias), "dgrad": (dy, w), "wgrad": (dy, x)}[pass_]
@@ -226,6 +228,8 @@ def main(argv=None, gpu: Gpu | None = None) -> int:
     parser.add_argument("--providers", default=providers, type=listed(providers), help=f"of {', '.join(PROVIDERS)}; cudnn needs a GPU")
     parser.add_argument("--target", help="like cuda:90 (default), cuda:80, hip:gfx942: what kernels are compiled for; with a GPU it is the GPU's")
     parser.add_argument("--out", type=Path, help="folder of results.csv, .md and .png (default: perf/results/<device>)")
+    parser.add_argument("--validate-model", action="store_true", help="compare the cost model's times with measured ones, on candidates of every "
+                        "layer; without a GPU: what it predicts, beside the roof")
     parser.add_argument("--fresh", action="store_true", help="start over instead of keeping the rows that are there")
     args = parser.parse_args(argv)
     layers = [w for dtype in args.dtypes for w in workloads.suite(args.suite, dtype) if re.search(args.filter, w.name)]
@@ -240,6 +244,9 @@ def main(argv=None, gpu: Gpu | None = None) -> int:
         console = Console(width=120)
     out = args.out or ROOT / "perf" / "results" / re.sub(r"\W+", "-", (gpu.describe()[0] if gpu else f"no-gpu-{target}").lower())
     out.mkdir(parents=True, exist_ok=True)
+    if args.validate_model:
+        device = devices.of_name(gpu.describe()[0], target) if gpu else devices.of_target(target)
+        return model.run(gpu, layers, args.passes, device, call, out, console)
     path = out / "results.csv"
     if args.fresh:
         path.unlink(missing_ok=True)

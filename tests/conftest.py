@@ -2,6 +2,7 @@
 import os
 import random
 import sys
+import tempfile
 
 import hypothesis
 import pytest
@@ -9,6 +10,9 @@ import torch
 
 hypothesis.settings.register_profile("tridil", deadline=None)      # the first call of anything is slow
 hypothesis.settings.load_profile("tridil")
+
+
+os.environ["TRIDIL_CACHE"] = tempfile.mkdtemp(prefix="tridil-tests-")   # what a user measured must not choose the tests' configs
 
 
 def _driver_serves() -> bool:

@@ -21,14 +21,14 @@ if __name__ == "__main__" and not torch.cuda.is_available():
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from tridil import config, dispatch, launch, reference, testing  # noqa: E402
+from tridil import config, cost_model, dispatch, launch, reference, testing  # noqa: E402
 from tridil.problem import PASSES  # noqa: E402
 
 
 def configs(problem, pass_, rng):
     """The default config and, every other time, a random candidate with a random split, stage count and clamping."""
     target = dispatch.target()
-    default, candidates = config.default(problem, pass_, target), config.candidates(problem, pass_, target)
+    default, candidates = cost_model.best(problem, pass_, target), config.candidates(problem, pass_, target)
     yield default
     for cfg in rng.sample(candidates, rng.randrange(2)):
         changed = dict(cfg, num_stages=rng.choice([1, 2, 3]))

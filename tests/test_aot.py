@@ -9,7 +9,7 @@ import pytest
 
 pytest.importorskip("triton")
 
-from tridil import aot, config, dispatch
+from tridil import aot, config, cost_model, devices, dispatch
 from tridil.problem import Problem
 
 P = Problem(4, 256, 60, 60, 256, 3, 3, padding=((2, 2), (2, 2)), dilation=(2, 2))
@@ -43,7 +43,7 @@ def wide_loads(row):
     return kinds
 
 
-@pytest.mark.parametrize("target", config.TARGETS)
+@pytest.mark.parametrize("target", devices.TARGETS)
 def test_default_kernels_of_real_layers(tmp_path, target):
     """One layer per kind, three passes: every kernel compiles, spills nothing and fits; large ones run on tensor cores, fed as the target wants."""
     out, rows = tridil_aot(tmp_path, "--suite", "quick", "--target", target)
@@ -70,7 +70,7 @@ def test_default_kernels_of_real_layers(tmp_path, target):
         assert {row["kernel"] for row in rows} >= {"correlate_tma", "wgrad_tma"}
 
 
-@pytest.mark.parametrize("target", config.TARGETS)
+@pytest.mark.parametrize("target", devices.TARGETS)
 def test_default_kernels_in_fp32(tmp_path, target):
     out, rows = tridil_aot(tmp_path, "--shape", "n=4 c=256 h=64 w=64 k=256 r=3 d=2", "--target", target, "--dtype", "float32")
     assert out.returncode == 0, out.stdout + out.stderr
@@ -150,8 +150,8 @@ def test_saved_code(tmp_path):
 
 def test_spill_is_reported(tmp_path, monkeypatch):
     """A tile that cannot fit into registers: status 1."""
-    code = ("from tridil import config; good = config.default; "
-            "config.default = lambda *a: dict(good(*a), num_warps=4, BLOCK_IMG=1, BLOCK_P=16, BLOCK_Q=8, BLOCK_N=256, BLOCK_K=32, SPLIT_K=1); "
+    code = ("from tridil import cost_model; good = cost_model.best; "
+            "cost_model.best = lambda *a: dict(good(*a), num_warps=4, BLOCK_IMG=1, BLOCK_P=16, BLOCK_Q=8, BLOCK_N=256, BLOCK_K=32, SPLIT_K=1); "
             "from tridil.__main__ import main; "
             "raise SystemExit(main(['aot', '--shape', 'c=256 h=60 w=60 k=256 d=2', '--target', 'cuda:80', '--passes', 'fprop']))")
     out = child("-c", code)
@@ -168,7 +168,7 @@ def test_a_kernel_that_does_not_compile_is_reported():
 def test_illegal_config_and_interpreter():
     if not dispatch.interpreted():
         with pytest.raises(ValueError, match="does not fit"):
-            aot.resources(P, "fprop", dict(config.default(P, "fprop", "cuda:80"), BLOCK_N=24), "cuda:80")
+            aot.resources(P, "fprop", dict(cost_model.best(P, "fprop", "cuda:80"), BLOCK_N=24), "cuda:80")
     else:
         with pytest.raises(RuntimeError, match="TRITON_INTERPRET"):
             aot.resources(P, "fprop", None, "cuda:80")

@@ -106,7 +106,8 @@ def test_variables(driver, monkeypatch):
 
 def test_explain(driver, monkeypatch):
     driver(Driver("cuda"))
-    rows = dispatch.explain(P, GPU)
+    aspp = Problem(4, 2048, 60, 60, 256, 3, 3, padding=((36, 36), (36, 36)), dilation=(36, 36))
+    rows = dispatch.explain(aspp, GPU)
     assert [r["pass"] for r in rows] == list(PASSES) and {r["backend"] for r in rows} == {"triton"}
     assert all(r["executed_macs"] >= r["useful_macs"] > 0 for r in rows)
     assert {r["why"] for r in dispatch.explain(P, CPU)} == {"the active Triton driver serves 'cuda' tensors, got a tensor on 'cpu'"}

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from tridil import dilated_conv2d, functional, ops
+from tridil import dilated_conv1d, dilated_conv2d, functional, ops
 
 TOLERANCE = {torch.float16: 4e-3, torch.bfloat16: 3e-2, torch.float32: 2e-5, torch.float64: 1e-12}
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -37,15 +37,15 @@ def outcome(f, *args, **kwargs):
         return e
 
 
-def parity(backend, device, *args, **kwargs):
+def parity(backend, device, *args, plain=F.conv2d, ours=dilated_conv2d, **kwargs):
     """Raises where the two differ; returns whether F.conv2d raised."""
     args = [a.to(device) if isinstance(a, torch.Tensor) and a.dim() and a.device.type == "cpu" else a for a in args]
-    expected, got = outcome(F.conv2d, *args, **kwargs), outcome(dilated_conv2d, *args, backend=backend, **kwargs)
+    expected, got = outcome(plain, *args, **kwargs), outcome(ours, *args, backend=backend, **kwargs)
     if isinstance(expected, Exception):
-        assert isinstance(got, (ValueError, TypeError)), f"F.conv2d raised {expected!r}, dilated_conv2d gave {got!r}"
+        assert isinstance(got, (ValueError, TypeError)), f"{plain.__name__} raised {expected!r}, {ours.__name__} gave {got!r}"
         assert str(got)
         return True
-    assert not isinstance(got, Exception), f"F.conv2d accepts this, dilated_conv2d raised {got!r}"
+    assert not isinstance(got, Exception), f"{plain.__name__} accepts this, {ours.__name__} raised {got!r}"
     same(got, expected)
     return False
 
@@ -308,6 +308,125 @@ def test_problems_are_looked_up_once(monkeypatch, seed):
         assert functional._problem.cache_info().misses == misses + 1
 
 
+parity_1d = partial(parity, plain=F.conv1d, ours=dilated_conv1d)
+
+
+@pytest.mark.parametrize("name", ["stride", "padding", "dilation", "groups"])
+def test_every_kind_of_argument_1d(name, backend, device, seed):
+    args = draw(2, 4, 9), draw(6, 4, 3), draw(6)
+    raised = [parity_1d(backend, device, *args, **{name: value}) for value in [*SCALARS, "same", "valid", "SAME"]]
+    assert 5 < sum(raised) < len(raised)
+
+
+@pytest.mark.parametrize("x_shape, w_shape", [
+    ((2, 4, 9), (6, 4, 3)), ((4, 9), (6, 4, 3)), ((0, 4, 9), (6, 4, 3)), ((2, 4, 0), (6, 4, 3)), ((2, 0, 9), (6, 0, 3)), ((2, 4, 9), (0, 4, 3)),
+    ((2, 4, 9), (6, 4, 0)), ((9,), (6, 4, 3)), ((2, 4, 9, 1), (6, 4, 3)), ((2, 4, 9), (6, 4)), ((2, 4, 9), (6, 4, 3, 1)), ((2, 5, 9), (6, 4, 3)),
+    ((2, 4, 2), (6, 4, 3)), ((2, 1, 9), (1, 1, 2)), ((4, 4, 1), (6, 4, 1)), ((0, 9), (6, 0, 3)), ((2, 4, 9, 9), (6, 4, 3, 3))])
+def test_shapes_1d(x_shape, w_shape, backend, device, seed):
+    for stride, padding, dilation in [(1, 0, 1), (1, 2, (1,)), (2, (2,), 2), (1, "same", 2), ((3,), 5, 4), (1, 40, 30)]:
+        for bias in (None, draw(w_shape[0]), draw(w_shape[0] + 1)):
+            parity_1d(backend, device, draw(*x_shape), draw(*w_shape), bias, stride, padding, dilation)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_dtypes_and_memory_formats_1d(dtype, backend, device, seed):
+    """F.conv1d makes its input contiguous; a weight whose channels are contiguous gives a result like it."""
+    for n, c, length, k, taps in [(2, 4, 9, 6, 3), (2, 1, 9, 1, 3), (1, 1, 9, 4, 1), (2, 4, 1, 6, 1), (1, 4, 5, 1, 3)]:
+        x, w = draw(n, c, length, dtype=dtype), draw(k, c, taps, dtype=dtype)
+        for xv in (x, x.mT.contiguous().mT, x.repeat_interleave(2, 2)[..., ::2], torch.cat((x, x), 1)[:, :c], x[:, :1].expand(n, c, length)):
+            for wv in (w, w.mT.contiguous().mT, w.repeat_interleave(2, 2)[..., ::2]):
+                assert not parity_1d(backend, device, xv, wv, draw(k, dtype=dtype), 1, 2 * (taps - 1), 2)
+    parity_1d(backend, device, draw(2, 4, 9, dtype=dtype), draw(6, 4, 3, dtype=torch.float32))
+    with torch.autocast(device.type, torch.bfloat16):
+        for w_dtype in (torch.float32, torch.float64):
+            parity_1d(backend, device, draw(2, 4, 9, dtype=dtype), draw(6, 4, 3, dtype=w_dtype), None, 1, 2, 2)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_second_derivatives_1d(causal, backend, device, seed):
+    tensors = [t.to(device, torch.float64).requires_grad_() for t in (draw(2, 2, 5), draw(2, 1, 2), draw(2))]
+    f = partial(dilated_conv1d, stride=2, dilation=3, padding=0 if causal else 2, groups=2, causal=causal, backend=backend)
+    assert torch.autograd.gradcheck(f, tensors, fast_mode=True) and torch.autograd.gradgradcheck(f, tensors, fast_mode=True)
+
+
+@pytest.mark.parametrize("length, stride, dilation", [(1, 1, 1), (9, 1, 2), (10, 3, 4), (3, 2, 9)])
+def test_causal(length, stride, dilation, backend, device, seed):
+    x, w, b = (t.to(device) for t in (draw(2, 4, length), draw(6, 4, 3), draw(6)))
+    for t in (x, x[0], x[:0]):
+        expected = F.conv1d(F.pad(t, (2 * dilation, 0)), w, b, stride, 0, dilation)
+        got = dilated_conv1d(t, w, b, stride, 0, dilation, causal=True, backend=backend)
+        same(got, expected)
+        assert got.shape[-1] == -(-length // stride)
+    for padding in (1, "same", "valid", (2,)):
+        with pytest.raises(ValueError, match="causal=True pads by itself"):
+            dilated_conv1d(x, w, b, 1, padding, dilation, causal=True, backend=backend)
+    with pytest.raises(ValueError, match="dilation must be positive"):
+        dilated_conv1d(x, w, b, 1, 0, -1, causal=True, backend=backend)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_conv1d_compiles_in_one_graph(dynamic, backend, device, seed):
+    torch._dynamo.reset()
+
+    def f(x, w, b):
+        return dilated_conv1d(x.relu(), w, b, 2, 0, 3, 2, causal=True, backend=backend) * 2
+    compiled = torch.compile(f, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    for n in (2, 3):
+        tensors = [t.to(device).requires_grad_() for t in (draw(n, 4, 9 + n), draw(6, 2, 3), draw(6))]
+        y, expected = compiled(*tensors), f(*tensors)
+        same(y.detach(), expected.detach())
+        for got, wanted in zip(torch.autograd.grad(y.sin().sum(), tensors), torch.autograd.grad(expected.sin().sum(), tensors)):
+            torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kwargs", [dict(dilation=2), dict(groups=2, stride=2, padding=3, dilation=(2, 3)), dict(padding="same", dilation=3)])
+def test_flops_are_those_of_conv2d(kwargs, backend, device, seed):
+    from torch.utils.flop_counter import FlopCounterMode
+    counts = []
+    for f in (F.conv2d, partial(dilated_conv2d, backend=backend)):
+        tensors = [t.to(device).requires_grad_() for t in (draw(2, 4, 9, 9), draw(6, 4 // kwargs.get("groups", 1), 3, 3), draw(6))]
+        for used in (tensors, [tensors[0].detach(), *tensors[1:]], [tensors[0], tensors[1].detach(), tensors[2]]):
+            with FlopCounterMode(display=False) as counter:
+                f(*used, **kwargs).sum().backward()
+            counts.append(counter.get_total_flops())
+    assert counts[:3] == counts[3:] and counts[0] > counts[1] > 0
+
+
+@pytest.mark.parametrize("first", ["tridil", "torch.utils.flop_counter"])
+def test_flops_in_any_order_of_imports(first):
+    """tridil imports no Triton, whose import reads TRITON_INTERPRET; flop_counter does."""
+    pytest.importorskip("triton")
+    code = f"""
+import os, sys
+os.environ.pop("TRITON_INTERPRET", None)
+import {first}
+assert "{first}" != "tridil" or "triton" not in sys.modules
+import tridil
+from torch.utils.flop_counter import flop_registry
+import torch
+assert {{getattr(torch.ops.tridil, name) for name in ("fprop", "dgrad", "wgrad")}} < flop_registry.keys()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_torch_function_is_asked(seed):
+    """As F.conv2d does: symbolic values and modes see the call."""
+    class Mode(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            seen.append(func)
+            return func(*args, **(kwargs or {}))
+    for f, x, w in ((dilated_conv2d, draw(1, 4, 5, 5), draw(6, 4, 3, 3)), (dilated_conv1d, draw(1, 4, 5), draw(6, 4, 3))):
+        seen = []
+        with Mode():
+            y = f(x, w, padding=2, dilation=2, backend="aten")
+        assert f in seen
+        def call(x, w):
+            return f(x, w, padding=2, dilation=2, backend="aten")  # noqa: B023
+        traced = torch.fx.symbolic_trace(call)
+        assert [node.target for node in traced.graph.nodes if node.op == "call_function"] == [f] and torch.equal(traced(x, w), y)
+
+
 def test_import_needs_no_triton_and_calls_no_cuda():
     code = """
 import sys
@@ -320,7 +439,7 @@ assert not any(m.startswith("triton.") for m in sys.modules)
 x = torch.randn(1, 3, 256, 256)
 y = tridil.dilated_conv2d(x, torch.randn(16, 3, 3, 3), dilation=2)
 assert y.shape == (1, 16, 252, 252) and tridil.DilatedConv2d(3, 16, 3, dilation=2)(x).shape == y.shape
-assert set(tridil.__all__) == {"dilated_conv2d", "DilatedConv2d", "Problem"} and tridil.__version__
+assert {*tridil.__all__} == {*"dilated_conv1d dilated_conv2d DilatedConv1d DilatedConv2d Problem convert revert scan".split()} and tridil.__version__
 try:
     tridil.dilated_conv2d(x, torch.randn(16, 3, 3, 3), backend="triton")
 except NotImplementedError as e:

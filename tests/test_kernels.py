@@ -8,7 +8,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from tridil import config, dispatch, launch, reference, testing
+from tridil import config, cost_model, dispatch, launch, reference, testing
 from tridil.problem import PASSES, problem_of
 
 
@@ -34,7 +34,7 @@ def check(p, passes=PASSES, configs=None, device=None, seed=None, precision="iee
     for pass_ in passes:
         args = {"fprop": (x, w, bias), "dgrad": (dy, w), "wgrad": (dy, x)}[pass_]
         expected = getattr(reference, pass_)(p, *args)
-        for cfg in configs or [config.default(p, pass_, dispatch.target())]:
+        for cfg in configs or [cost_model.best(p, pass_, dispatch.target())]:
             got = getattr(launch, pass_)(p, *args, cfg, precision)
             assert got.dtype == x.dtype and got.shape == expected.shape
             error, budget = testing.check(got, expected, p, pass_, precision)
@@ -170,7 +170,7 @@ def test_split_k_sums_every_split(split, pass_):
 @pytest.mark.parametrize("pass_", PASSES)
 def test_reruns_are_bit_identical(pass_):
     p = replace(GEOMETRIES["aspp"], k=32, dtype="float32")
-    cfg = dict(config.default(p, pass_, dispatch.target()), SPLIT_K=5)
+    cfg = dict(cost_model.best(p, pass_, dispatch.target()), SPLIT_K=5)
     first, again = check(p, [pass_], [cfg, dict(cfg)], seed=1)
     assert torch.equal(first, again)
 
@@ -211,7 +211,7 @@ def test_more_than_2_31_elements(pass_, groups):
     small = replace(p, w=4, stride=(1, 2))
     assert p.c * p.w > 2**31 and (small.p, small.q) == (p.p, p.q) == (1, 2)
     xs, w, bias, dy = testing.random_tensors(small, kernel_device(), 0)
-    cfg = config.default(p, pass_, dispatch.target())
+    cfg = cost_model.best(p, pass_, dispatch.target())
     args = {"fprop": (xs, w, bias), "dgrad": (dy, w), "wgrad": (dy, xs)}[pass_]
     expected = getattr(reference, pass_)(small, *args)
     if pass_ == "dgrad":
@@ -237,7 +237,7 @@ def test_nan_weight_on_a_dead_tap_is_not_read():
     x, w, bias, dy = testing.random_tensors(p, kernel_device(), 0)
     poisoned = w.clone()
     poisoned[:, :, 0] = poisoned[:, :, 2] = float("nan")
-    cfg = config.default(p, "fprop", dispatch.target())
+    cfg = cost_model.best(p, "fprop", dispatch.target())
     got = launch.fprop(p, x, poisoned, bias, cfg)
     assert torch.equal(got, launch.fprop(p, x, w, bias, cfg)) and torch.isfinite(got).all()
 
@@ -306,7 +306,7 @@ def test_depthwise(name, dtype, layout, monkeypatch):
 def test_every_depthwise_tile(name, change):
     p = DEPTHWISE[name]
     for pass_ in PASSES:
-        cfg = config.default(p, pass_, dispatch.target()) | change
+        cfg = cost_model.best(p, pass_, dispatch.target()) | change
         assert config.fits(cfg, p, pass_, dispatch.target()) is None
         check(p, [pass_], [cfg])
 
@@ -316,14 +316,14 @@ def test_depthwise_wgrad_sums_every_share(rows, split):
     """More shares than boxes, more rows than the filter has left."""
     for name in ("residues on both axes", "odd channels", "dilation beyond the map"):
         p = DEPTHWISE[name]
-        check(p, ["wgrad"], [config.default(p, "wgrad", dispatch.target()) | {"ROWS": rows, "SPLIT_K": split}])
+        check(p, ["wgrad"], [cost_model.best(p, "wgrad", dispatch.target()) | {"ROWS": rows, "SPLIT_K": split}])
 
 
 @pytest.mark.parametrize("layout", ["nhwc", "nchw"])
 @pytest.mark.parametrize("pass_", PASSES)
 def test_depthwise_reruns_are_bit_identical(pass_, layout):
     p = laid_out(DEPTHWISE["residues on both axes"], layout, "float32")
-    cfg = config.default(p, pass_, dispatch.target())
+    cfg = cost_model.best(p, pass_, dispatch.target())
     first, again = check(p, [pass_], [cfg, dict(cfg)], seed=1)
     assert torch.equal(first, again)
 
@@ -375,7 +375,7 @@ def test_bytes_of_depthwise_layers(name, layout, monkeypatch):
     monkeypatch.setattr(InterpreterBuilder, "create_masked_store", storing)
     x, w, _, dy = testing.random_tensors(p, kernel_device(), 0)
     for pass_, args in (("fprop", (x, w, None)), ("dgrad", (dy, w)), ("wgrad", (dy, x))):
-        cfg, count = config.default(p, pass_, dispatch.target()), 0
+        cfg, count = cost_model.best(p, pass_, dispatch.target()), 0
         getattr(launch, pass_)(p, *args, cfg)
         moved, requested = config.moved_bytes(p, pass_, cfg)
         assert count == requested and (moved == p.bytes) == (pass_ != "wgrad")
@@ -479,6 +479,6 @@ def test_executed_macs_are_those_that_run(name, monkeypatch, p=None):
     monkeypatch.setattr(InterpreterBuilder, "create_dot", counting)
     monkeypatch.setattr(InterpreterBuilder, "create_fmul", counting_elements)
     for pass_ in PASSES:
-        cfg, count = config.default(p, pass_, dispatch.target()), 0
+        cfg, count = cost_model.best(p, pass_, dispatch.target()), 0
         check(p, [pass_], [cfg])
         assert count == config.executed_macs(p, pass_, cfg)

@@ -7,14 +7,14 @@ import torch
 
 pytest.importorskip("triton")
 
-from tridil import config, dispatch, launch, testing
+from tridil import cost_model, dispatch, launch, testing
 from tridil.problem import PASSES, Problem
 
 P = Problem(2, 16, 9, 9, 24, 3, 3, padding=((2, 2), (2, 2)), dilation=(2, 2))
 
 
 def cfg(p, pass_):
-    return config.default(p, pass_, "cuda:80")
+    return cost_model.best(p, pass_, "cuda:80")
 
 
 def test_one_launch_for_stride_1_and_one_per_residue_class():

@@ -1,4 +1,4 @@
-"""DilatedConv2d is nn.Conv2d."""
+"""DilatedConv2d is nn.Conv2d, DilatedConv1d is nn.Conv1d."""
 import copy
 import io
 import pickle
@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from tridil import DilatedConv2d
+from tridil import DilatedConv1d, DilatedConv2d
 
 LAYERS = [dict(), dict(dilation=2, padding=2), dict(stride=(2, 1), padding=(2, 3), dilation=(2, 3)), dict(padding="same", dilation=3),
           dict(padding="valid", dilation=2), dict(groups=4, padding=2, dilation=2), dict(bias=False, dilation=(1, 4)),
@@ -110,3 +110,81 @@ def test_conversions(dtype, backend, device, seed):
     channels_last = ours.to(memory_format=torch.channels_last)(x)
     assert channels_last.stride() == plain.to(memory_format=torch.channels_last)(x).stride()
     torch.testing.assert_close(channels_last, plain(x), rtol=tolerance, atol=tolerance)
+
+
+LAYERS_1D = [dict(), dict(dilation=2, padding=2), dict(stride=2, padding=3, dilation=3), dict(padding="same", dilation=3),
+             dict(kernel_size=2, padding="same"), dict(padding="valid", dilation=2), dict(groups=4, padding=2, dilation=2),
+             dict(bias=False, dilation=4), dict(kernel_size=1, stride=3),
+             *[dict(padding=2, dilation=2, padding_mode=mode) for mode in ("reflect", "replicate", "circular")]]
+
+
+@pytest.mark.parametrize("args", LAYERS_1D, ids=str)
+def test_conv1d_forward_backward_and_state(args, backend, device, seed, poisoned):
+    args = dict(in_channels=4, out_channels=8, kernel_size=3) | args
+    plain, ours = nn.Conv1d(**args, device=device), DilatedConv1d(**args, device=device, backend=backend)
+    ours.load_state_dict(plain.state_dict()), plain.load_state_dict(ours.state_dict())
+    for shape in ((2, 4, 13), (4, 13), (0, 4, 13)):
+        check_against(plain, ours, torch.randn(shape, device=device))
+    assert repr(ours) == f"Dilated{repr(plain)[:-1]}, backend={backend!r})"
+
+
+def check_against(plain, ours, x):
+    """Outputs, strides, and gradients of the input and of every parameter."""
+    results = []
+    for f in (plain, ours):
+        leaves = [x.clone().requires_grad_(), *f.parameters()]
+        y = f(leaves[0])
+        grads = torch.autograd.grad((y * torch.linspace(-1, 1, y.numel(), device=x.device).view(y.shape)).sum(), leaves)
+        results.append([y, *grads])
+    assert results[0][0].shape == results[1][0].shape and results[0][0].stride() == results[1][0].stride()
+    for got, expected in zip(results[1], results[0]):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("length", [1, 2, 12, 13])
+@pytest.mark.parametrize("stride, dilation, taps, groups", [(1, 1, 3, 1), (1, 4, 3, 1), (2, 3, 2, 2), (3, 2, 4, 1), (2, 5, 1, 4), (1, 30, 2, 1)])
+def test_causal_layers(stride, dilation, taps, groups, length, backend, device, seed, poisoned):
+    """Padding and chomping give the same; an output does not see what comes later."""
+    plain = nn.Conv1d(4, 8, taps, stride, dilation * (taps - 1), dilation, groups).to(device)
+    ours = DilatedConv1d(4, 8, taps, stride, 0, dilation, groups, causal=True, backend=backend).to(device)
+    ours.load_state_dict(plain.state_dict())
+    x, outputs = torch.randn(2, 4, length, device=device), -(-length // stride)
+
+    class Chomped(nn.Module):
+        parameters = plain.parameters
+
+        def forward(self, x):
+            return plain(x)[..., :outputs].contiguous()
+    check_against(Chomped(), ours, x)
+    check_against(Chomped(), ours, x[1])
+    assert ours(x).shape == (2, 8, outputs) and "causal=True" in repr(ours) and "causal" not in repr(DilatedConv1d(4, 4, 3))
+    later = x.clone()
+    later[..., length // 2 + 1:] += 1
+    seen = length // 2 // stride + 1
+    assert torch.equal(ours(later)[..., :seen], ours(x)[..., :seen])
+
+
+def test_causal_layers_copy_no_padded_input(monkeypatch, device, seed):
+    pytest.importorskip("triton")
+    from tridil import functional, ops
+    seen, convolve = [], ops.convolve
+    monkeypatch.setattr(functional.F, "pad", lambda *a, **k: pytest.fail("padded a copy"))
+    monkeypatch.setattr(functional.ops, "convolve", lambda x, w, bias, p, auto: seen.append((x, p)) or convolve(x, w, bias, p, auto))
+    x = torch.randn(2, 4, 9, device=device)
+    y = DilatedConv1d(4, 6, 3, dilation=2, causal=True, backend="triton").to(device)(x)
+    (got, problem), = seen
+    assert got.data_ptr() == x.data_ptr() and problem.padding == ((0, 0), (4, 0)) and (problem.h, problem.r, problem.q) == (1, 1, 9)
+    assert y.is_contiguous()
+
+
+@pytest.mark.parametrize("args", [dict(padding=2), dict(padding="same"), dict(padding="valid"), dict(padding_mode="reflect")])
+def test_causal_layers_take_no_padding(args):
+    with pytest.raises(ValueError, match="causal=True pads by itself"):
+        DilatedConv1d(4, 8, 3, dilation=2, causal=True, **args)
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, copy.copy, lambda m: pickle.loads(pickle.dumps(m)), saved])
+def test_copies_of_causal_layers(duplicate, seed):
+    layer, x = DilatedConv1d(4, 8, 3, dilation=3, causal=True, backend="aten"), torch.randn(1, 4, 9)
+    other = duplicate(layer)
+    assert type(other) is DilatedConv1d and other.backend == "aten" and torch.equal(other(x), layer(x))

@@ -32,16 +32,21 @@ def arguments(p, pass_, device, seed=0):
 
 
 @pytest.fixture
-def launches(monkeypatch):
-    count = Counter()
+def forget():
+    """No plan of a test outlives it, none of another reaches it."""
+    ops._runs.clear()
+    yield
+    ops._runs.clear()
 
-    def counted(pass_, run):
-        def wrapper(*args):
-            count[pass_] += 1
-            return run(*args)
-        return wrapper
-    for pass_ in PASSES:
-        monkeypatch.setattr(launch, pass_, counted(pass_, getattr(launch, pass_)))
+
+@pytest.fixture
+def launches(monkeypatch, forget):
+    count, prepare = Counter(), launch.prepare
+
+    def counted(problem, pass_, *args):
+        run = prepare(problem, pass_, *args)
+        return lambda *tensors: count.update([pass_]) or run(*tensors)
+    monkeypatch.setattr(launch, "prepare", counted)
     return count
 
 
@@ -140,31 +145,38 @@ def test_saved_tensors_are_checked_for_changes(device, seed):
         y.sum().backward()
 
 
-@pytest.mark.parametrize("setting, expected", [("tf32", "tf32"), ("ieee", "ieee")])
-def test_precision_follows_cudnn(setting, expected, monkeypatch, device, seed):
+@pytest.fixture
+def prepared(monkeypatch, forget):
+    """(problem, pass, config, precision) of what is prepared; nothing runs."""
     seen = []
-    monkeypatch.setattr(launch, "fprop", lambda *a: seen.append(a[-1]) or torch.empty(0))
-    before = torch.backends.cudnn.conv.fp32_precision
+    monkeypatch.setattr(launch, "prepare", lambda problem, pass_, config, precision, has_bias: seen.append((problem, pass_, config, precision)) or (
+        lambda *tensors: torch.empty(0)))
+    return seen
+
+
+@pytest.mark.parametrize("setting, expected", [("tf32", "tf32"), ("ieee", "ieee")])
+def test_precision_follows_cudnn(setting, expected, prepared, device, seed):
+    before, other = torch.backends.cudnn.conv.fp32_precision, "tf32" if setting == "ieee" else "ieee"
     try:
-        torch.backends.cudnn.conv.fp32_precision = setting
-        for dtype in ("float32", "float16"):
-            OPS["fprop"](*arguments(Problem(1, 4, 5, 5, 4, 3, 3, dtype=dtype), "fprop", device))
+        for precision in (other, setting):
+            torch.backends.cudnn.conv.fp32_precision = precision
+            for dtype in ("float32", "float16"):
+                OPS["fprop"](*arguments(Problem(1, 4, 5, 5, 4, 3, 3, dtype=dtype), "fprop", device))
     finally:
         torch.backends.cudnn.conv.fp32_precision = before
-    assert seen == [expected, "ieee"]
+    assert [row[-1] for row in prepared] == [other, "ieee", expected]                        # float16 does not depend on it: prepared once
 
 
-def test_the_target_reaches_the_config(monkeypatch, device, seed):
-    seen = []
-    monkeypatch.setattr(launch, "fprop", lambda problem, x, w, bias, config, precision: seen.append(config) or torch.empty(0))
-    for target, clamp in (("cuda:80", False), ("cuda:100", True)):
+def test_the_target_reaches_the_config(monkeypatch, prepared, device, seed):
+    for target, clamp in (("cuda:80", False), ("cuda:100", True), ("cuda:80", False)):
         monkeypatch.setenv("TRIDIL_TARGET", target)
         assert dispatch.target() == target
         OPS["fprop"](*arguments(CASES["dilated"], "fprop", device))
-        assert seen[-1]["CLAMP"] is clamp
+        assert [row for row in prepared if row[2]["CLAMP"] is clamp]
+    assert len(prepared) == 2
 
 
-def test_launches_under_the_inputs_device(monkeypatch):
+def test_launches_under_the_inputs_device(monkeypatch, forget):
     """The target is that of the input's device, which need not be the current one, and so is the launch's device."""
     order = []
 
@@ -182,8 +194,10 @@ def test_launches_under_the_inputs_device(monkeypatch):
         is_cuda = True
         device = torch.device("cuda", 1)
     monkeypatch.setattr(torch.cuda, "device", Guard)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(ops.dispatch, "target", lambda: order.append("target") or "cuda:80")
-    monkeypatch.setattr(launch, "fprop", lambda *args: order.append("launch"))
+    monkeypatch.setattr(launch, "prepare", lambda *args: lambda *tensors: order.append("launch"))
     x, w = torch.randn(1, 4, 5, 5).as_subclass(OnAnotherDevice), torch.randn(4, 4, 3, 3)
-    ops._run("fprop", x, w, None, x_shape=x.shape, w_shape=w.shape, geometry=((1, 1), (0, 0, 0, 0), (1, 1), 1, False))
-    assert order == ["cuda:1", "enter", "target", "launch", "exit"]
+    for _ in range(2):
+        ops._run("fprop", x, w, None, x.shape, w.shape, ((1, 1), (0, 0, 0, 0), (1, 1), 1), False, False)
+    assert order == ["cuda:1", "enter", "target", "exit", "cuda:1", "enter", "launch", "exit", "cuda:1", "enter", "launch", "exit"]

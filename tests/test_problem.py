@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tridil import Problem, testing
-from tridil.problem import PASSES, Axis, pads, pair, problem_of
+from tridil.problem import PASSES, Axis, pads, pair, problem_of, single
 
 small = st.integers(1, 9)
 axes = st.builds(Axis, size=small, out=small, stride=st.integers(1, 4), offset=st.integers(-20, 8), dilation=st.integers(1, 12), taps=small)
@@ -143,6 +143,24 @@ def test_one_tap_axes_have_dilation_1():
     p = Problem(1, 4, 5, 5, 4, 1, 3, dilation=(4, 2))
     assert p.dilation == (1, 2) and p == replace(p, dilation=(7, 2))
     assert Problem(1, 4, 5, 5, 4, 1, 1, dilation=(4, 4)).dilation == (1, 1)
+
+
+def test_asymmetric_padding():
+    p = problem_of((2, 4, 1, 9), (6, 4, 1, 3), (6,), (1, 2), ((0, 0), (4, 0)), (1, 2), 1, "float32")
+    assert p == Problem(2, 4, 1, 9, 6, 1, 3, (1, 2), ((0, 0), (4, 0)), (1, 2), dtype="float32", layout="nchw") and p.q == 5
+    with pytest.raises(ValueError, match="padding must not be negative"):
+        problem_of((2, 4, 1, 9), (6, 4, 1, 3), None, 1, ((0, 0), (4, -1)), 1, 1, "float32")
+
+
+@pytest.mark.parametrize("value", [3, [3], (3,), np.int64(3), torch.tensor(3), torch.Size([3])])
+def test_single_takes_what_conv1d_takes(value):
+    assert single(value, "stride") == 3
+
+
+@pytest.mark.parametrize("value, error", [((1, 2), ValueError), ((), ValueError), (1.0, TypeError), (True, TypeError), (None, TypeError)])
+def test_single_refuses_what_conv1d_refuses(value, error):
+    with pytest.raises(error, match="stride must"):
+        single(value, "stride")
 
 
 def test_even_filters_with_padding_same():

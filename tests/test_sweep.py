@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 import torch
 
-from tridil import config, launch, reference, testing, workloads
+from tridil import config, cost_model, launch, reference, testing, workloads
 from tridil.dispatch import interpreted
 from tridil.problem import PASSES, Problem
 
@@ -91,7 +91,7 @@ def test_without_a_gpu(run):
     assert rows["mma"].str.startswith("HMMA").all() and (rows["registers"] >= 32).all() and (rows["shared_bytes"] > 0).all()
     for row in rows.to_dict("records"):
         problem = next(w.problem for w in TINY if w.layer == row["layer"])
-        chosen = config.default(problem, row["pass"], "cuda:80")
+        chosen = cost_model.best(problem, row["pass"], "cuda:80")
         assert row["executed_macs"] == config.executed_macs(problem, row["pass"], chosen)
         assert (row["dense_macs"], row["useful_macs"]) == (problem.dense_macs, problem.useful_macs)
     assert rows[["ms", "tflops_dense", "gb_s", "extra_mib", "ratio"]].isna().all(axis=None)          # no invented time
@@ -201,6 +201,33 @@ def test_with_a_fake_gpu(run):
     assert first["executed_macs"].notna().tolist() == [True, False, False]                          # counted for our tiles only
     assert "device Fake GPU 9000" in out and "driver 1.2.3" in out and "2.00 x the best cuDNN" in out
     assert (run.out / "results.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def test_the_model_against_a_clock(run, monkeypatch):
+    """A clock that agrees with the model: correlation 1, regret 1; one that says the opposite: correlation -1, and the regret of it."""
+    monkeypatch.setattr(sweep.model, "precompile", lambda jobs, target: None)
+    sign = [1]
+
+    class Clock(FakeGpu):
+        def quartiles(self, fn):
+            fn()
+            self.calls += 1
+            return 0.0, 10.0 + sign[0] * 0.01 * self.calls, 20.0
+    status, _, out = run("--validate-model", "--passes", "fprop", gpu=Clock())
+    assert status == 0 and "rank correlation 1.00 (median), regret 1.000" in out and "all measured on" in out
+    frame = pd.read_csv(run.out / "model.csv")
+    assert (frame["predicted_ms"] > 0).all() and frame["ms"].between(10, 11).all() and len(frame) > len(TINY)
+    sign[0] = -1
+    assert "rank correlation -1.00 (median), regret 1.0" in run("--validate-model", "--passes", "fprop", gpu=Clock())[2]
+    monkeypatch.setattr(launch, "fprop", lambda *a: 1 / 0)
+    assert run("--validate-model", "--passes", "fprop", gpu=Clock())[0] == 1
+
+
+def test_the_model_without_a_gpu(run):
+    status, _, out = run("--validate-model", "--target", "cuda:90")
+    frame = pd.read_csv(run.out / "model.csv")
+    assert status == 0 and "not measured, for want of a GPU" in out and "predicted time / roof" in out
+    assert len(frame) == 3 * len(TINY) and (frame["predicted_ms"] >= frame["roof_ms"]).all() and "ms" not in frame
 
 
 def test_an_unstable_kernel_is_told(run, monkeypatch):

@@ -1,8 +1,10 @@
-"""The command line: `python -m tridil info | explain | aot` (also the console script `tridil`)."""
+"""The command line: `python -m tridil info | explain | aot | tune | cache` (also the console script `tridil`)."""
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
+import os
 import platform
 import sys
 from dataclasses import replace
@@ -10,8 +12,10 @@ from pathlib import Path
 
 import torch
 
-from . import __version__, dispatch
+from . import __version__, cache, dispatch
+from .config import describe, device_limits
 from .problem import PASSES, Problem, problem_of
+from .workloads import SUITES
 
 
 def info(args) -> int:
@@ -32,7 +36,8 @@ def info(args) -> int:
 
 
 def parse_shape(text: str, dtype: str = "float16", layout: str = "nhwc") -> Problem:
-    """Problem of e.g. "n=4 c=256 h=60 w=60 k=256 r=3 d=12": also s, stride, pad, g; pairs as "d=12,6"; pad defaults to d*(r-1)//2.
+    """Problem of e.g. "n=4 c=256 h=60 w=60 k=256 r=3 d=12": also s, stride, pad, g; pairs as "d=12,6"; pad defaults to d*(r-1)//2, of four numbers
+    they are top, bottom, left, right.
 
     Raises ValueError for unknown or missing names.
     """
@@ -54,20 +59,91 @@ def parse_shape(text: str, dtype: str = "float16", layout: str = "nhwc") -> Prob
     pad = values.get("pad", (d_h * (one["r"] - 1) // 2, d_w * (s - 1) // 2))
     if one["g"] < 1 or one["c"] % one["g"]:
         raise ValueError(f"c (={one['c']}) must be a multiple of g (={one['g']})")
-    return problem_of((one["n"], one["c"], one["h"], one["w"]), (one["k"], one["c"] // one["g"], one["r"], s), None,
-                      stride, pad, dilation, one["g"], dtype, layout)
+    four = len(pad) == 4
+    problem = problem_of((one["n"], one["c"], one["h"] + four * sum(pad[:2]), one["w"] + four * sum(pad[2:])),
+                         (one["k"], one["c"] // one["g"], one["r"], s), None, stride, 0 if four else pad, dilation, one["g"], dtype, layout)
+    return replace(problem, h=one["h"], w=one["w"], padding=(pad[:2], pad[2:])) if four else problem
 
 
 def explain(args) -> int:
     """What runs for one layer, and why."""
-    problem = parse_shape(args.shape, args.dtype)
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    print(problem.key(), f"-> {problem.p}x{problem.q}, target {args.target or dispatch.target()}, {device}")
-    for row in dispatch.explain(problem, device, args.backend, args.target):
-        macs = "  ".join(f"{name} {row[name + '_macs'] / 1e6:.4g}M" for name in ("dense", "useful", "executed"))
-        print(f"{row['pass']}: {row['backend']} ({row['why']})\n  kernel {row['kernel']} ({row['kernel_why']}): {row['config']}\n"
-              f"  config from: {row['source']}\n  MACs (counted): {macs}")
+    problem = parse_shape(args.shape, args.dtype, args.layout)
+    print(dispatch.explanation(problem, torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu")), args.backend, args.target))
     return 0
+
+
+def tune(args) -> int:
+    """Measures the fastest configs of a suite, a layer or a model on this GPU and keeps them; under torchrun each rank measures its part."""
+    from . import tuner, workloads
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    if args.model:
+        module, _, name = args.model.partition(":")
+        sys.path.insert(0, os.getcwd())
+        factory = getattr(importlib.import_module(module), name, None) if name else None
+        if not callable(factory):
+            raise ValueError(f"--model takes package.module:factory, a function that returns (module, inputs), got {args.model!r}")
+        subject = factory()
+        if not isinstance(subject, tuple) or len(subject) != 2:
+            raise ValueError(f"{args.model} must return (module, inputs), got {type(subject).__name__}")
+        subject = (subject[0], *(subject[1] if isinstance(subject[1], (tuple, list)) else [subject[1]]))
+    elif args.shape:
+        subject = ([parse_shape(args.shape, args.dtype, args.layout)],)
+    else:
+        subject = ([w.problem for w in workloads.suite(args.suite, args.dtype, args.layout)],)
+    try:
+        rows = tuner.tune(*subject, passes=args.passes.split(","), top=args.top, budget=args.budget, force=args.force)
+    except RuntimeError as e:
+        print(f"tridil tune: {e}", file=sys.stderr)
+        return 1
+    rows = tuner.gather(rows)
+    if int(os.environ.get("RANK", 0)) == 0:
+        for row in rows:
+            result = "every candidate was rejected" if row["config"] is None else f"{row['ms']:.4f} ms {describe(row['config'])}"
+            print(f"{row['problem'].key()} | {row['pass']}: {result}; ATen {row['aten_ms'] or float('nan'):.4f} ms; {row['tried']} tried, "
+                  f"{len(row['rejected'])} rejected")
+        print(f"{len(rows)} measured, kept in {cache.path(dispatch.target())}")
+    return int(any(row["config"] is None for row in rows))
+
+
+def show_cache(args) -> int:
+    """Shows the measured configs, merges tables from other machines, exports them."""
+    if args.action == "merge":
+        for file in map(Path, args.files):
+            if not file.exists():
+                raise ValueError(f"there is no file {file}")
+            target, entries = cache.load(file)
+            kept = cache.add(target, entries)
+            print(f"{file}: {len(entries)} entries for {target} {'merged into' if kept else 'could not be written to'} {cache.path(target)}")
+            if not kept:
+                return 1
+        return 0
+    target = args.target or dispatch.target()
+    entries = cache.merge(cache.shipped(target), cache.user(target))
+    if args.action == "export":
+        if len(args.files) != 1:
+            raise ValueError(f"export takes one file, got {args.files}")
+        cache.write(Path(args.files[0]), target, entries)
+        print(f"{len(entries)} entries for {target} written to {args.files[0]}")
+        return 0
+    for key, records in entries.items():
+        for device, r in records.items():
+            print(f"{key} | {device}: {r['ms']:.4f} ms, ATen {r.get('aten_ms') or float('nan'):.4f} ms | {describe(r['config'])} | {r['date'][:10]}"
+                  f"{'' if cache.is_fresh(r) else ' (stale: a hint only)'}")
+    print(f"{len(entries)} entries for {target} in {cache.path(target)} and the shipped table")
+    return 0
+
+
+def seconds(text: str) -> float:
+    """60, 60s, 10m or 1h as seconds."""
+    number, unit = (text[:-1], text[-1]) if text[-1:] in ("s", "m", "h") else (text, "s")
+    try:
+        value = float(number) * {"s": 1, "m": 60, "h": 3600}[unit]
+    except ValueError:
+        value = -1.0
+    if not value >= 0:
+        raise argparse.ArgumentTypeError(f"expected a time such as 60s, 10m or 1h, got {text!r}")
+    return value
 
 
 def aot(args) -> int:
@@ -76,7 +152,6 @@ def aot(args) -> int:
 
     from . import workloads
     from .aot import report
-    from .config import describe, device_limits
     target = args.target or dispatch.target()
     layers = [(args.shape, parse_shape(args.shape, args.dtype))] if args.shape else \
         [(w.name, w.problem) for w in workloads.suite(args.suite, args.dtype)]
@@ -103,18 +178,32 @@ def main(argv=None) -> int:
     parser = argparse.ArgumentParser(prog="tridil", description="Triton kernels for dilated convolution")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("info", help=info.__doc__).set_defaults(run=info)
-    for name, run in (("explain", explain), ("aot", aot)):
+    for name, run in (("explain", explain), ("aot", aot), ("tune", tune)):
         sub = commands.add_parser(name, help=run.__doc__)
         sub.set_defaults(run=run)
         sub.add_argument("--shape", required=name == "explain", help='e.g. "n=4 c=256 h=60 w=60 k=256 r=3 d=12"; also s, stride, pad, g')
         sub.add_argument("--dtype", default="float16", choices=("float16", "bfloat16", "float32", "float64"))
-        sub.add_argument("--target", help="like cuda:80, cuda:90, hip:gfx942 (default: the active driver's, or TRIDIL_TARGET)")
+        if name != "aot":
+            sub.add_argument("--layout", default="nhwc", choices=("nhwc", "nchw"), help="memory format of the results")
+        if name != "tune":
+            sub.add_argument("--target", help="like cuda:80, cuda:90, hip:gfx942 (default: the active driver's, or TRIDIL_TARGET)")
+        if name != "explain":
+            sub.add_argument("--suite", default="quick", help="suite of tridil.workloads: " + ", ".join(SUITES))
+            sub.add_argument("--passes", default=",".join(PASSES))
     commands.choices["explain"].add_argument("--backend", default="auto", choices=dispatch.BACKENDS)
     commands.choices["explain"].add_argument("--device", help="torch device of the tensors (default: cuda if there is one)")
-    commands.choices["aot"].add_argument("--suite", default="quick", help="suite of tridil.workloads")
-    commands.choices["aot"].add_argument("--passes", default=",".join(PASSES))
     commands.choices["aot"].add_argument("--json", help="write the rows to this file")
     commands.choices["aot"].add_argument("--save", help="keep PTX and SASS in this folder")
+    sub = commands.choices["tune"]
+    sub.add_argument("--model", help="package.module:factory, a function that returns (module, inputs): its convolutions are measured")
+    sub.add_argument("--top", type=int, default=8, help="candidates a pass, the cost model's best")
+    sub.add_argument("--budget", type=seconds, help="stop after this time, e.g. 60s or 10m; the same command goes on from there")
+    sub.add_argument("--force", action="store_true", help="measure again what was measured")
+    sub = commands.add_parser("cache", help=show_cache.__doc__)
+    sub.set_defaults(run=show_cache)
+    sub.add_argument("action", nargs="?", default="show", choices=("show", "merge", "export"))
+    sub.add_argument("files", nargs="*", help="merge: tables to merge into this user's; export: the file to write")
+    sub.add_argument("--target", help="like cuda:90 (default: the active driver's)")
     args = parser.parse_args(argv)
     try:
         dispatch.check_target(getattr(args, "target", None) or dispatch.target())

@@ -8,6 +8,7 @@ import subprocess
 import tempfile
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 
@@ -21,14 +22,11 @@ LOOP = ("loop_instructions", "overhead", "loop_ldsm", "bound", "limiter", "l2_by
 _TYPES = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32", "float64": "fp64"}
 
 
-def compile_pass(problem: Problem, pass_: str, config: dict, target: str, precision: str = "tf32") -> list:
-    """[(Launch, triton's CompiledKernel)] of one pass for `target`, like "cuda:90" or "hip:gfx942"; pointers are taken as 16-byte aligned.
+def sources(problem: Problem, pass_: str, config: dict, target: str, precision: str = "tf32", has_bias: bool = False) -> list:
+    """[(Launch, triton's ASTSource)] of one pass, specialised as the JIT specialises it; pointers are taken as 16-byte aligned.
 
-    Compiled kernels come from Triton's cache when their source was compiled before. Raises ValueError when config does not fit, RuntimeError when
-    Triton interprets kernels in this process.
+    Raises ValueError when config does not fit, RuntimeError when Triton interprets kernels in this process.
     """
-    import triton
-    from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     from . import config as cfg
@@ -38,12 +36,10 @@ def compile_pass(problem: Problem, pass_: str, config: dict, target: str, precis
     reason = cfg.fits(config, problem, pass_, target)
     if reason:
         raise ValueError(f"config {config} does not fit {pass_} of {problem.key()}: {reason}")
-    backend, _, arch = target.partition(":")
-    gpu = GPUTarget(backend, int(arch) if backend == "cuda" else arch, 32 if re.match(r"cuda|hip:gfx1[0-2]", target) else 64)
     precision = precision if problem.dtype == "float32" else "ieee"
     element, partial = _TYPES[problem.dtype], "fp64" if problem.dtype == "float64" else "fp32"
     out = []
-    for item in launch.plan(problem, pass_, config, precision, has_bias=pass_ == "fprop"):
+    for item in launch.plan(problem, pass_, config, precision, has_bias):
         fn, scalars, constants = item.fn, dict(item.scalars), dict(launch._constexprs(item.constexprs))
         tensors = {name: (partial if role == "partials" else element, box) for name, role, box in item.tensors}
         signature, attrs = {}, {}
@@ -55,16 +51,30 @@ def compile_pass(problem: Problem, pass_: str, config: dict, target: str, precis
                 signature[name] = f"tensordesc<{type_}[{','.join(map(str, box.block))}]>" if box else f"*{type_}"
                 if not box:
                     attrs[(i,)] = [["tt.divisibility", 16]]
-            elif scalars[name] == 1 and not parameter.do_not_specialize:       # as the JIT specialises its arguments
+            elif scalars[name] == 1 and not parameter.do_not_specialize:
                 signature[name], constants[name] = "constexpr", 1
             else:
                 signature[name] = "i32" if -2**31 <= scalars[name] < 2**31 else "i64"
-                if scalars[name] % 16 == 0 and not parameter.do_not_specialize:
+                if scalars[name] % 16 == 0 and not (parameter.do_not_specialize or parameter.do_not_specialize_on_alignment):
                     attrs[(i,)] = [["tt.divisibility", 16]]
         constexprs = {(fn.arg_names.index(name),): value for name, value in constants.items()}
-        source = ASTSource(fn, signature, constexprs=constexprs, attrs=attrs)
-        out.append((item, triton.compile(source, target=gpu, options=dict(item.options))))
+        out.append((item, ASTSource(fn, signature, constexprs=constexprs, attrs=attrs)))
     return out
+
+
+def compile_source(source, options, target: str):
+    """triton's CompiledKernel of an ASTSource for `target`, like "cuda:90" or "hip:gfx942"; from Triton's cache when it was compiled before."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    backend, _, arch = target.partition(":")
+    gpu = GPUTarget(backend, int(arch) if backend == "cuda" else arch, 32 if re.match(r"cuda|hip:gfx1[0-2]", target) else 64)
+    return triton.compile(source, target=gpu, options=dict(options))
+
+
+def compile_pass(problem: Problem, pass_: str, config: dict, target: str, precision: str = "tf32") -> list:
+    """[(Launch, triton's CompiledKernel)] of one pass, fprop with a bias. Errors as in `sources`."""
+    found = sources(problem, pass_, config, target, precision, has_bias=pass_ == "fprop")
+    return [(item, compile_source(source, item.options, target)) for item, source in found]
 
 
 def resources(problem: Problem, pass_: str, config: dict | None = None, target: str = "cuda:90", precision: str = "tf32",
@@ -78,7 +88,8 @@ def resources(problem: Problem, pass_: str, config: dict | None = None, target: 
     save: a folder that keeps PTX and SASS as name-pass-kernel.*. Errors as in `compile_pass`.
     """
     from . import config as cfg
-    config = config or cfg.default(problem, pass_, target, precision)
+    from . import cost_model
+    config = config or cost_model.best(problem, pass_, target, precision)
     rows = []
     for i, (item, kernel) in enumerate(compile_pass(problem, pass_, config, target, precision)):
         if target.startswith("cuda"):
@@ -102,20 +113,40 @@ def report(jobs, target: str, save: Path | None = None) -> list[dict]:
     A kernel that does not compile has a row with `failure`.
     """
     jobs = [(*job, target, save) for job in jobs]
-    workers = min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, len(jobs))
+    workers = _workers(jobs)
     if workers < 2 or len(jobs) < 9:                            # a worker takes seconds to start
         return [row for job in jobs for row in _rows(job)]
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
         return [row for rows in pool.map(_rows, jobs) for row in rows]
 
 
+def precompile(jobs: list, target: str) -> None:
+    """Fills Triton's cache with the kernels of (problem, pass, precision, config) jobs on all cores; what fails here fails again at its launch."""
+    jobs = [(*job, target) for job in jobs]
+    if len(jobs) < 3:
+        return                                                  # compiled where they are launched
+    with ProcessPoolExecutor(_workers(jobs), multiprocessing.get_context("spawn")) as pool:
+        list(pool.map(_try_to_compile, jobs))
+
+
+def _try_to_compile(job) -> None:
+    problem, pass_, precision, config, target = job
+    with suppress(Exception):
+        compile_pass(problem, pass_, config, target, precision)
+
+
+def _workers(jobs: list) -> int:
+    return min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, len(jobs))
+
+
 def _rows(job) -> list[dict]:
     from . import config as cfg
+    from . import cost_model
     name, problem, pass_, target, save = job
     head = {"layer": name, "pass": pass_}
     tail = {"dense_macs": problem.dense_macs, "useful_macs": problem.useful_macs}
     try:
-        config = cfg.default(problem, pass_, target)
+        config = cost_model.best(problem, pass_, target)
         rows = resources(problem, pass_, config, target, save=save, name=name)
     except Exception as e:                                      # ptxas and LLVM fail in many ways; the row says how
         return [head | {"kernel": None, "target": target, "failure": f"{type(e).__name__}: {e}".replace("\n", " ")[:300]} | tail]

@@ -1,4 +1,4 @@
-"""Tile configurations: which are legal (`fits`), which are sensible (`candidates`), and the default one.
+"""Tile configurations: which are legal (`fits`), which are sensible (`candidates`), and how much work each one is.
 
 A config is a plain dict: ``kernel`` ("gather", "gather_flat" or "tma"), the kernel's constexpr tile sizes, num_warps, num_stages, maxnreg.
 fprop and dgrad: the pixel box BLOCK_IMG x BLOCK_P x BLOCK_Q is the tile's M, rounded up to a power of two, BLOCK_N output channels, BLOCK_K
@@ -16,34 +16,23 @@ from functools import lru_cache
 from itertools import product
 from math import gcd, prod
 
+from . import devices
 from .problem import DTYPE_BYTES, PASSES, Axis, Problem
 
-# target -> (SMs of its largest common part, bytes of shared memory one program may use); CUDA programming guide, table "Technical
-# specifications per compute capability"; AMD CDNA3 ISA guide for LDS
-TARGETS = {"cuda:80": (108, 166912), "cuda:86": (84, 101376), "cuda:89": (128, 101376), "cuda:90": (132, 232448),
-           "cuda:100": (148, 232448), "cuda:120": (170, 101376), "hip:gfx942": (304, 65536)}
 KERNELS = ("gather", "gather_flat", "tma", "depthwise")
-# tile (M, N, num_warps) -> relative rate of the main loop: 1 / (1 + instructions that are not MMA per MMA), static counts, fp16, sm_80;
-# on the smallest tile more warps would repeat each other's work
-TILES = {(128, 128, 4): 1.0, (128, 256, 8): 1.0, (256, 128, 8): 0.98, (64, 128, 4): 0.8, (128, 64, 4): 0.8, (64, 64, 4): 0.65,
-         (128, 32, 4): 0.5, (64, 32, 4): 0.42, (128, 16, 4): 0.3, (64, 16, 4): 0.25,
-         (32, 128, 4): 0.5, (32, 64, 4): 0.42, (16, 128, 4): 0.3, (16, 64, 4): 0.25, (16, 32, 4): 0.2, (16, 16, 2): 0.15}
-# the same for kernels/tma.py, in units of the gather kernel's best tile: sm_90 by instructions, sm_100 by the bound that shared memory sets, both
-# times 1 / the bound of the gather kernel's loop there (0.8, 0.67). From static counts, like the rest: nothing of it was measured
-TMA_TILES = {"cuda:90": {(128, 128, 4): 1.25, (128, 256, 8): 1.25, (256, 128, 8): 1.25, (64, 256, 4): 1.2, (256, 64, 4): 1.2, (64, 128, 4): 1.0,
-                         (128, 64, 4): 1.0, (64, 64, 4): 0.75, (128, 32, 4): 0.5, (32, 128, 4): 0.5},
-             "cuda:100": {(128, 128, 4): 1.5, (128, 256, 8): 1.5, (256, 128, 8): 1.5, (64, 256, 4): 1.2, (256, 64, 4): 1.0, (64, 128, 4): 1.0,
-                          (128, 64, 4): 1.0, (64, 64, 4): 0.75, (128, 32, 4): 0.6, (32, 128, 4): 0.6}}
-# assumed: what a program's prologue and epilogue cost, in steps of 64 of its loop; what writing and reading a partial result (8 bytes) in L2 costs,
-# in MACs
-TILE_STEPS, PARTIAL_MACS = 4, 400
-# the same without tensor cores: fp64, ieee fp32
-SIMT_TILES = {(64, 64, 4): 1.0, (64, 32, 4): 0.8, (64, 16, 4): 0.5, (32, 32, 4): 0.5, (32, 16, 4): 0.3, (16, 64, 4): 0.5, (16, 16, 4): 0.2}
+# tiles (M, N, num_warps); on the smallest one more warps would repeat each other's work
+TILES = ((128, 128, 4), (128, 256, 8), (256, 128, 8), (64, 128, 4), (128, 64, 4), (64, 64, 4), (128, 32, 4), (64, 32, 4), (128, 16, 4),
+         (64, 16, 4), (32, 128, 4), (32, 64, 4), (16, 128, 4), (16, 64, 4), (16, 32, 4), (16, 16, 2))
+TMA_TILES = ((128, 128, 4), (128, 256, 8), (256, 128, 8), (64, 256, 4), (256, 64, 4), (64, 128, 4), (128, 64, 4), (64, 64, 4), (128, 32, 4),
+             (32, 128, 4))
+# without tensor cores: fp64, ieee fp32
+SIMT_TILES = ((64, 64, 4), (64, 32, 4), (64, 16, 4), (32, 32, 4), (32, 16, 4), (16, 64, 4), (16, 16, 4))
 
 
 def device_limits(target: str) -> tuple[int, int]:
-    """(SMs, shared memory bytes per program) of a target such as "cuda:90"; an unknown one is taken as the smallest."""
-    return TARGETS.get(target, (84, 65536 if target.startswith("hip") else 101376))
+    """(SMs, bytes of shared memory one program may use) of a target such as "cuda:90"."""
+    device = devices.of_target(target)
+    return device.sms, device.limits[1]
 
 
 def pixels(config: dict) -> int:
@@ -267,7 +256,7 @@ def candidates(problem: Problem, pass_: str, target: str, precision: str = "tf32
     """
     if is_depthwise(problem):
         return [cfg for cfg in _depthwise_options(problem, pass_, target) if fits(cfg, problem, pass_, target) is None]
-    options = [*_gather_options(problem, pass_, target, precision), *_tma_options(problem, pass_, target, precision)]
+    options = [*_gather_options(problem, pass_, target, precision), *tma_options(problem, pass_, target, precision)]
     return [cfg for cfg in options if fits(cfg, problem, pass_, target) is None]
 
 
@@ -290,7 +279,7 @@ def _gather_options(problem: Problem, pass_: str, target: str, precision: str):
         large = m * n >= 128 * 128                                     # its accumulator leaves few registers: below is what would spill
         if large and pass_ == "wgrad" and (cols % n or rows % m):
             continue
-        if large and (pass_ != "wgrad" and cols % n or pass_ == "wgrad" and (base["CLAMP"] or problem.layout == "nchw")):
+        if large and (pass_ != "wgrad" and cols % n or pass_ == "wgrad" and base["CLAMP"]):
             steps = [step for step in steps if step * nbytes < 128]
         for step in steps[:1 if rows else 2]:
             option = dict(base, BLOCK_N=n, num_warps=warps, SPLIT_K=1, **{"BLOCK_M" if rows else "BLOCK_K": m if rows else step})
@@ -301,17 +290,20 @@ def _gather_options(problem: Problem, pass_: str, target: str, precision: str):
             option = _best_box(problem, pass_, option, boxes)
             if not rows and (flat or m * n > 128 * 128):               # larger accumulators and a split would spill
                 yield option
+            elif rows and large and problem.layout == "nchw" and not base["CLAMP"]:      # so would the addresses of its result; not of partial sums
+                yield from _split(option, problem, pass_, target)[1:] or [dict(option, SPLIT_K=2)]
             else:
-                yield from _split(option, problem, pass_, target, precision)
+                yield from _split(option, problem, pass_, target)
 
 
-def _tma_options(problem: Problem, pass_: str, target: str, precision: str):
-    if target not in TMA_TILES or not has_mma(problem, precision) or is_flat(problem, pass_):
+def tma_options(problem: Problem, pass_: str, target: str, precision: str):
+    """Sensible configs of the tma kernel, legal or not."""
+    if target not in ("cuda:90", "cuda:100") or not has_mma(problem, precision) or is_flat(problem, pass_):
         return
     nbytes = DTYPE_BYTES[problem.dtype]
     specialize = int(target[5:]) // 10 == 10 and not (pass_ == "wgrad" and nbytes == 4)
     rows, cols, reduced = _channels(problem, pass_, 1)
-    for m, n, warps in TMA_TILES[target]:
+    for m, n, warps in TMA_TILES:
         if not _suits(m, n, rows, cols, nbytes):
             continue
         for step in _reduction_steps(pass_, reduced, nbytes)[:1 if rows else 2]:
@@ -320,7 +312,7 @@ def _tma_options(problem: Problem, pass_: str, target: str, precision: str):
             if not rows:
                 option["WEIGHT_FIRST"] = n >= 64 and (not specialize or m < 128)       # tcgen05 runs at full rate from 128 rows on
             option = _best_box(problem, pass_, option, _boxes(step if rows else m, _map(problem, pass_), powers=True))
-            for cfg in _split(option, problem, pass_, target, precision):
+            for cfg in _split(option, problem, pass_, target):
                 if rows or m <= 128 or not specialize or stores_boxes(cfg, problem, pass_):          # else the store's addresses would spill
                     yield cfg
 
@@ -351,46 +343,20 @@ def _reduction_steps(pass_: str, reduced: int | None, nbytes: int) -> list[int]:
     return [step for step in steps if -(-reduced // step) * step <= 1.1 * least]
 
 
-def _split(option: dict, problem: Problem, pass_: str, target: str, precision: str) -> list[dict]:
-    """option, and the same with the reduction split as it costs least: splits of at least eight steps each, at most 64 MiB of partial results."""
+def _split(option: dict, problem: Problem, pass_: str, target: str) -> list[dict]:
+    """option, and the same with the reduction split so that the programs fill about half of the target's SMs, all and twice: splits of at least eight
+    steps each, at most 64 MiB of partial results."""
     c, k, step = problem.c // problem.groups, problem.k // problem.groups, tile(option, pass_)[2]
     result = {"fprop": problem.y_shape, "dgrad": problem.x_shape, "wgrad": problem.w_shape}[pass_]
     taps = 1 if pass_ == "wgrad" else problem.r * problem.s
     steps = taps * -(-{"fprop": c, "dgrad": k, "wgrad": problem.n * problem.p * problem.q}[pass_] // step)
     most = min(128, steps // 8, 2**26 // (max(DTYPE_BYTES[problem.dtype], 4) * max(prod(result), 1)))
-    splits = [dict(option, SPLIT_K=split) for split in (*range(2, 9), 12, 16, 24, 32, 48, 64, 96, 128) if split <= most]
-    return [option] + sorted(splits, key=lambda cfg: cost(problem, pass_, cfg, target, precision))[:1]
+    programs, sms = max(grid(problem, pass_, option), 1), device_limits(target)[0]
+    splits = {min(most, max(2, sms * waves // (2 * programs))) for waves in (1, 2, 4)} if programs < 2 * sms else set()
+    return [option] + [dict(option, SPLIT_K=split) for split in sorted(splits) if 1 < split <= most]
 
 
-def cost(problem: Problem, pass_: str, config: dict, target: str, precision: str = "tf32") -> float:
-    """MACs that all SMs could execute while the launches of this config run: orders candidates, has no unit of time.
-
-    A launch ends with its last program, so unequal tiles and the idle part of the last wave count; so do a program's prologue and epilogue
-    (TILE_STEPS) and the traffic of partial results (PARTIAL_MACS).
-    """
-    if config["kernel"] == "depthwise":
-        return _depthwise_cost(problem, pass_, config, target)
-    m, n, step = tile(config, pass_)
-    table = TMA_TILES[target] if config["kernel"] == "tma" else TILES if has_mma(problem, precision) else SIMT_TILES
-    rate = table[m, n, config["num_warps"]] * {16: 0.6, 32: 0.85}.get(step, 1.0)
-    slots, split = device_limits(target)[0] * (2 if m * n <= 128 * 128 else 1), config["SPLIT_K"]
-    span = 0.0
-    for axes in passes_axes(problem, pass_):
-        programs = tiles(problem, pass_, config, axes)
-        total, most = _launch_steps(problem, pass_, config, axes)
-        extra = TILE_STEPS * 64 / step
-        total, most = total + extra * programs, most / split + extra
-        if programs <= slots:
-            span += most
-        elif most * programs <= 1.05 * total:                                   # equal programs
-            span += -(-programs // slots) * most
-        else:                                                                   # the last program begins at a random moment of another
-            span += max(most, total / slots + most / 2)
-    result = prod({"fprop": problem.y_shape, "dgrad": problem.x_shape, "wgrad": problem.w_shape}[pass_])
-    return span * slots * m * n * step / rate + (PARTIAL_MACS * split * result if split > 1 else 0)
-
-
-def _launch_steps(problem: Problem, pass_: str, config: dict, axes: tuple[Axis, Axis]) -> tuple[float, float]:
+def launch_steps(problem: Problem, pass_: str, config: dict, axes: tuple[Axis, Axis]) -> tuple[float, float]:
     """(sum, maximum) over tiles of their reduction steps, all splits together."""
     (m, n, step), (h, w) = tile(config, pass_), axes
     images = -(-problem.n // config["BLOCK_IMG"])
@@ -406,41 +372,6 @@ def _launch_steps(problem: Problem, pass_: str, config: dict, axes: tuple[Axis, 
     return images * h_sum * w_sum * blocks * -(-cols // n) * problem.groups, h_most * w_most * blocks
 
 
-@lru_cache(maxsize=4096)
-def _default(problem: Problem, pass_: str, target: str, precision: str) -> tuple:
-    options = candidates(problem, pass_, target, precision)
-    if not options:
-        raise ValueError(f"no tile fits {pass_} of {problem.key()} on {target}")
-    return tuple(min(options, key=lambda cfg: cost(problem, pass_, cfg, target, precision)).items())
-
-
-def default(problem: Problem, pass_: str, target: str, precision: str = "tf32") -> dict:
-    """The config that runs when nothing was measured: the candidate of least `cost`. Raises ValueError when none fits."""
-    return dict(_default(problem, pass_, target, precision))
-
-
-def why(problem: Problem, pass_: str, config: dict, target: str, precision: str = "tf32") -> str:
-    """Why the config's kernel is the one of that pass, in words."""
-    if config["kernel"] == "depthwise":
-        return "one channel per group: a direct kernel, since a matrix product would be mostly zeros"
-    if config["kernel"] == "gather_flat":
-        channels = _channels(problem, pass_, 1)[1 if pass_ == "wgrad" else 2]
-        return f"{channels} channels: blocks of (tap, channel) pairs waste less than blocks of channels"
-    options = list(_tma_options(problem, pass_, target, precision))
-    legal = [cfg for cfg in options if fits(cfg, problem, pass_, target) is None]
-    if config["kernel"] == "tma":
-        return f"{target} loads boxes of the image by descriptor"
-    if legal:
-        best = min(legal, key=lambda cfg: cost(problem, pass_, cfg, target, precision))
-        ratio = executed_macs(problem, pass_, best) / executed_macs(problem, pass_, config)
-        return f"descriptors need boxes of powers of two, which would execute {ratio:.2f} times the MACs"
-    if options:
-        return fits(options[0], problem, pass_, target)
-    if not has_mma(problem, precision):
-        return f"{problem.dtype} does not run on tensor cores here"
-    return f"pointer loads: {target} has no descriptors that pay"
-
-
 def describe(config: dict) -> str:
     """A config in one word: pixel box, channel tile(s), reduction step or split, warps, stages."""
     box = "x".join(str(config[f"BLOCK_{side}"]) for side in ("IMG", "P", "Q"))
@@ -454,8 +385,8 @@ def describe(config: dict) -> str:
 # a lane's element costs about so many instructions: to load and convert a column, to load and convert a weight; a column costs its address and masks
 # besides, an iteration its own arithmetic. Static counts (fp16, 3x3 to 7x7, sm_80 and sm_90)
 COLUMN, ADDRESS, WEIGHT, ITERATION, WGRAD_ITERATION, PROGRAM = 1, 6, 2.7, 40, 160, 250
-# assumed: bytes per SM and clock from memory and from L2, and the warps of an SM that keep them busy
-DRAM_BYTES, L2_BYTES, BUSY_WARPS = 14, 24, 12
+# assumed: shares of peak bandwidth that are reached, and the warps of an SM that keep memory busy
+DRAM_SHARE, L2_SHARE, BUSY_WARPS = 0.85, 0.5, 12
 
 
 def is_depthwise(problem: Problem) -> bool:
@@ -588,14 +519,14 @@ def _depthwise_walk(problem: Problem, pass_: str, config: dict, axes: tuple[Axis
             all_tiles * iterations * boxes * chunks)
 
 
-def _depthwise_cost(problem: Problem, pass_: str, config: dict, target: str) -> float:
-    """Clocks of the slowest of issue, memory and L2: orders candidates. From static counts; nothing of it was measured."""
-    nbytes, warps, (sms, _) = DTYPE_BYTES[problem.dtype], config["num_warps"], device_limits(target)
+def depthwise_clocks(problem: Problem, pass_: str, config: dict, device: devices.Device) -> dict[str, float]:
+    """Clocks of a pass's launches by what takes them: issue and l2 alone, waves with the idle SMs of both, dram. From static counts."""
+    nbytes, warps, sms, target = DTYPE_BYTES[problem.dtype], config["num_warps"], device.sms, device.target
     per = max(pixels(config) * config["BLOCK_N"] / (_warp(target) * warps), 1)
     wide = gcd(problem.c, problem.k, 16 // nbytes) if problem.layout == "nhwc" and problem.k == problem.c else 1
     moves = max(per / wide, 1)
     is_wgrad = pass_ == "wgrad"
-    total = 0.0
+    parts = dict(issue=0.0, l2=0.0, waves=0.0)
     for axes in passes_axes(problem, pass_):
         macs, live, walked, iterations = _depthwise_walk(problem, pass_, config, axes)
         programs = tiles(problem, pass_, config, axes)
@@ -613,11 +544,18 @@ def _depthwise_cost(problem: Problem, pass_: str, config: dict, target: str) -> 
         rows_read = (config["BLOCK_P"] + axes[0].taps - 1) / config["BLOCK_P"] if not is_wgrad else axes[0].taps / config["ROWS"] + 1
         halo = 1 + (axes[1].taps - 1) * min(grid_step(axes[1]), config["BLOCK_Q"]) / (config["BLOCK_Q"] * config["COLS"])
         moved = problem.n * axes[0].out * axes[1].out * problem.k * nbytes * (1 + rows_read * halo)
-        total += max(issue / (sms * 4 * 0.8) * waves, moved / (sms * L2_BYTES), 1500.0) * unfilled
-    memory = problem.bytes / (sms * DRAM_BYTES)
+        issue, l2 = issue / (sms * 4 * 0.8), moved / (sms * L2_SHARE * device.l2_clock)
+        parts = dict(issue=parts["issue"] + issue, l2=parts["l2"] + l2, waves=parts["waves"] + max(issue * waves, l2, 1500.0) * unfilled)
+    dram = problem.bytes / (device.dram * DRAM_SHARE / device.clock)
     if is_wgrad:
-        memory += 8 * config["SPLIT_K"] * prod(problem.w_shape) / (sms * L2_BYTES) + 4000
-    return max(total, memory) + 0.2 * min(total, memory)
+        dram += 8 * config["SPLIT_K"] * prod(problem.w_shape) / (sms * L2_SHARE * device.l2_clock)
+    return parts | {"dram": dram}
+
+
+def _depthwise_cost(problem: Problem, pass_: str, config: dict, target: str) -> float:
+    """Orders the boxes of one kernel: the slower of its waves and of memory, and some of the other, which never overlaps fully."""
+    parts = depthwise_clocks(problem, pass_, config, devices.of_target(target))
+    return max(parts["waves"], parts["dram"]) + 0.2 * min(parts["waves"], parts["dram"])
 
 
 def _depthwise_options(problem: Problem, pass_: str, target: str):
@@ -645,7 +583,7 @@ def _depthwise_options(problem: Problem, pass_: str, target: str):
                 if is_wgrad:
                     option["ROWS"] = rows
                 boxes = [dict(option, BLOCK_IMG=b, BLOCK_P=p, BLOCK_Q=q) for b, p, q in _lane_shapes(lanes, sides[0], sides[1], anchors)]
-                if _depthwise_registers(boxes[0], problem, shift, target) <= 180:
+                if _depthwise_registers(boxes[0], problem, shift, target) <= (170 if is_wgrad else 180):
                     options = (_depthwise_split(box, problem, target) for box in boxes) if is_wgrad else boxes
                     yield min(options, key=lambda cfg: _depthwise_cost(problem, pass_, cfg, target))
 
@@ -698,7 +636,7 @@ def moved_bytes(problem: Problem, pass_: str, config: dict) -> tuple[int, int]:
             programs += nbytes * (_depthwise_loads(problem, pass_, config, axes) + stored)
         else:
             m, n, step = tile(config, pass_)
-            programs += nbytes * (round(_launch_steps(problem, pass_, config, axes)[0]) * (m + n) * step + stored)
+            programs += nbytes * (round(launch_steps(problem, pass_, config, axes)[0]) * (m + n) * step + stored)
     return memory, programs
 
 

@@ -114,26 +114,50 @@ _too_old._dynamo_marked_constant = True
 
 
 def explain(problem: Problem, device, backend: str = "auto", target_: str | None = None) -> list[dict]:
-    """What runs for each pass, and why: rows with pass, backend, why, kernel, kernel_why, config, source of the config, dense/useful/executed MACs.
+    """What runs for each pass, and why: rows with pass, backend, why, kernel, kernel_why, config, source of the config, dense/useful/executed MACs,
+    ms (measured, or None), predicted_ms and limiter of the cost model, cudnn_ms (estimated; measured where there is a measurement of ATen).
 
-    The figures of MACs are counts, not times. Where ATen runs, kernel and config are what Triton would run on `target_`.
+    MACs are counts, not times. Where ATen runs, kernel and config are what Triton would run. With target_ (like "cuda:90") the answer is for a GPU of
+    that target, whatever the device.
     """
     from . import config as cfg
+    from . import cost_model, tuner
     from .ops import fp32_precision
-    chosen, aim = choose(problem, device, backend), target_ or target()
-    variable = os.environ.get("TRIDIL_BACKEND", "auto") if backend == "auto" else "auto"
-    if backend != "auto" or variable != "auto":
-        why = "asked for" if backend != "auto" else f"TRIDIL_BACKEND={variable}"
-    elif chosen == "triton":
-        why = f"the Triton driver serves {device.type!r} tensors"
+    if target_:
+        aim, device, chosen = target_, None, "triton"           # of the GPU that stands for the target
     else:
-        why = can_run(problem, device) or _too_old() or "CPU tensors run through ATen"
+        aim, chosen = target(), choose(problem, device, backend)
+    variable = os.environ.get("TRIDIL_BACKEND", "auto") if backend == "auto" else backend
+    spec, _ = tuner.device_spec(aim, device)
     rows = []
     for pass_ in PASSES:
-        precision = fp32_precision(aim)
-        config = cfg.default(problem, pass_, aim, precision)
-        rows.append({"pass": pass_, "backend": chosen, "why": why, "kernel": config["kernel"],
-                     "kernel_why": cfg.why(problem, pass_, config, aim, precision), "config": cfg.describe(config),
-                     "source": "least executed MACs / tile rate (nothing measured)", "dense_macs": problem.dense_macs,
-                     "useful_macs": problem.useful_macs, "executed_macs": cfg.executed_macs(problem, pass_, config)})
+        precision = fp32_precision(aim) if problem.dtype == "float32" else "ieee"
+        choice = tuner.decide(problem, pass_, aim, precision, device)
+        if variable != "auto":
+            runs, why = variable, "asked for" if backend != "auto" else f"TRIDIL_BACKEND={variable}"
+        elif chosen == "aten":
+            runs, why = "aten", can_run(problem, device) or _too_old() or "CPU tensors run through ATen"
+        else:
+            runs, why = choice.backend, choice.why
+        record, config = choice.record or {}, choice.config
+        rows.append({"pass": pass_, "backend": runs, "why": why, "kernel": config["kernel"],
+                     "kernel_why": cost_model.why(problem, pass_, config, spec, precision), "config": cfg.describe(config), "source": choice.source,
+                     "dense_macs": problem.dense_macs, "useful_macs": problem.useful_macs,
+                     "executed_macs": cfg.executed_macs(problem, pass_, config), "ms": record.get("ms"),
+                     "predicted_ms": 1e3 * choice.prediction.seconds, "limiter": choice.prediction.limiter,
+                     "cudnn_ms": record.get("aten_ms") or 1e3 * choice.cudnn, "roof_ms": 1e3 * cost_model.roof(problem, spec, precision)})
     return rows
+
+
+def explanation(problem: Problem, device, backend: str = "auto", target_: str | None = None) -> str:
+    """`explain` as people read it."""
+    lines = [f"{problem.key()} -> {problem.p}x{problem.q}, {f'target {target_}' if target_ else f'tensors on {device}, target {target()}'}"]
+    for row in explain(problem, device, backend, target_):
+        macs = "  ".join(f"{name} {row[name + '_macs'] / 1e6:.4g}M" for name in ("dense", "useful", "executed"))
+        times = [f"{row['predicted_ms']:.4g} ms predicted (limited by {row['limiter']})", f"{row['roof_ms']:.4g} ms roof",
+                 f"cuDNN {row['cudnn_ms']:.4g} ms {'estimated' if row['ms'] is None else 'measured'}"]
+        if row["ms"] is not None:
+            times.insert(0, f"{row['ms']:.4g} ms measured")
+        lines.append(f"{row['pass']}: {row['backend']} ({row['why']})\n  kernel {row['kernel']} ({row['kernel_why']}): {row['config']}\n"
+                     f"  config from: {row['source']}\n  MACs (counted): {macs}\n  kernels: {', '.join(times)}")
+    return "\n".join(lines)

@@ -1,14 +1,17 @@
-"""dilated_conv2d: arguments -> Problem -> backend -> autograd Function. Start reading here."""
+"""dilated_conv2d and dilated_conv1d: arguments -> Problem -> backend -> autograd Function. Start reading here."""
 from __future__ import annotations
 
+import os
+import sys
 from dataclasses import replace
 from functools import lru_cache
 
 import torch
 from torch.nn import functional as F
+from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from . import dispatch, ops
-from .problem import Problem, pair, problem_of, to_int
+from .problem import Problem, pair, problem_of, single, to_int
 
 
 def dilated_conv2d(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1, *, backend: str = "auto") -> torch.Tensor:
@@ -22,6 +25,82 @@ def dilated_conv2d(input, weight, bias=None, stride=1, padding=0, dilation=1, gr
     `F.conv2d`, "auto" (or the environment variable TRIDIL_BACKEND) the kernels for tensors on a GPU that the active Triton driver serves and
     ATen elsewhere. Raises TypeError and ValueError, with the values, where `F.conv2d` raises.
     """
+    if has_torch_function_variadic(input, weight, bias):    # torch.fx, TorchFunctionModes, subclasses
+        return handle_torch_function(dilated_conv2d, (input, weight, bias), input, weight, bias, stride, padding, dilation, groups, backend=backend)
+    dtype, autocast = _dtype(input, weight, bias)
+    if input.layout != torch.strided or weight.layout != torch.strided:
+        _check_layout(input, weight, backend)
+        return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
+    stride = stride if type(stride) is int else pair(stride, "stride")
+    padding = padding if type(padding) in (int, str) else pair(padding, "padding")
+    dilation = dilation if type(dilation) is int else pair(dilation, "dilation")
+    groups = to_int(groups, "groups")
+    compiling = torch.compiler.is_compiling()
+    lookup = _problem.__wrapped__ if compiling else _problem
+    problem = lookup(input.shape, input.stride(), weight.shape, weight.stride(), None if bias is None else bias.shape,
+                     stride, padding, dilation, groups, dtype, input.device.type)
+    chosen, auto = _choose(problem, input.device, backend)
+    if chosen == "aten" or problem.is_empty or (compiling or torch._C._get_tracing_state()) and _to_onnx():
+        return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
+    y = _run(input if input.dim() == 4 else input.unsqueeze(0), weight, bias, problem, dtype, autocast, auto)
+    return y if input.dim() == 4 else y.squeeze(0)
+
+
+def explain(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1, *, backend: str = "auto") -> list[dict]:
+    """Prints what `dilated_conv2d` runs for these arguments, and why: for each pass the backend, the kernel, its config and where that came from,
+    dense, useful and executed multiply-accumulates, the measured or predicted time and what limits it. Returns the rows of `dispatch.explain`.
+    """
+    problem = problem_of_tensors(input, weight, bias, stride, padding, dilation, groups)
+    print(dispatch.explanation(problem, input.device, backend))
+    return dispatch.explain(problem, input.device, backend)
+
+
+def problem_of_tensors(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1, *, backend: str = "auto") -> Problem:
+    """The Problem that `dilated_conv2d` runs for these arguments. Raises what it raises."""
+    dtype, _ = _dtype(input, weight, bias)
+    return _problem.__wrapped__(input.shape, input.stride(), weight.shape, weight.stride(), None if bias is None else bias.shape,
+                                stride, padding, dilation, groups, dtype, input.device.type)
+
+
+def dilated_conv1d(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1, *, causal: bool = False,
+                   backend: str = "auto") -> torch.Tensor:
+    """`torch.nn.functional.conv1d` on the kernels of `dilated_conv2d`, as a map of height 1, and causal convolution without a padded copy.
+
+    input (N, C, L) or (C, L), weight (K, C/groups, S), bias (K,) or None. stride, padding and dilation are ints or tuples of one; padding may be
+    "valid" or "same". causal=True puts dilation*(S-1) zeros before the first sample and none after the last, so that output t depends on
+    inputs up to t*stride: it has ceil(L/stride) samples. backend, autocast, derivatives and errors are those of `dilated_conv2d`; causal=True
+    with another padding than 0 raises ValueError.
+    """
+    if has_torch_function_variadic(input, weight, bias):
+        return handle_torch_function(dilated_conv1d, (input, weight, bias), input, weight, bias, stride, padding, dilation, groups,
+                                     causal=causal, backend=backend)
+    dtype, autocast = _dtype(input, weight, bias)
+    if input.layout != torch.strided or weight.layout != torch.strided:
+        _check_layout(input, weight, backend)
+        if causal:
+            raise TypeError(f"causal=True needs strided tensors, got {input.layout} and {weight.layout}: convert them with .to_dense()")
+        return F.conv1d(input, weight, bias, stride, padding, dilation, groups)
+    problem = _problem_1d(input, weight, bias, stride, padding, dilation, groups, causal, dtype)
+    compiling = torch.compiler.is_compiling()
+    chosen, auto = _choose(problem, input.device, backend)
+    if chosen == "aten" or problem.is_empty or (compiling or torch._C._get_tracing_state()) and _to_onnx():
+        if causal and problem.padding[1][0]:
+            input = F.pad(input, problem.padding[1])
+        return F.conv1d(input, weight, bias, stride, padding, dilation, groups)
+    x = input if input.dim() == 3 else input.unsqueeze(0)
+    y = _run(x.unsqueeze(2), weight.unsqueeze(2), bias, problem, dtype, autocast, auto).squeeze(2)
+    return y if input.dim() == 3 else y.squeeze(0)
+
+
+def _refuse_torchscript():
+    raise TypeError("TorchScript cannot compile dilated_conv2d and dilated_conv1d: use torch.compile or torch.export, or script F.conv2d")
+
+
+dilated_conv2d.__prepare_scriptable__ = dilated_conv1d.__prepare_scriptable__ = _refuse_torchscript
+
+
+def _dtype(input, weight, bias) -> tuple[torch.dtype, bool]:
+    """The dtype in which a convolution computes, and whether autocast is on. TypeError and ValueError for tensors that do not go together."""
     if not (isinstance(input, torch.Tensor) and isinstance(weight, torch.Tensor) and (bias is None or isinstance(bias, torch.Tensor))):
         raise TypeError(f"input and weight must be tensors and bias a tensor or None, got {type(input).__name__}, {type(weight).__name__} and "
                         f"{type(bias).__name__}")
@@ -34,27 +113,71 @@ def dilated_conv2d(input, weight, bias=None, stride=1, padding=0, dilation=1, gr
         dtypes = [t if t is None else _autocast(t) if autocast else t.dtype for t in (input, weight, bias)]
         if dtypes[2] not in (dtype, None) or dtypes[1] != dtype and input.numel():
             raise ValueError(f"input, weight and bias must have one dtype, got {dtypes}: convert them with .to(...)")
-    if input.layout != torch.strided or weight.layout != torch.strided:
-        if backend == "triton" or "sparse" in f"{input.layout}{weight.layout}":
-            raise TypeError(f"input and weight must be strided tensors, got {input.layout} and {weight.layout}: convert them with .to_dense()")
-        return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
-    stride = stride if type(stride) is int else pair(stride, "stride")
-    padding = padding if type(padding) in (int, str) else pair(padding, "padding")
-    dilation = dilation if type(dilation) is int else pair(dilation, "dilation")
-    groups = to_int(groups, "groups")
+    return dtype, autocast
+
+
+def _check_layout(input, weight, backend):
+    """TypeError where ATen has no convolution of these layouts, or the Triton kernels are asked for."""
+    if backend == "triton" or "sparse" in f"{input.layout}{weight.layout}":
+        raise TypeError(f"input and weight must be strided tensors, got {input.layout} and {weight.layout}: convert them with .to_dense()")
+
+
+def _to_onnx() -> bool:
+    """Whether torch.onnx exports: ONNX has a Conv and no Triton. Nor has TorchScript, whose tracer is refused."""
+    if "torch.onnx" in sys.modules and torch.onnx.is_in_onnx_export():
+        return True
+    if torch._C._get_tracing_state():
+        raise TypeError("torch.jit.trace cannot record the Triton backend: trace with backend='aten', or use torch.export")
+    return False
+
+
+_to_onnx._dynamo_marked_constant = True
+
+
+def _run(x, weight, bias, problem: Problem, dtype, autocast, auto) -> torch.Tensor:
+    """`ops.convolve` of 4D tensors, in dtype."""
+    if not autocast:
+        return ops.convolve(x, weight, bias, problem, auto)
+    with torch.autocast(x.device.type, enabled=False):
+        return ops.convolve(x.to(dtype), weight.to(dtype), bias if bias is None else bias.to(dtype), problem, auto)
+
+
+def _problem_1d(input, weight, bias, stride, padding, dilation, groups, causal, dtype) -> Problem:
+    if weight.dim() != 3 or input.dim() not in (2, 3):
+        raise ValueError(f"input must be 2D (C, L) or 3D (N, C, L) and weight 3D (out_channels, in_channels/groups, S), got shapes "
+                         f"{tuple(input.shape)} and {tuple(weight.shape)}")
+    stride, dilation = single(stride, "stride"), single(dilation, "dilation")
+    padding = padding if isinstance(padding, str) else single(padding, "padding")
+    if causal and padding != 0:
+        raise ValueError(f"causal=True pads by itself, with dilation*(S-1) zeros on the left: leave padding at 0, got {padding!r}")
+    channels, length = input.shape[-2:]
+    (k, c, taps), (s_k, s_c, s_s) = weight.shape, weight.stride()
+    if not isinstance(padding, str):
+        padding = (0, 0), (dilation * (taps - 1) if causal else padding, 0 if causal else padding)
+    # F.conv1d makes the input contiguous first: the result's memory format depends on the weight only
     lookup = _problem.__wrapped__ if torch.compiler.is_compiling() else _problem
-    problem = lookup(input.shape, input.stride(), weight.shape, weight.stride(), None if bias is None else bias.shape,
-                     stride, padding, dilation, groups, dtype, device.type)
-    if dispatch.choose(problem, device, backend) == "aten" or problem.is_empty:
-        return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
-    x = input if input.dim() == 4 else input.unsqueeze(0)
-    if autocast:
-        x, weight, bias = x.to(dtype), weight.to(dtype), bias if bias is None else bias.to(dtype)
-        with torch.autocast(device.type, enabled=False):
-            y = ops.convolve(x, weight, bias, problem)
-    else:
-        y = ops.convolve(x, weight, bias, problem)
-    return y if input.dim() == 4 else y.squeeze(0)
+    return lookup((*input.shape[:-1], 1, length), (channels * length, length, length, 1)[-1 - input.dim():], (k, c, 1, taps),
+                  (s_k, s_c, taps * s_s, s_s), None if bias is None else bias.shape, (1, stride), padding, (1, dilation),
+                  to_int(groups, "groups"), dtype, input.device.type)
+
+
+# what `dispatch.choose` answered: it asks the driver
+_chosen: dict = {}
+
+
+def _choose(problem, device, backend) -> tuple[str, bool]:
+    """(what runs, "triton" or "aten"; whether a pass may run through ATen though the kernels could run it)."""
+    variable = os.environ.get("TRIDIL_BACKEND", "auto") if backend == "auto" else backend
+    auto = variable == "auto"
+    if torch.compiler.is_compiling() or variable == "aten" or auto and device.type == "cpu":
+        return dispatch.choose(problem, device, backend), auto
+    try:
+        key = problem.dtype, device, variable, *ops.switches(device)
+    except Exception:                   # no Triton, or whatever a driver raises where it finds no device
+        return dispatch.choose(problem, device, backend), auto
+    if key not in _chosen:
+        _chosen[key] = dispatch.choose(problem, device, backend)
+    return _chosen[key], auto
 
 
 @lru_cache(maxsize=4096)

@@ -1,17 +1,22 @@
 """From a problem and an explicit config to kernel launches. `plan` needs no tensors, so ahead-of-time compilation shares it."""
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from math import gcd, prod
 
 import torch
+from triton.compiler import CompiledKernel
+from triton.runtime import driver
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import config as cfg
 from .dispatch import interpreted, target
 from .kernels import common, depthwise, gather, tma
 from .problem import DTYPE_BYTES, Axis, Problem
 
+_interpreted = interpreted()                             # decided when the kernels are imported
 FORMATS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
 
 
@@ -23,6 +28,21 @@ class Box:
     block: tuple[int, ...]
     offset: int = 0
 
+    @cached_property
+    def _fields(self) -> dict:
+        return {}
+
+    def describe(self, t: torch.Tensor) -> TensorDescriptor:
+        """The TensorDescriptor of t; Triton checks sizes and strides once, the base's alignment is `_nhwc`'s concern."""
+        base = torch.as_strided(t, self.shape, self.strides, t.storage_offset() + self.offset) if self.offset else t
+        if not self._fields:
+            first = TensorDescriptor(base, list(self.shape), list(self.strides), list(self.block))
+            self._fields.update((name, value) for name, value in vars(first).items() if name != "base")
+            return first
+        descriptor = object.__new__(TensorDescriptor)
+        descriptor.__dict__.update(self._fields, base=base)
+        return descriptor
+
 
 @dataclass(frozen=True)
 class Launch:
@@ -32,26 +52,54 @@ class Launch:
     for fp64; `workspace` elements). options are num_warps and the like.
     """
     kernel: str
-    grid: tuple[int]
+    grid: tuple[int, int, int]
     tensors: tuple[tuple[str, str, Box | None], ...]
     scalars: tuple[tuple[str, int], ...]
     constexprs: tuple[tuple[str, object], ...]
     options: tuple[tuple[str, int], ...]
     workspace: int = 0
 
-    @property
+    @cached_property
     def fn(self):
         return next(getattr(module, self.kernel) for module in (gather, tma, depthwise, common) if hasattr(module, self.kernel))
 
+    @cached_property
+    def _signature(self) -> tuple[list, list]:
+        """All arguments in their order, None for tensors; (index, role, Box or None) of tensors."""
+        values = dict(self.scalars) | _constexprs(self.constexprs)
+        return [values.get(name) for name in self.fn.arg_names], [(self.fn.arg_names.index(name), role, box) for name, role, box in self.tensors]
+
+    @cached_property
+    def _kernels(self) -> dict:
+        """(device, which pointers are 16-byte aligned) -> the kernel that Triton's JIT compiled: what it specialises on beyond this launch."""
+        return {}
+
+    def arguments(self, tensors: dict) -> list:
+        """The kernel's arguments, in order."""
+        values, places = self._signature
+        values = values.copy()
+        for i, role, box in places:
+            values[i] = tensors[role] if box is None else box.describe(tensors[role])
+        return values
+
     def __call__(self, tensors: dict):
-        arguments = {name: tensors[role] if box is None else _descriptor(tensors[role], box) for name, role, box in self.tensors}
-        self.fn[self.grid](**arguments, **dict(self.scalars), **_constexprs(self.constexprs), **dict(self.options))
+        """Launch on the current device and stream: through the JIT once, afterwards through its compiled kernel, which binds no arguments."""
+        arguments, aligned = self.arguments(tensors), 0
+        for i, _, box in self._signature[1]:
+            aligned += aligned + (box is None and arguments[i].data_ptr() & 15 == 0)
+        key = device(), aligned
+        kernel = self._kernels.get(key)
+        if kernel is not None:
+            kernel[self.grid](*arguments)
+        else:
+            kernel = self.fn[self.grid](*arguments, **dict(self.options))
+            if isinstance(kernel, CompiledKernel):              # neither interpreted nor compiled in the background
+                self._kernels[key] = kernel
 
 
-def _descriptor(t, box: Box):
-    from triton.tools.tensor_descriptor import TensorDescriptor
-    base = torch.as_strided(t, box.shape, box.strides, t.storage_offset() + box.offset) if box.offset else t
-    return TensorDescriptor(base, list(box.shape), list(box.strides), list(box.block))
+def device():
+    """The device of Triton's active driver that is current; None in the interpreter."""
+    return None if _interpreted else driver.active.get_current_device()
 
 
 @lru_cache(maxsize=4096)
@@ -73,7 +121,7 @@ def _plan(problem, pass_, config, precision, has_bias):
     config = dict(config)
     if problem.dtype == "bfloat16" and interpreted():
         precision = "upcast"
-    constexprs = {"PRECISION": precision} | {name: value for name, value in config.items() if name.isupper()}
+    constexprs = {"PRECISION": precision} | {name: value for name, value in config.items() if name.isupper() and name != "SPLIT_K"}
     options = {name: config[name] for name in ("num_warps", "num_stages", "maxnreg") if config[name] is not None}
     if config["kernel"] == "depthwise":
         return tuple(_depthwise_plan(problem, pass_, config, options, has_bias))
@@ -108,10 +156,11 @@ def _correlation_plan(p: Problem, pass_, h: Axis, w: Axis, config, constexprs, o
     else:
         total, scalars = 0, dict(strides)
     align_y = gcd(out, vector) if split > 1 or p.layout == "nhwc" else 1
-    constexprs = dict(constexprs, TRANSPOSED=pass_ == "dgrad", HAS_BIAS=has_bias and split == 1, ALIGN_Y=align_y)
+    constexprs = dict(constexprs, TRANSPOSED=pass_ == "dgrad", HAS_BIAS=has_bias and split == 1, IS_SPLIT=split > 1, ALIGN_Y=align_y)
     result = "partials" if split > 1 else "out"
     programs = cfg.tiles(p, pass_, config, (h, w))
-    scalars |= dict(sy_split=total, N=p.n, P=h.out, Q=w.out, K=out, G=p.groups, tap_r=h.tap0, tap_s=w.tap0, step_r=h.tap_step, step_s=w.tap_step)
+    scalars |= dict(SPLIT_K=split, sy_split=total, N=p.n, P=h.out, Q=w.out, K=out, G=p.groups)
+    scalars |= dict(tap_r=h.tap0, tap_s=w.tap0, step_r=h.tap_step, step_s=w.tap_step)
     if config["kernel"] == "tma":
         x, h, w = _source_box(p.n, source * p.groups, h, w, config, config["BLOCK_K"])
         store = cfg.stores_boxes(config, p, pass_)
@@ -143,7 +192,7 @@ def _wgrad_plan(p: Problem, config, constexprs, options):
     vector, total = 16 // DTYPE_BYTES[p.dtype], prod(p.w_shape)
     s_k, s_c, s_r, s_s = _strides(p.w_shape, p.layout)
     programs = cfg.tiles(p, "wgrad", config, (h, w))
-    scalars = dict(N=p.n, P=h.out, Q=w.out, K=k, G=p.groups)
+    scalars = dict(SPLIT_K=split, N=p.n, P=h.out, Q=w.out, K=k, G=p.groups)
     if config["kernel"] == "tma":
         split_up = split > 1 or p.layout != "nhwc"              # the descriptor stores channels last
         x, h, w = _source_box(p.n, p.c, h, w, config, config["BLOCK_N"])
@@ -157,7 +206,10 @@ def _wgrad_plan(p: Problem, config, constexprs, options):
         to = (p.r * p.s * c, 1, p.s * c, c) if split_up else (s_k, s_c, s_r, s_s)
         tensors = (("x_ptr", "b", None), ("dy_ptr", "a", None), ("dw_ptr", "partials" if split_up else "out", None))
         scalars |= dict(stride_h=h.stride, stride_w=w.stride, **_steps(h, w), sw_split=total, **dict(zip(("sw_k", "sw_c", "sw_r", "sw_s"), to)))
-        constexprs |= dict(C=c, R=p.r, S=p.s, FLAT=config["kernel"] == "gather_flat", ALIGN_C=gcd(c, vector), ALIGN_K=gcd(k, vector))
+        flat = config["kernel"] == "gather_flat"
+        scalars["C"] = c
+        constexprs |= dict(R=p.r, S=p.s, FLAT=flat, ALIGN_C=gcd(c, vector), ALIGN_K=gcd(k, vector),
+                           ALIGN_W=gcd(c, vector) if to[1] == 1 and not flat else 1)      # where channels are contiguous, taps are multiples of them
         first = _launch("wgrad", programs, tensors, scalars, constexprs, options, split * total * split_up)
     if not split_up:
         return (first,)
@@ -198,8 +250,8 @@ def _depthwise_plan(p: Problem, pass_, config, options, has_bias):
 
 def _sum(split, total, strides, sizes, has_bias) -> Launch:
     tensors = (("part_ptr", "partials", None), ("bias_ptr", "bias", None), ("y_ptr", "out", None))
-    constexprs = dict(HAS_BIAS=has_bias, SPLIT_K=split, BLOCK=256)
-    return _launch("sum_splits", -(-total // 256), tensors, dict(total=total, **sizes, **strides), constexprs, {})
+    scalars = dict(total=total, SPLIT_K=split, **sizes, **strides)
+    return _launch("sum_splits", -(-total // 256), tensors, scalars, dict(HAS_BIAS=has_bias, BLOCK=256), {})
 
 
 def _steps(h: Axis, w: Axis) -> dict:
@@ -229,56 +281,62 @@ def _strides(shape, layout: str) -> tuple[int, int, int, int]:
 
 
 def _launch(kernel, programs, tensors, scalars, constexprs, options, workspace=0) -> Launch:
-    return Launch(kernel, (programs,), tensors, tuple(scalars.items()), tuple(constexprs.items()), tuple(options.items()), workspace)
+    return Launch(kernel, (programs, 1, 1), tensors, tuple(scalars.items()), tuple(constexprs.items()), tuple(options.items()), workspace)
 
 
 def _nhwc(t: torch.Tensor, aligned: bool) -> torch.Tensor:
-    """Dense NHWC (KRSC) memory: a view of channels_last tensors, a copy of others, and of those whose base descriptors cannot take."""
-    t = t.detach().contiguous(memory_format=torch.channels_last)
-    return t.clone(memory_format=torch.channels_last) if aligned and t.data_ptr() % 16 else t
+    """Dense NHWC (KRSC) memory: channels_last tensors themselves, copies of others, and of those whose base descriptors cannot take."""
+    if not t.is_contiguous(memory_format=torch.channels_last):
+        t = t.detach().contiguous(memory_format=torch.channels_last)
+    return t.detach().clone(memory_format=torch.channels_last) if aligned and t.data_ptr() % 16 else t
 
 
 def fprop(problem: Problem, x, w, bias, config: dict, precision: str = "ieee") -> torch.Tensor:
     """y (N, K, P, Q) of x (N, C, H, W), w (K, C/G, R, S) and bias (K,) or None, in problem.layout. Raises ValueError when config does not fit."""
-    return _run(problem, "fprop", problem.y_shape, x, w, bias, config, precision)
+    return prepare(problem, "fprop", config, precision, bias is not None)(x, w, bias)
 
 
 def dgrad(problem: Problem, dy, w, config: dict, precision: str = "ieee") -> torch.Tensor:
     """dx (N, C, H, W) of dy (N, K, P, Q) and w (K, C/G, R, S), in problem.layout. Raises ValueError when config does not fit."""
-    return _run(problem, "dgrad", problem.x_shape, dy, w, None, config, precision)
+    return prepare(problem, "dgrad", config, precision)(dy, w)
 
 
 def wgrad(problem: Problem, dy, x, config: dict, precision: str = "ieee") -> torch.Tensor:
     """dw (K, C/G, R, S) of dy (N, K, P, Q) and x (N, C, H, W), in problem.layout. Raises ValueError when config does not fit."""
-    return _run(problem, "wgrad", problem.w_shape, dy, x, None, config, precision)
+    return prepare(problem, "wgrad", config, precision)(dy, x)
 
 
-def _run(problem, pass_, shape, a, b, bias, config, precision):
-    _check(problem, pass_, config)
-    out = torch.empty(shape, dtype=a.dtype, device=a.device, memory_format=FORMATS[problem.layout])
-    if pass_ == "dgrad" and not problem.dgrad_covers and not (config["kernel"] == "depthwise" and cfg.fill(problem)):
-        out.zero_()
-    aligned = config["kernel"] == "tma"
-    if config["kernel"] == "depthwise":
-        a, b = (t.detach().contiguous(memory_format=FORMATS[problem.layout]) for t in (a, b))
-    else:
-        a, b = _nhwc(a, aligned), _nhwc(b, aligned)
-    launches = plan(problem, pass_, config, precision, bias is not None)
-    tensors = {"a": a, "b": b, "bias": b if bias is None else bias.contiguous(), "out": out}
-    workspace = max((launch.workspace for launch in launches), default=0)
-    if workspace:
-        tensors["partials"] = torch.empty(workspace, dtype=torch.float64 if a.dtype == torch.float64 else torch.float32, device=a.device)
-    for launch in launches:
-        launch(tensors)
-    return out
-
-
-def _check(problem, pass_, config):
-    reason = _fits(problem, pass_, tuple(config.items()), tuple(map(type, config.values())), target())
-    if reason:
-        raise ValueError(f"config {config} does not fit {pass_} of {problem.key()}: {reason}")
+def prepare(problem: Problem, pass_: str, config: dict, precision: str = "ieee", has_bias: bool = False) -> Callable[..., torch.Tensor]:
+    """run(a, b, bias=None), which allocates and launches one pass on the current device. Raises ValueError when config does not fit the target."""
+    return _prepare(problem, pass_, tuple(config.items()), tuple(map(type, config.values())), precision, has_bias, target())
 
 
 @lru_cache(maxsize=4096)
-def _fits(problem, pass_, config, types, target):          # types: 1 == True == 1.0 as keys
-    return cfg.fits(dict(config), problem, pass_, target)
+def _prepare(problem, pass_, config, types, precision, has_bias, target):          # types: 1 == True == 1.0 as keys
+    config = dict(config)
+    reason = cfg.fits(config, problem, pass_, target)
+    if reason:
+        raise ValueError(f"config {config} does not fit {pass_} of {problem.key()}: {reason}")
+    launches = plan(problem, pass_, config, precision, has_bias)
+    shape = {"fprop": problem.y_shape, "dgrad": problem.x_shape, "wgrad": problem.w_shape}[pass_]
+    memory_format, kernel = FORMATS[problem.layout], config["kernel"]
+    covers = pass_ != "dgrad" or problem.dgrad_covers or kernel == "depthwise" and cfg.fill(problem)
+    workspace = max((launch.workspace for launch in launches), default=0)
+    partials = torch.float64 if problem.dtype == "float64" else torch.float32
+
+    def operand(t):
+        """Direct kernels read either format, in the result's they read and write neighbours alike; the others read NHWC."""
+        return t.detach().contiguous(memory_format=memory_format) if kernel == "depthwise" else _nhwc(t, kernel == "tma")
+
+    def run(a, b, bias=None):
+        out = torch.empty(shape, dtype=a.dtype, device=a.device, memory_format=memory_format)
+        if not covers:
+            out.zero_()
+        a, b = operand(a), operand(b)
+        tensors = {"a": a, "b": b, "bias": b if bias is None else bias.contiguous(), "out": out}
+        if workspace:
+            tensors["partials"] = torch.empty(workspace, dtype=partials, device=a.device)
+        for launch in launches:
+            launch(tensors)
+        return out
+    return run

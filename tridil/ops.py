@@ -1,15 +1,20 @@
 """The torch boundary: operators tridil::fprop, dgrad and wgrad, and the autograd Functions that call each other. Imports no Triton."""
 from __future__ import annotations
 
+import os
+import sys
 from contextlib import nullcontext
-from functools import lru_cache
+from functools import lru_cache, partial
+from importlib.abc import MetaPathFinder
+from importlib.util import find_spec
 
 import torch
+from torch.autograd import forward_ad, profiler
 
-from . import dispatch
+from . import dispatch, tuner
 from .problem import Problem
 
-_GEOMETRY = "SymInt[2] stride, SymInt[4] padding, SymInt[2] dilation, SymInt groups, bool channels_last"
+_GEOMETRY = "SymInt[2] stride, SymInt[4] padding, SymInt[2] dilation, SymInt groups, bool channels_last, bool auto=False"
 lib = torch.library.Library("tridil", "DEF")
 lib.define(f"fprop(Tensor x, Tensor w, Tensor? bias, {_GEOMETRY}) -> Tensor")
 lib.define(f"dgrad(Tensor dy, Tensor w, SymInt[4] x_shape, {_GEOMETRY}) -> Tensor")
@@ -34,31 +39,103 @@ def fp32_precision(target: str) -> str:
     return "tf32" if allowed and torch.backends.cudnn.conv.fp32_precision == "tf32" else "ieee"
 
 
-@lru_cache(maxsize=4096)
-def _problem(x_shape, w_shape, stride, padding, dilation, groups, dtype, channels_last) -> Problem:
-    return Problem(*x_shape, w_shape[0], *w_shape[2:], stride, (padding[:2], padding[2:]), dilation, groups,
-                   str(dtype).removeprefix("torch."), "nhwc" if channels_last else "nchw")
+# what runs a pass: (pass, shapes, geometry, dtype, device, switches) -> function of (a, b, bias); forgotten when a config may have changed
+_runs: dict = {}
+tuner.listeners.append(_runs.clear)
 
 
-@lru_cache(maxsize=4096)
-def _config(problem, pass_, target, precision):
-    from .config import default
-    return default(problem, pass_, target, precision)
-
-
-def _run(pass_, a, b, *rest, x_shape, w_shape, geometry):
-    """One pass on its two tensors, under their device. Without images or pixels there is nothing to launch: the result is zero, or the bias."""
-    stride, padding, dilation, groups, channels_last = geometry
-    # the memory format belongs to the result: for wgrad that is dw
-    problem = _problem(tuple(x_shape), tuple(w_shape), tuple(stride), tuple(padding), tuple(dilation), groups, a.dtype, channels_last)
-    if problem.is_empty:
-        out = _empty(a, {"fprop": problem.y_shape, "dgrad": problem.x_shape, "wgrad": problem.w_shape}[pass_], channels_last).zero_()
-        return out if not rest or rest[0] is None else out.add_(rest[0].view(1, -1, 1, 1))
+@lru_cache(maxsize=1)
+def _launch():                                            # imports Triton
     from . import launch
-    with torch.cuda.device(a.device) if a.is_cuda else nullcontext():
-        target = dispatch.target()                          # of this device, not of the one that was current
-        precision = fp32_precision(target) if a.dtype == torch.float32 else "ieee"
-        return getattr(launch, pass_)(problem, a, b, *rest, _config(problem, pass_, target, precision), precision)
+    return launch
+
+
+def switches(device) -> tuple:
+    """What, beyond a problem and its device, the answers of `dispatch` depend on. Raises where Triton is missing or has no driver."""
+    return None if device.type == "cuda" else _launch().device(), os.environ.get("TRIDIL_TARGET")
+
+
+def _run(pass_, a, b, bias, x_shape, w_shape, geometry, channels_last, auto):
+    """One pass on its two tensors, under their device; channels_last is the format of the result, auto whether ATen may run it."""
+    run = _lookup(pass_, a, bias, x_shape, w_shape, geometry, channels_last, auto)
+    if a.is_cuda and a.device.index != torch.cuda.current_device():
+        with torch.cuda.device(a.device):
+            return run(a, b, bias)
+    return run(a, b, bias)
+
+
+def _lookup(pass_, a, bias, x_shape, w_shape, geometry, channels_last, auto):
+    dtype, device, cudnn = a.dtype, a.device, torch.backends.cudnn
+    key = (pass_, x_shape, w_shape, geometry, channels_last, auto, bias is None, dtype, device, *switches(device), cudnn.benchmark,
+           dtype is torch.float32 and cudnn.conv.fp32_precision)
+    run = _runs.get(key)
+    if run is None:
+        with torch.cuda.device(device) if a.is_cuda else nullcontext():
+            run = _prepare(pass_, bias is not None, x_shape, w_shape, geometry, channels_last, auto, dtype, device)
+        if len(_runs) >= 4096:
+            _runs.clear()
+        _runs[key] = run
+    return run
+
+
+def _prepare(pass_, has_bias, x_shape, w_shape, geometry, channels_last, auto, dtype, device):
+    stride, padding, dilation, groups = geometry
+    problem = Problem(*x_shape, w_shape[0], *w_shape[2:], stride, (padding[:2], padding[2:]), dilation, groups, str(dtype).removeprefix("torch."),
+                      "nhwc" if channels_last else "nchw")
+    if problem.is_empty:
+        return partial(_without_products, {"fprop": problem.y_shape, "dgrad": problem.x_shape, "wgrad": problem.w_shape}[pass_], channels_last)
+    target = dispatch.target()                              # of this device, not of the one that was current
+    precision = fp32_precision(target) if dtype == torch.float32 else "ieee"
+    config = tuner.resolve(problem, pass_, target, precision, device, auto and all(lo == hi for lo, hi in problem.padding))
+    if config is None:
+        return partial(aten, problem, pass_)
+    return _launch().prepare(problem, pass_, config, precision, has_bias)
+
+
+def _all_aten(x, w, bias, geometry, channels_last) -> bool:
+    """Whether ATen runs every pass that a call on these tensors may need."""
+    w_last = is_channels_last(w.shape, w.stride())
+    needed = ("fprop", True, channels_last), ("dgrad", x.requires_grad, channels_last), ("wgrad", w.requires_grad, w_last)
+    return all(getattr(_lookup(pass_, x, bias if pass_ == "fprop" else None, x.shape, w.shape, geometry, nhwc, True), "func", None) is aten
+               for pass_, need, nhwc in needed if need)
+
+
+def _without_products(shape, channels_last, a, b, bias=None):
+    """Without images or pixels there is nothing to launch: the result is zero, or the bias."""
+    out = _empty(a, shape, channels_last).zero_()
+    return out if bias is None else out.add_(bias.view(1, -1, 1, 1))
+
+
+def _formatted(t, channels_last):
+    """t in a memory format, strides of sides of length 1 included: ATen reads the format off them."""
+    wanted = _strides(t.shape, channels_last)
+    if t.stride() == wanted:
+        return t
+    if t.is_contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format):
+        return t.as_strided(t.shape, wanted)
+    return torch.empty_strided(t.shape, wanted, dtype=t.dtype, device=t.device).copy_(t)
+
+
+def _strides(shape, channels_last):
+    _, c, h, w = shape
+    return (h * w * c, 1, w * c, c) if channels_last else (c * h * w, h * w, w, 1)
+
+
+def aten(problem: Problem, pass_: str, a, b, bias=None) -> torch.Tensor:
+    """One pass through ATen, in problem.layout. Raises NotImplementedError for padding that differs on both sides, which ATen does not have."""
+    if any(lo != hi for lo, hi in problem.padding):
+        raise NotImplementedError(f"ATen's convolution has no padding {problem.padding}")
+    geometry = problem.stride, [lo for lo, _ in problem.padding], problem.dilation, False, [0, 0], problem.groups
+    nhwc = problem.layout == "nhwc"
+    with torch._C._AutoDispatchBelowAutograd():
+        if pass_ == "fprop":
+            return _formatted(torch.ops.aten.convolution(a, _formatted(b, nhwc), bias, *geometry), nhwc)
+        if pass_ == "dgrad":
+            x, w = a.new_empty(1).expand(problem.x_shape), _formatted(b, nhwc)                  # only the sizes of x are read
+        else:
+            x, w = b, _empty(b, problem.w_shape, nhwc)
+        mask = [pass_ == "dgrad", pass_ == "wgrad", False]
+        return _formatted(torch.ops.aten.convolution_backward(a, x, w, None, *geometry, mask)[mask.index(True)], nhwc)
 
 
 def _empty(like, shape, channels_last):
@@ -66,92 +143,178 @@ def _empty(like, shape, channels_last):
                        memory_format=torch.channels_last if channels_last else torch.contiguous_format)
 
 
-def _fprop(x, w, bias, *geometry):
-    return _run("fprop", x, w, bias, x_shape=x.shape, w_shape=w.shape, geometry=geometry)
+def _impl_fprop(x, w, bias, stride, padding, dilation, groups, channels_last, auto=False):
+    return _run("fprop", x, w, bias, x.shape, w.shape, (tuple(stride), tuple(padding), tuple(dilation), groups), channels_last, auto)
 
 
-def _dgrad(dy, w, x_shape, *geometry):
-    return _run("dgrad", dy, w, x_shape=x_shape, w_shape=w.shape, geometry=geometry)
+def _impl_dgrad(dy, w, x_shape, stride, padding, dilation, groups, channels_last, auto=False):
+    return _run("dgrad", dy, w, None, tuple(x_shape), w.shape, (tuple(stride), tuple(padding), tuple(dilation), groups), channels_last, auto)
 
 
-def _wgrad(dy, x, w_shape, *geometry):
-    return _run("wgrad", dy, x, x_shape=x.shape, w_shape=w_shape, geometry=geometry)
+def _impl_wgrad(dy, x, w_shape, stride, padding, dilation, groups, channels_last, auto=False):
+    return _run("wgrad", dy, x, None, x.shape, tuple(w_shape), (tuple(stride), tuple(padding), tuple(dilation), groups), channels_last, auto)
 
 
-def _fake_fprop(x, w, bias, stride, padding, dilation, groups, channels_last):
+def _fake_fprop(x, w, bias, stride, padding, dilation, groups, channels_last, auto=False):
     sizes = [(x.shape[2 + i] + padding[2 * i] + padding[2 * i + 1] - dilation[i] * (w.shape[2 + i] - 1) - 1) // stride[i] + 1 for i in (0, 1)]
     return _empty(x, (x.shape[0], w.shape[0], *sizes), channels_last)
 
 
-for _name, _impl, _fake in (("fprop", _fprop, _fake_fprop),
-                            ("dgrad", _dgrad, lambda dy, w, x_shape, *geometry: _empty(dy, x_shape, geometry[-1])),
-                            ("wgrad", _wgrad, lambda dy, x, w_shape, *geometry: _empty(x, w_shape, geometry[-1]))):
+def _fake_dgrad(dy, w, x_shape, stride, padding, dilation, groups, channels_last, auto=False):
+    return _empty(dy, x_shape, channels_last)
+
+
+def _fake_wgrad(dy, x, w_shape, stride, padding, dilation, groups, channels_last, auto=False):
+    return _empty(x, w_shape, channels_last)
+
+
+for _name, _impl, _fake in (("fprop", _impl_fprop, _fake_fprop), ("dgrad", _impl_dgrad, _fake_dgrad), ("wgrad", _impl_wgrad, _fake_wgrad)):
     lib.impl(_name, _impl, "CompositeExplicitAutograd")
     torch.library.register_fake(f"tridil::{_name}", _fake, lib=lib)
 
 
+def is_plain(a, b, bias=None) -> bool:
+    """Whether nothing but autograd may watch an eager call on these tensors, so that no operator needs to be dispatched: no compiler, tracer,
+    transform, mode, profiler or dual level is active, and the tensors are ordinary."""
+    return (not torch.compiler.is_compiling() and type(a) in _ORDINARY and type(b) in _ORDINARY and (bias is None or type(bias) in _ORDINARY)
+            and not (a.is_neg() or b.is_neg() or bias is not None and bias.is_neg() or _is_wrapped(a) or _is_wrapped(b))
+            and not (torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack() or torch._C._are_functorch_transforms_active()
+                     or torch._C._get_tracing_state() or profiler._is_profiler_enabled or forward_ad._current_level >= 0))
+
+
+_ORDINARY = (torch.Tensor, torch.nn.Parameter)
+_is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor          # left over from a transform
+
+
+def _fprop(x, w, bias, geometry, channels_last, auto):
+    if is_plain(x, w, bias):
+        return _run("fprop", x, w, bias, x.shape, w.shape, geometry, channels_last, auto)
+    return torch.ops.tridil.fprop(x, w, bias, *geometry, channels_last, auto)
+
+
+def _dgrad(dy, w, x_shape, geometry, channels_last, auto):
+    if is_plain(dy, w):
+        return _run("dgrad", dy, w, None, x_shape, w.shape, geometry, channels_last, auto)
+    return torch.ops.tridil.dgrad(dy, w, x_shape, *geometry, channels_last, auto)
+
+
+def _wgrad(dy, x, w_shape, geometry, channels_last, auto):
+    if is_plain(dy, x):
+        return _run("wgrad", dy, x, None, x.shape, w_shape, geometry, channels_last, auto)
+    return torch.ops.tridil.wgrad(dy, x, w_shape, *geometry, channels_last, auto)
+
+
+def _apply(function, a, b, *rest):
+    """function.apply; its forward where no graph is recorded."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return function.apply(a, b, *rest)
+    return function.forward(a, b, *rest)
+
+
 class Fprop(torch.autograd.Function):
-    """y of (x, w, bias); geometry is (stride, padding (h_lo, h_hi, w_lo, w_hi), dilation, groups), channels_last the format of y and dx."""
+    """y of (x, w, bias); geometry is (stride, padding (h_lo, h_hi, w_lo, w_hi), dilation, groups), channels_last the format of y and dx, auto whether
+    ATen may run it."""
 
     @staticmethod
-    def forward(x, w, bias, geometry, channels_last):
-        return torch.ops.tridil.fprop(x, w, bias, *geometry, channels_last)
+    def forward(x, w, bias, geometry, channels_last, auto):
+        return _fprop(x, w, bias, geometry, channels_last, auto)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        x, w, _, ctx.geometry, ctx.channels_last = inputs
+        x, w, _, ctx.geometry, ctx.channels_last, ctx.auto = inputs
         ctx.save_for_backward(x, w)
 
     @staticmethod
     def backward(ctx, dy):
         x, w = ctx.saved_tensors
-        dx = Dgrad.apply(dy, w, x.shape, ctx.geometry, ctx.channels_last) if ctx.needs_input_grad[0] else None
-        dw = Wgrad.apply(dy, x, w.shape, ctx.geometry, is_channels_last(w.shape, w.stride())) if ctx.needs_input_grad[1] else None
-        db = dy.sum((0, 2, 3)) if ctx.needs_input_grad[2] else None
-        return dx, dw, db, None, None
+        need_x, need_w, need_bias, *_ = ctx.needs_input_grad
+        dx = _apply(Dgrad, dy, w, x.shape, ctx.geometry, ctx.channels_last, ctx.auto) if need_x else None
+        dw = _apply(Wgrad, dy, x, w.shape, ctx.geometry, is_channels_last(w.shape, w.stride()), ctx.auto) if need_w else None
+        db = dy.sum((0, 2, 3)) if need_bias else None
+        return dx, dw, db, None, None, None
 
 
 class Dgrad(torch.autograd.Function):
     """dx of (dy, w); channels_last is the format of dx."""
 
     @staticmethod
-    def forward(dy, w, x_shape, geometry, channels_last):
-        return torch.ops.tridil.dgrad(dy, w, x_shape, *geometry, channels_last)
+    def forward(dy, w, x_shape, geometry, channels_last, auto):
+        return _dgrad(dy, w, x_shape, geometry, channels_last, auto)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        dy, w, _, ctx.geometry, ctx.channels_last = inputs
+        dy, w, _, ctx.geometry, ctx.channels_last, ctx.auto = inputs
         ctx.save_for_backward(dy, w)
 
     @staticmethod
     def backward(ctx, ddx):
         dy, w = ctx.saved_tensors
-        ddy = Fprop.apply(ddx, w, None, ctx.geometry, ctx.channels_last) if ctx.needs_input_grad[0] else None
-        dw = Wgrad.apply(dy, ddx, w.shape, ctx.geometry, is_channels_last(w.shape, w.stride())) if ctx.needs_input_grad[1] else None
-        return ddy, dw, None, None, None
+        need_dy, need_w, *_ = ctx.needs_input_grad
+        ddy = _apply(Fprop, ddx, w, None, ctx.geometry, ctx.channels_last, ctx.auto) if need_dy else None
+        dw = _apply(Wgrad, dy, ddx, w.shape, ctx.geometry, is_channels_last(w.shape, w.stride()), ctx.auto) if need_w else None
+        return ddy, dw, None, None, None, None
 
 
 class Wgrad(torch.autograd.Function):
     """dw of (dy, x); channels_last is the format of dw."""
 
     @staticmethod
-    def forward(dy, x, w_shape, geometry, channels_last):
-        return torch.ops.tridil.wgrad(dy, x, w_shape, *geometry, channels_last)
+    def forward(dy, x, w_shape, geometry, channels_last, auto):
+        return _wgrad(dy, x, w_shape, geometry, channels_last, auto)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        dy, x, _, ctx.geometry, _ = inputs
+        dy, x, _, ctx.geometry, _, ctx.auto = inputs
         ctx.save_for_backward(dy, x)
 
     @staticmethod
     def backward(ctx, ddw):
         dy, x = ctx.saved_tensors
-        ddy = Fprop.apply(x, ddw, None, ctx.geometry, is_channels_last(dy.shape, dy.stride())) if ctx.needs_input_grad[0] else None
-        dx = Dgrad.apply(dy, ddw, x.shape, ctx.geometry, is_channels_last(x.shape, x.stride())) if ctx.needs_input_grad[1] else None
-        return ddy, dx, None, None, None
+        need_dy, need_x, *_ = ctx.needs_input_grad
+        ddy = _apply(Fprop, x, ddw, None, ctx.geometry, is_channels_last(dy.shape, dy.stride()), ctx.auto) if need_dy else None
+        dx = _apply(Dgrad, dy, ddw, x.shape, ctx.geometry, is_channels_last(x.shape, x.stride()), ctx.auto) if need_x else None
+        return ddy, dx, None, None, None, None
 
 
-def convolve(x, w, bias, problem: Problem) -> torch.Tensor:
-    """y (N, K, P, Q) of 4D tensors that `problem` describes, differentiable twice, through the Triton kernels."""
-    geometry = (problem.stride, (*problem.padding[0], *problem.padding[1]), problem.dilation, problem.groups)
-    return Fprop.apply(x, w, bias, geometry, problem.layout == "nhwc")
+def convolve(x, w, bias, problem: Problem, auto: bool = False) -> torch.Tensor:
+    """y (N, K, P, Q) of 4D tensors that `problem` describes, differentiable twice: through the Triton kernels, with auto also through ATen."""
+    geometry, nhwc = (problem.stride, (*problem.padding[0], *problem.padding[1]), problem.dilation, problem.groups), problem.layout == "nhwc"
+    if is_plain(x, w, bias):
+        if not (torch.is_grad_enabled() and (x.requires_grad or w.requires_grad or bias is not None and bias.requires_grad)):
+            return _run("fprop", x, w, bias, x.shape, w.shape, geometry, nhwc, auto)
+        if auto and _all_aten(x, w, bias, geometry, nhwc):
+            return torch.conv2d(x, w, bias, problem.stride, [lo for lo, _ in problem.padding], problem.dilation, problem.groups)
+        # Function.apply without its look at the signature of forward, which takes longer than a launch
+        return super(torch.autograd.Function, Fprop).apply(x, w, bias, geometry, nhwc, auto)
+    return Fprop.apply(x, w, bias, geometry, nhwc, auto)
+
+
+def _register_flops():
+    """The dense FLOPs that torch.utils.flop_counter gives F.conv2d."""
+    from torch.utils import flop_counter
+
+    def backward(dy, x_shape, w_shape, groups, mask):
+        return flop_counter.conv_backward_flop(dy, x_shape, w_shape, None, None, None, None, False, None, groups, mask, out_val=(x_shape, w_shape))
+    for packet, formula in ((torch.ops.tridil.fprop, lambda x, w, *rest, out_shape, **_: flop_counter.conv_flop_count(x, w, out_shape)),
+                            (torch.ops.tridil.dgrad, lambda dy, w, x, *geometry, **_: backward(dy, x, w, geometry[3], (True, False, False))),
+                            (torch.ops.tridil.wgrad, lambda dy, x, w, *geometry, **_: backward(dy, x, w, geometry[3], (False, True, False)))):
+        flop_counter.register_flop_formula(packet)(formula)
+
+
+class _AfterFlopCounter(MetaPathFinder):
+    """Registers when somebody imports torch.utils.flop_counter: it imports Triton, which `import tridil` must leave to be configured."""
+
+    def find_spec(self, name, path, target=None):
+        if name != "torch.utils.flop_counter":
+            return None
+        sys.meta_path.remove(self)
+        spec = find_spec(name)
+        run = spec.loader.exec_module
+        spec.loader.exec_module = lambda module: (run(module), _register_flops())
+        return spec
+
+
+if "torch.utils.flop_counter" in sys.modules:
+    _register_flops()
+else:
+    sys.meta_path.insert(0, _AfterFlopCounter())

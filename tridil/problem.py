@@ -248,8 +248,18 @@ def pair(value, name: str) -> tuple[int, int]:
     return to_int(values[0], name), to_int(values[-1], name)
 
 
+def single(value, name: str) -> int:
+    """int, or a tuple or list of one int -> int, as `F.conv1d` reads stride, padding and dilation."""
+    values = value if isinstance(value, (tuple, list)) else (value,)
+    if len(values) != 1:
+        raise ValueError(f"{name} must be an int or a tuple of one int, got {value!r}")
+    return to_int(values[0], name)
+
+
 def pads(padding, stride, dilation, taps) -> tuple[tuple[int, int], tuple[int, int]]:
-    """int, pair, "valid" or "same" -> ((h_lo, h_hi), (w_lo, w_hi)); "same" puts the odd zero last, as PyTorch does."""
+    """int, pair, pair of pairs (lo, hi), "valid" or "same" -> ((h_lo, h_hi), (w_lo, w_hi)); "same" puts the odd zero last, as PyTorch does."""
+    if type(padding) is tuple and padding and type(padding[0]) is tuple:
+        return padding
     if not isinstance(padding, str):
         return tuple((p, p) for p in pair(padding, "padding"))
     if padding == "valid":

@@ -31,6 +31,14 @@ class Workload:
     def name(self) -> str:
         return f"{self.model} {self.layer}"
 
+    @property
+    def kind(self) -> str:
+        """Class of the layer: depthwise, grouped, 1D, ASPP (rate 12 and more), narrow (at most 16 channels in or out) or dense."""
+        p = self.problem
+        if p.groups > 1:
+            return "depthwise" if p.groups == p.c else "grouped"
+        return "1D" if 1 in (p.h, p.w) else "ASPP" if _is_aspp(self) else "narrow" if min(p.c, p.k) <= 16 else "dense"
+
 
 def load(dtype: str = "float16", layout: str = "nhwc") -> list[Workload]:
     """All rows of workloads.csv, in order, as problems of `dtype` and `layout`."""
@@ -51,11 +59,12 @@ def _is_aspp(w: Workload) -> bool:
     return min(w.problem.dilation) >= 12 and w.problem.h > 1 and w.problem.c >= 256
 
 
-SUITES = {"quick": lambda w: (w.model, w.layer) in QUICK, "aspp": _is_aspp, "all": lambda w: True}
+SUITES = {"quick": lambda w: (w.model, w.layer) in QUICK, "aspp": _is_aspp, "deeplab": lambda w: "deeplab" in w.model.lower(), "all": lambda w: True}
 
 
 def suite(name: str, dtype: str = "float16", layout: str = "nhwc") -> list[Workload]:
-    """The workloads of a suite: "quick" (12 layers, about one per kind), "aspp" (28 layers of rate 12 or more) or "all" (297).
+    """The workloads of a suite: "quick" (12 layers, about one per kind), "aspp" (28 layers of rate 12 or more), "deeplab" (those of the DeepLabs)
+    or "all" (297).
 
     Raises ValueError for an unknown name.
     """

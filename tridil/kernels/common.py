@@ -2,6 +2,13 @@
 import triton
 import triton.language as tl
 
+# scalars that need no specialisation, since what the loops need to know of them is said by constexprs (ALIGN*): one compiled kernel serves every
+# size, dilation, padding and split
+RUNTIME = ("N H W P Q K off_h off_w dil_h dil_w tap_r tap_s step_r SPLIT_K total "
+           "sy_split sy_n sy_p sy_q y0 sw_split sw_k sw_r sw_s").split()
+# those for which only 1 is a case of its own: contiguous results; no multiplication in wgrad's loop
+STEP_1 = "G stride_h stride_w step_s sy_k sw_c".split()
+
 
 @triton.jit
 def cdiv_pos(a, b):
@@ -36,7 +43,7 @@ def box_pixels(BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr, PIXELS: tl.constexp
 
 
 @triton.jit
-def output_tile(N, P, Q, K, G, BLOCK_IMG: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT_K: tl.constexpr):
+def output_tile(N, P, Q, K, G, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_N: tl.constexpr, IS_SPLIT: tl.constexpr):
     """(split, group, image, row, column, channel) where this program's output tile begins; channel tiles are neighbours, so they share x in L2."""
     pid = tl.program_id(0)
     tiles_n = tl.cdiv(K, BLOCK_N)
@@ -50,7 +57,7 @@ def output_tile(N, P, Q, K, G, BLOCK_IMG: tl.constexpr, BLOCK_P: tl.constexpr, B
     t = t // tiles_p
     g = t % G
     t = t // G
-    if SPLIT_K == 1:
+    if not IS_SPLIT:
         return 0, g, t * BLOCK_IMG, p0, q0, n0
     else:
         tiles_img = tl.cdiv(N, BLOCK_IMG)
@@ -58,10 +65,10 @@ def output_tile(N, P, Q, K, G, BLOCK_IMG: tl.constexpr, BLOCK_P: tl.constexpr, B
 
 
 @triton.jit
-def split_steps(split, nr, ns, blocks, SPLIT_K: tl.constexpr):
+def split_steps(split, nr, ns, blocks, SPLIT_K, IS_SPLIT: tl.constexpr):
     """(count, r, s, c): how many of the nr*ns*blocks (live tap, channel block) steps split z of SPLIT_K walks, and its first one."""
     steps = nr * ns * blocks
-    if SPLIT_K == 1:
+    if not IS_SPLIT:
         return steps, 0, 0, 0
     else:
         per_split = tl.cdiv(steps, SPLIT_K)
@@ -71,8 +78,7 @@ def split_steps(split, nr, ns, blocks, SPLIT_K: tl.constexpr):
 
 
 @triton.jit
-def wgrad_boxes(split, r_lo, r_hi, s_lo, s_hi, N, H, W, P, Q, stride_h, stride_w, off_h, off_w, dil_h, dil_w,
-                BLOCK_IMG: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr, SPLIT_K: tl.constexpr):
+def wgrad_boxes(split, r_lo, r_hi, s_lo, s_hi, N, H, W, P, Q, stride_h, stride_w, off_h, off_w, dil_h, dil_w, BLOCK_IMG, BLOCK_P, BLOCK_Q, SPLIT_K):
     """(count, image, row, column, rectangle): the boxes of split z in the live output rectangle of taps r_lo..r_hi x s_lo..s_hi (inclusive)."""
     # larger taps begin earlier and end earlier
     p_lo, _ = live_outputs(r_hi, H, off_h, stride_h, dil_h, P)
@@ -144,15 +150,14 @@ def store_tile(y_ptr, bias_ptr, acc, g, img, p0, q0, n0, N, P, Q, K, sy_n, sy_p,
     tl.store(y_ptr + tl.multiple_of(base, ALIGN_Y) + offset, acc.to(y_ptr.dtype.element_ty), mask=in_y[:, None] & in_k[None, :])
 
 
-@triton.jit
-def sum_splits(part_ptr, bias_ptr, y_ptr, P, Q, K, total, sy_n, sy_p, sy_q, sy_k, y0,
-               HAS_BIAS: tl.constexpr, SPLIT_K: tl.constexpr, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=RUNTIME, do_not_specialize_on_alignment=STEP_1)
+def sum_splits(part_ptr, bias_ptr, y_ptr, P, Q, K, total, sy_n, sy_p, sy_q, sy_k, y0, SPLIT_K, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr):
     """y = sum of SPLIT_K partial results (N, P, Q, K), always in the same order, + bias. dw: its K, R, S, C are N, P, Q, K here."""
     j = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     in_y = j < total
     acc = tl.load(part_ptr + j, mask=in_y, other=0.0)
     part = j
-    for _ in range(1, SPLIT_K):
+    for _ in tl.range(1, SPLIT_K, loop_unroll_factor=4):                # loads that do not wait for each other
         part += total
         acc += tl.load(part_ptr + part, mask=in_y, other=0.0)
     k = j % K

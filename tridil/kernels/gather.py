@@ -7,25 +7,25 @@ its reduced and its output channels per group. dgrad is the correlation of dy, o
 import triton
 import triton.language as tl
 
-from .common import address, below, box_pixels, dot, live_taps, load_masked, output_tile, split_steps, store_tile, wgrad_boxes
+from .common import RUNTIME, STEP_1, address, below, box_pixels, dot, live_taps, load_masked, output_tile, split_steps, store_tile, wgrad_boxes
 
 
-@triton.jit
+@triton.jit(do_not_specialize=RUNTIME, do_not_specialize_on_alignment=STEP_1)
 def correlate(x_ptr, w_ptr, bias_ptr, y_ptr, N, H, W, P, Q, K, G, stride_h, stride_w, off_h, off_w, dil_h, dil_w,
-              tap_r, tap_s, step_r, step_s, sy_split, sy_n, sy_p, sy_q, sy_k, y0,
+              tap_r, tap_s, step_r, step_s, sy_split, sy_n, sy_p, sy_q, sy_k, y0, SPLIT_K,
               C: tl.constexpr, CW: tl.constexpr, R: tl.constexpr, S: tl.constexpr, FILTER_R: tl.constexpr, FILTER_S: tl.constexpr,
               TRANSPOSED: tl.constexpr, HAS_BIAS: tl.constexpr, ALIGN: tl.constexpr, ALIGN_W: tl.constexpr, ALIGN_Y: tl.constexpr,
               EVEN_N: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr, INT64: tl.constexpr, CLAMP: tl.constexpr,
               BLOCK_IMG: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-              SPLIT_K: tl.constexpr, PIXELS: tl.constexpr):
+              IS_SPLIT: tl.constexpr, PIXELS: tl.constexpr):
     """One flat loop over (live tap, channel block), so that cp.async runs ahead across taps."""
     BITS: tl.constexpr = R * S <= 31
     EVEN_C: tl.constexpr = C % BLOCK_K == 0
     CB: tl.constexpr = (C + BLOCK_K - 1) // BLOCK_K
-    split, g, img, p0, q0, n0 = output_tile(N, P, Q, K, G, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_N, SPLIT_K)
+    split, g, img, p0, q0, n0 = output_tile(N, P, Q, K, G, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_N, IS_SPLIT)
     r_lo, nr = live_taps(p0, tl.minimum(p0 + BLOCK_P, P) - 1, H, off_h, stride_h, dil_h, R)
     s_lo, ns = live_taps(q0, tl.minimum(q0 + BLOCK_Q, Q) - 1, W, off_w, stride_w, dil_w, S)
-    steps, r, s, c = split_steps(split, nr, ns, CB, SPLIT_K)
+    steps, r, s, c = split_steps(split, nr, ns, CB, SPLIT_K, IS_SPLIT)
     # rows of the tile: offset of the pixel in its box, and which taps of it lie in the image
     i, p, q = box_pixels(BLOCK_P, BLOCK_Q, PIXELS)
     in_y = (i < tl.minimum(N - img, BLOCK_IMG)) & (p0 + p < P) & (q0 + q < Q)
@@ -62,7 +62,7 @@ def correlate(x_ptr, w_ptr, bias_ptr, y_ptr, N, H, W, P, Q, K, G, stride_h, stri
         w_rows = tl.multiple_of(n * (FILTER_R * FILTER_S * CW), ALIGN)[None, :] + kk[:, None]
         w_step: tl.constexpr = BLOCK_K
         wo = ((g * K + n0).to(tl.int64) * (FILTER_R * FILTER_S) + tap) * CW
-    if SPLIT_K > 1:
+    if IS_SPLIT:
         wo += c.to(tl.int64) * w_step
     in_n = below(n0 + n, CW if TRANSPOSED else K, ALIGN_W if TRANSPOSED else 1)[None, :]
     # what the scalar offsets gain at the end of a tap, and of a row of taps
@@ -104,22 +104,22 @@ def correlate(x_ptr, w_ptr, bias_ptr, y_ptr, N, H, W, P, Q, K, G, stride_h, stri
             dv = tl.where(end, 0, tl.where(wrap, dv + dil_w, dv))
         u = tl.where(end, 1, tl.where(wrap, u + 1, u))
         c = tl.where(wrap, 0, c)
-    if SPLIT_K > 1:
-        y_ptr += split.to(tl.int64) * sy_split
+    if IS_SPLIT:
+        y_ptr += tl.multiple_of(split.to(tl.int64) * sy_split, ALIGN_Y)
     store_tile(y_ptr, bias_ptr, acc, g, img, p0, q0, n0, N, P, Q, K, sy_n, sy_p, sy_q, sy_k, y0,
                BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_N, PIXELS, ALIGN_Y, HAS_BIAS, INT64)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=RUNTIME, do_not_specialize_on_alignment=STEP_1)
 def correlate_flat(x_ptr, w_ptr, bias_ptr, y_ptr, N, H, W, P, Q, K, G, stride_h, stride_w, off_h, off_w, dil_h, dil_w,
-                   tap_r, tap_s, step_r, step_s, sy_split, sy_n, sy_p, sy_q, sy_k, y0,
+                   tap_r, tap_s, step_r, step_s, sy_split, sy_n, sy_p, sy_q, sy_k, y0, SPLIT_K,
                    C: tl.constexpr, CW: tl.constexpr, R: tl.constexpr, S: tl.constexpr, FILTER_R: tl.constexpr, FILTER_S: tl.constexpr,
                    TRANSPOSED: tl.constexpr, HAS_BIAS: tl.constexpr, ALIGN: tl.constexpr, ALIGN_W: tl.constexpr, ALIGN_Y: tl.constexpr,
                    PRECISION: tl.constexpr, ACC: tl.constexpr, INT64: tl.constexpr, CLAMP: tl.constexpr,
                    BLOCK_IMG: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-                   SPLIT_K: tl.constexpr, PIXELS: tl.constexpr):
+                   IS_SPLIT: tl.constexpr, PIXELS: tl.constexpr):
     """The same for few channels: the reduction runs over the flattened (live tap, channel) index, in blocks of BLOCK_K."""
-    _, g, img, p0, q0, n0 = output_tile(N, P, Q, K, G, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_N, SPLIT_K)
+    _, g, img, p0, q0, n0 = output_tile(N, P, Q, K, G, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_N, IS_SPLIT)
     r_lo, nr = live_taps(p0, tl.minimum(p0 + BLOCK_P, P) - 1, H, off_h, stride_h, dil_h, R)
     s_lo, ns = live_taps(q0, tl.minimum(q0 + BLOCK_Q, Q) - 1, W, off_w, stride_w, dil_w, S)
     total = nr * ns * C
@@ -161,21 +161,22 @@ def correlate_flat(x_ptr, w_ptr, bias_ptr, y_ptr, N, H, W, P, Q, K, G, stride_h,
                BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_N, PIXELS, ALIGN_Y, HAS_BIAS, INT64)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=[*RUNTIME, "C"], do_not_specialize_on_alignment=STEP_1)
 def wgrad(x_ptr, dy_ptr, dw_ptr, N, H, W, P, Q, K, G, stride_h, stride_w, off_h, off_w, dil_h, dil_w,
-          sw_split, sw_k, sw_r, sw_s, sw_c,
-          C: tl.constexpr, R: tl.constexpr, S: tl.constexpr, FLAT: tl.constexpr, ALIGN_C: tl.constexpr, ALIGN_K: tl.constexpr,
-          PRECISION: tl.constexpr, ACC: tl.constexpr, INT64: tl.constexpr, CLAMP: tl.constexpr,
+          sw_split, sw_k, sw_r, sw_s, sw_c, SPLIT_K, C,
+          R: tl.constexpr, S: tl.constexpr, FLAT: tl.constexpr, ALIGN_C: tl.constexpr, ALIGN_K: tl.constexpr,
+          ALIGN_W: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr, INT64: tl.constexpr, CLAMP: tl.constexpr,
           BLOCK_IMG: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-          SPLIT_K: tl.constexpr, PIXELS: tl.constexpr):
+          PIXELS: tl.constexpr):
     """dw[k, columns] over pixel boxes of the tap's live output rectangle; split z of SPLIT_K writes its own partial sum.
 
     Columns are BLOCK_N channels of one tap, or (FLAT) BLOCK_N flattened (tap, channel) pairs, whose live rectangles are united.
     """
-    COLS: tl.constexpr = R * S * C if FLAT else C
+    ALIGN: tl.constexpr = 1 if FLAT else ALIGN_C
+    cols = R * S * C if FLAT else C
     pid = tl.program_id(0)
     tiles_m = tl.cdiv(K, BLOCK_M)
-    tiles_n: tl.constexpr = (COLS + BLOCK_N - 1) // BLOCK_N
+    tiles_n = tl.cdiv(cols, BLOCK_N)
     k0 = pid % tiles_m * BLOCK_M
     t = pid // tiles_m
     n0 = t % tiles_n * BLOCK_N
@@ -185,8 +186,8 @@ def wgrad(x_ptr, dy_ptr, dw_ptr, N, H, W, P, Q, K, G, stride_h, stride_w, off_h,
         c = n % C
         r = n // C // S
         s = n // C % S
-        r_lo, r_hi = tl.min(r, axis=0), tl.max(tl.where(n < COLS, r, 0), axis=0)
-        s_lo, s_hi = tl.min(tl.where(n < COLS, s, S), axis=0), tl.max(tl.where(n < COLS, s, 0), axis=0)
+        r_lo, r_hi = tl.min(r, axis=0), tl.max(tl.where(n < cols, r, 0), axis=0)
+        s_lo, s_hi = tl.min(tl.where(n < cols, s, S), axis=0), tl.max(tl.where(n < cols, s, 0), axis=0)
     else:
         c = n
         r = t % (R * S) // S
@@ -200,7 +201,7 @@ def wgrad(x_ptr, dy_ptr, dw_ptr, N, H, W, P, Q, K, G, stride_h, stride_w, off_h,
     i, bp, bq = box_pixels(BLOCK_P, BLOCK_Q, PIXELS)
     kk = tl.arange(0, BLOCK_M)
     in_k = below(k0 + kk, K, ALIGN_K)[:, None]
-    in_c = (n < COLS)[None, :]
+    in_c = below(n, cols, ALIGN)[None, :]
     cg = C * G
     kg = K * G
     shift_h = r * dil_h + off_h
@@ -215,6 +216,20 @@ def wgrad(x_ptr, dy_ptr, dw_ptr, N, H, W, P, Q, K, G, stride_h, stride_w, off_h,
     else:
         x_rows = address(x_pixel, INT64)[:, None] + address(tl.arange(0, BLOCK_N), INT64)[None, :]
         xt = (shift_h * W + shift_w).to(tl.int64) * cg + g * C + n0
+    # scalar offsets of a box and what they gain at the next box, the next row of boxes, the next images: in units of ALIGN elements, which shows
+    # that they are multiples
+    cg = cg // ALIGN
+    kg = kg // ALIGN_K
+    xo = ((img.to(tl.int64) * H + p * stride_h) * W + q * stride_w) * cg + xt // ALIGN
+    dyo = ((img.to(tl.int64) * P + p) * Q + q) * kg + (g * K + k0) // ALIGN_K
+    last_q = tl.cdiv(q_hi - q_lo, BLOCK_Q) * BLOCK_Q
+    last_p = tl.cdiv(p_hi - p_lo, BLOCK_P) * BLOCK_P
+    x_next = BLOCK_Q * stride_w * cg
+    x_row = (BLOCK_P * stride_h * W - last_q * stride_w).to(tl.int64) * cg
+    x_img = (BLOCK_IMG * H - last_p * stride_h).to(tl.int64) * W * cg
+    dy_next = BLOCK_Q * kg
+    dy_row = (BLOCK_P * Q - last_q).to(tl.int64) * kg
+    dy_img = (BLOCK_IMG * P - last_p).to(tl.int64) * Q * kg
     acc = tl.zeros((BLOCK_M, BLOCK_N), ACC)
     for _ in range(count):
         live = (i < tl.minimum(N - img, BLOCK_IMG)) & (bp < p_hi - p) & (bq < q_hi - q)
@@ -224,19 +239,23 @@ def wgrad(x_ptr, dy_ptr, dw_ptr, N, H, W, P, Q, K, G, stride_h, stride_w, off_h,
             hr = ((p + bp) * stride_h)[:, None] + shift_h[None, :]
             vs = ((q + bq) * stride_w)[:, None] + shift_w[None, :]
             in_x = in_x & ((hr >= 0) & (hr < H) & (vs >= 0) & (vs < W))
-        dyo = tl.multiple_of(((img.to(tl.int64) * P + p) * Q + q) * kg + g * K + k0, ALIGN_K)
-        xo = ((img.to(tl.int64) * H + p * stride_h) * W + q * stride_w) * cg + xt
-        a = load_masked(dy_ptr, dyo, dy_cols, in_dy, 0, ALIGN_K, CLAMP)
-        b = load_masked(x_ptr, xo, x_rows, in_x, 1, 1 if FLAT else ALIGN_C, CLAMP)
+        a = load_masked(dy_ptr, dyo * ALIGN_K, dy_cols, in_dy, 0, ALIGN_K, CLAMP)
+        b = load_masked(x_ptr, xo * ALIGN, x_rows, in_x, 1, ALIGN, CLAMP)
         acc = dot(a, b, acc, PRECISION)
         q += BLOCK_Q
+        xo += x_next
+        dyo += dy_next
         wrap = q >= q_hi
         q = tl.where(wrap, q_lo, q)
         p = tl.where(wrap, p + BLOCK_P, p)
+        xo = tl.where(wrap, xo + x_row, xo)
+        dyo = tl.where(wrap, dyo + dy_row, dyo)
         wrap = p >= p_hi
         p = tl.where(wrap, p_lo, p)
         img = tl.where(wrap, img + BLOCK_IMG, img)
-    dw = dw_ptr + split.to(tl.int64) * sw_split
-    rows = (g * K + k0 + kk).to(tl.int64) * sw_k
-    cols = r * sw_r + s * sw_s + c * sw_c
-    tl.store(dw + rows[:, None] + cols[None, :], acc.to(dw_ptr.dtype.element_ty), mask=in_k & in_c)
+        xo = tl.where(wrap, xo + x_img, xo)
+        dyo = tl.where(wrap, dyo + dy_img, dyo)
+    dw = dw_ptr + tl.multiple_of(split.to(tl.int64) * sw_split, ALIGN_C)
+    rows = tl.multiple_of((g * K + k0 + kk).to(tl.int64) * sw_k, ALIGN_C)
+    columns = c * sw_c + tl.multiple_of(r * sw_r + s * sw_s, ALIGN_W)
+    tl.store(dw + rows[:, None] + columns[None, :], acc.to(dw_ptr.dtype.element_ty), mask=in_k & in_c)

@@ -8,25 +8,24 @@ sm_90 it then stays in shared memory, since it is a 2D box. WARP_SPECIALIZE (sm_
 import triton
 import triton.language as tl
 
-from .common import dot, live_taps, output_tile, split_steps, store_tile, wgrad_boxes
+from .common import RUNTIME, STEP_1, dot, live_taps, output_tile, split_steps, store_tile, wgrad_boxes
 
-# coordinates need no alignment: one compiled kernel serves every size, dilation and padding
-RUNTIME = "N H W P Q C K G CW R S FILTER_S off_h off_w dil_h dil_w tap_r tap_s step_r step_s".split()
+RUNTIME = RUNTIME + "C G CW R S FILTER_S step_s".split()                      # here coordinates, which need no alignment
 
 
-@triton.jit(do_not_specialize=RUNTIME)
+@triton.jit(do_not_specialize=RUNTIME, do_not_specialize_on_alignment=STEP_1)
 def correlate_tma(x, w, bias_ptr, y, N, H, W, P, Q, C, K, G, CW, R, S, FILTER_S, off_h, off_w, dil_h, dil_w, tap_r, tap_s, step_r, step_s,
-                  sy_split, sy_n, sy_p, sy_q, sy_k, y0,
+                  sy_split, sy_n, sy_p, sy_q, sy_k, y0, SPLIT_K,
                   TRANSPOSED: tl.constexpr, HAS_BIAS: tl.constexpr, ALIGN_Y: tl.constexpr, TMA_STORE: tl.constexpr, INT64: tl.constexpr,
-                  PRECISION: tl.constexpr, WEIGHT_FIRST: tl.constexpr, WARP_SPECIALIZE: tl.constexpr, SPLIT_K: tl.constexpr, RAGGED: tl.constexpr,
+                  PRECISION: tl.constexpr, WEIGHT_FIRST: tl.constexpr, WARP_SPECIALIZE: tl.constexpr, IS_SPLIT: tl.constexpr, RAGGED: tl.constexpr,
                   BLOCK_IMG: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
     """`gather.correlate` with coordinates in place of addresses: one flat loop over (live tap, channel block)."""
     PIXELS: tl.constexpr = BLOCK_IMG * BLOCK_P * BLOCK_Q
-    split, g, img, p0, q0, n0 = output_tile(N, P, Q, K, G, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_N, SPLIT_K)
+    split, g, img, p0, q0, n0 = output_tile(N, P, Q, K, G, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_N, IS_SPLIT)
     r_lo, nr = live_taps(p0, tl.minimum(p0 + BLOCK_P, P) - 1, H, off_h, 1, dil_h, R)
     s_lo, ns = live_taps(q0, tl.minimum(q0 + BLOCK_Q, Q) - 1, W, off_w, 1, dil_w, S)
     blocks = tl.cdiv(C, BLOCK_K)
-    steps, r, s, c = split_steps(split, nr, ns, blocks, SPLIT_K)
+    steps, r, s, c = split_steps(split, nr, ns, blocks, SPLIT_K, IS_SPLIT)
     # coordinates of the first box; v runs over the live taps of a row, c over the channels of group g
     h = p0 + off_h + (r_lo + r) * dil_h
     v_lo = q0 + off_w + s_lo * dil_w
@@ -72,15 +71,15 @@ def correlate_tma(x, w, bias_ptr, y, N, H, W, P, Q, C, K, G, CW, R, S, FILTER_S,
             acc += tl.load(bias_ptr + g * K + n, mask=n < K, other=0.0).to(tl.float32)[None, :]
         y.store([split, img, p0, q0, g * K + n0], acc.to(y.dtype).reshape(1, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_N))
     else:
-        if SPLIT_K > 1:
-            y += split.to(tl.int64) * sy_split
+        if IS_SPLIT:
+            y += tl.multiple_of(split.to(tl.int64) * sy_split, ALIGN_Y)
         store_tile(y, bias_ptr, acc, g, img, p0, q0, n0, N, P, Q, K, sy_n, sy_p, sy_q, sy_k, y0,
                    BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_N, PIXELS, ALIGN_Y, HAS_BIAS, INT64)
 
 
-@triton.jit(do_not_specialize=RUNTIME)
-def wgrad_tma(x, dy, dw, N, H, W, P, Q, C, K, G, R, S, off_h, off_w, dil_h, dil_w,
-              PRECISION: tl.constexpr, WARP_SPECIALIZE: tl.constexpr, SPLIT_K: tl.constexpr,
+@triton.jit(do_not_specialize=RUNTIME, do_not_specialize_on_alignment=STEP_1)
+def wgrad_tma(x, dy, dw, N, H, W, P, Q, C, K, G, R, S, off_h, off_w, dil_h, dil_w, SPLIT_K,
+              PRECISION: tl.constexpr, WARP_SPECIALIZE: tl.constexpr,
               BLOCK_IMG: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """`gather.wgrad` with coordinates: where a box reaches over the tap's live rectangle, dy or x lies outside its tensor and is zero."""
     PIXELS: tl.constexpr = BLOCK_IMG * BLOCK_P * BLOCK_Q

@@ -1,0 +1,96 @@
+"""The cost model against the clock, and what it predicts where there is none: `python perf/sweep.py --validate-model`."""
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from tridil import config as cfg
+from tridil import cost_model, ops, testing
+from tridil.aot import precompile
+
+NOT_MEASURED = "not measured, for want of a GPU: rank correlation and regret. Every time below is predicted by tridil/cost_model.py"
+
+
+def _precision(problem, target: str) -> str:
+    return ops.fp32_precision(target) if problem.dtype == "float32" else "ieee"
+
+
+def predicted(layers, passes, device) -> pd.DataFrame:
+    """One row per layer and pass: the model's pick on `device` (a tridil.devices.Device), its predicted time, the roof, and what limits it."""
+    rows = []
+    for w in layers:
+        for pass_ in passes:
+            precision = _precision(w.problem, device.target)
+            config = cost_model.best(w.problem, pass_, device, precision)
+            found = cost_model.predict(w.problem, pass_, config, device, precision)
+            rows.append({"model": w.model, "layer": w.layer, "kind": w.kind, "pass": pass_, "dtype": w.problem.dtype, "device": device.name,
+                         "config": f"{config['kernel']} {cfg.describe(config)}", "predicted_ms": 1e3 * found.seconds,
+                         "roof_ms": 1e3 * cost_model.roof(w.problem, device, precision), "limiter": found.limiter,
+                         "cudnn_estimate_ms": 1e3 * cost_model.cudnn(w.problem, pass_, device, precision),
+                         "executed/useful": cfg.executed_macs(w.problem, pass_, config) / w.problem.useful_macs})
+    return pd.DataFrame(rows)
+
+
+def by_kind(frame: pd.DataFrame) -> pd.DataFrame:
+    """Geometric means of predicted time / roof and of the cuDNN estimate / predicted time, for each kind of layer and pass."""
+    groups = frame.assign(roof=np.log(frame["predicted_ms"] / frame["roof_ms"]), cudnn=np.log(frame["cudnn_estimate_ms"] / frame["predicted_ms"])
+                          ).groupby(["kind", "pass"], sort=False)
+    table = np.exp(groups[["roof", "cudnn"]].mean()).rename(columns={"roof": "predicted time / roof", "cudnn": "cuDNN estimate / predicted time"})
+    return table.assign(rows=groups.size()).round(2).reset_index()
+
+
+def measured(gpu, layers, passes, device, call, most: int = 10) -> pd.DataFrame:
+    """Predicted and measured milliseconds of up to `most` candidates per layer and pass, the pick among them, spread evenly over the ranking.
+
+    gpu: the sweep's clock; call(provider, problem, pass_, operands, config): the sweep's way to run a pass.
+    """
+    rows = []
+    for w in layers:
+        x, weight, _, dy = testing.random_tensors(w.problem, gpu.device)
+        for pass_ in passes:
+            precision = _precision(w.problem, device.target)
+            ranking = cost_model.rank(w.problem, pass_, device, precision)
+            chosen = [ranking[i] for i in dict.fromkeys(np.linspace(0, len(ranking) - 1, most).astype(int))]
+            precompile([(w.problem, pass_, precision, config) for config in chosen], device.target)
+            operands = {"fprop": (x, weight), "dgrad": (dy, weight), "wgrad": (dy, x)}[pass_]
+            for config in chosen:
+                row = {"model": w.model, "layer": w.layer, "kind": w.kind, "pass": pass_, "dtype": w.problem.dtype,
+                       "config": f"{config['kernel']} {cfg.describe(config)}",
+                       "predicted_ms": 1e3 * cost_model.predict(w.problem, pass_, config, device, precision).seconds, "ms": float("nan")}
+                try:
+                    row["ms"] = gpu.quartiles(call("tridil", w.problem, pass_, operands, config))[1]
+                except Exception as e:                          # a config that cannot run is a finding, not the end
+                    row["failure"] = f"{type(e).__name__}: {e}".replace("\n", " ")[:300]
+                rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def quality(frame: pd.DataFrame) -> pd.DataFrame:
+    """For each layer and pass: Spearman's rank correlation of predicted and measured times, and regret: time of the pick / best measured time."""
+    rows = []
+    for (model, layer, kind, pass_, dtype), part in frame.groupby(["model", "layer", "kind", "pass", "dtype"], sort=False):
+        timed = part[part["ms"].notna()]
+        pick, best = part["ms"].iloc[0], timed["ms"].min()
+        rows.append({"model": model, "layer": layer, "kind": kind, "pass": pass_, "dtype": dtype, "timed": len(timed),
+                     "rank correlation": timed["predicted_ms"].rank().corr(timed["ms"].rank()), "regret": pick / best,
+                     "measured / predicted": pick / part["predicted_ms"].iloc[0]})
+    return pd.DataFrame(rows)
+
+
+def run(gpu, layers, passes, device, call, out: Path, console) -> int:
+    """Writes model.csv to `out` and prints the tables."""
+    if gpu is None:
+        frame = predicted(layers, passes, device)
+        lines = [NOT_MEASURED, "", by_kind(frame).to_string(index=False)]
+    else:
+        frame = measured(gpu, layers, passes, device, call)
+        table = quality(frame)
+        regret, scale = (np.exp(np.log(table[name]).mean()) for name in ("regret", "measured / predicted"))
+        lines = [table.round(3).to_string(index=False), "",
+                 f"rank correlation {table['rank correlation'].median():.2f} (median), regret {regret:.3f} (geometric mean), "
+                 f"{table['regret'].max():.2f} (worst), measured / predicted {scale:.2f} (geometric mean), all measured on {device.name}"]
+    frame.to_csv(out / "model.csv", index=False)
+    console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
+    return int("failure" in frame and frame["failure"].notna().any())

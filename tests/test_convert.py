@@ -1,0 +1,419 @@
+"""Whole models: what convert changes and leaves, that converted models train like the originals, and what scan sees."""
+import copy
+import io
+import pickle
+import shutil
+from collections import Counter
+from contextlib import nullcontext
+
+import models
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.nn.utils import parametrizations, parametrize
+from torch.utils.checkpoint import checkpoint
+
+import tridil
+from tridil import DilatedConv1d, DilatedConv2d, Problem, convert, launch, ops, revert, scan
+
+BUILD = {"deeplab": lambda: models.DeepLabV3(16), "tcn": lambda: models.TCN(5, (8, 8, 6, 6))}
+INPUTS = {"deeplab": (2, 3, 48, 48), "tcn": (3, 5, 50)}
+SMALL = {"head": models.head, "tcn": lambda: models.TCN(3, (4, 4), taps=2)}
+SMALL_INPUTS = {"head": (2, 4, 6, 7), "tcn": (2, 3, 11)}
+
+
+def close(got, expected, tolerance):
+    assert got.keys() == expected.keys()
+    for name in expected:
+        torch.testing.assert_close(got[name], expected[name], rtol=tolerance, atol=tolerance, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def train(model, batches, mode="eager", lr=0.05):
+    """Outputs and gradients of every step of SGD, and the state after the last."""
+    run = torch.compile(model, backend="aot_eager", fullgraph=True) if mode == "compile" else model
+    optimizer, results = torch.optim.SGD(model.parameters(), lr, momentum=0.9), {}
+    for i, x in enumerate(batches):
+        optimizer.zero_grad()
+        with torch.autocast(x.device.type, torch.bfloat16) if mode == "autocast" else nullcontext():
+            y = run(x)
+        (y.float() if mode == "autocast" else y).square().mean().backward()
+        optimizer.step()
+        results |= {f"{i} output": y.detach(), **{f"{i} {name}": p.grad.clone() for name, p in model.named_parameters()}}
+    return results | {f"state {name}": t.clone() for name, t in model.state_dict().items()}
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    pytest.importorskip("triton")
+    count, prepare = Counter(), launch.prepare
+
+    def counted(problem, pass_, *args):
+        run = prepare(problem, pass_, *args)
+        return lambda *tensors: count.update([pass_]) or run(*tensors)
+    monkeypatch.setattr(launch, "prepare", counted)
+    ops._runs.clear()                                       # what was prepared before counts nothing, what is prepared here must not outlive it
+    yield count
+    ops._runs.clear()
+
+
+@pytest.mark.parametrize("mode", ["eager", "compile", "autocast"])
+@pytest.mark.parametrize("name", BUILD)
+def test_converted_models_train_like_the_original(name, mode, seed):
+    """Outputs, gradients of every parameter, five steps of SGD, state_dict both ways."""
+    torch._dynamo.reset()
+    plain = BUILD[name]()
+    ours = copy.deepcopy(plain)
+    report = convert(ours, backend="aten")
+    assert len(report.replaced) == {"deeplab": 5 + 3 + 3, "tcn": 6}[name]
+    batches = torch.randn(5, *INPUTS[name])
+    close(train(ours, batches, mode), train(plain, batches, mode), 0)
+    fresh, other = BUILD[name](), BUILD[name]()
+    convert(other, backend="aten")
+    fresh.load_state_dict(ours.state_dict()), other.load_state_dict(plain.state_dict())
+    assert torch.equal(fresh.eval()(batches[0]), other.eval()(batches[0]))
+
+
+@pytest.mark.parametrize("mode", ["eager", "compile", "autocast"])
+@pytest.mark.parametrize("name", SMALL)
+def test_models_train_on_the_kernels(name, mode, device, seed, poisoned):
+    pytest.importorskip("triton")
+    torch._dynamo.reset()
+    dtype = torch.float32 if mode == "autocast" else torch.float64
+    plain = SMALL[name]().to(device, dtype)
+    ours = copy.deepcopy(plain)
+    assert convert(ours, min_dilation=1, backend="triton").replaced
+    batches = torch.randn(1 if mode == "autocast" else 5, *SMALL_INPUTS[name], dtype=dtype, device=device)
+    close(train(ours, batches, mode), train(plain, batches, mode), 0.1 if mode == "autocast" else 1e-9)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_inductor_runs_the_kernels(memory_format, launches, device, seed):
+    """Inductor chooses memory formats around operators that it does not know."""
+    if device.type == "cpu" and not (shutil.which("g++") or shutil.which("clang++")):
+        pytest.skip("Inductor needs a C++ compiler on the CPU")
+    torch._dynamo.reset()
+    plain = models.head().to(device)
+    ours = copy.deepcopy(plain)
+    convert(ours, min_dilation=1, backend="triton")
+    x = torch.randn(2, 4, 6, 7, device=device).contiguous(memory_format=memory_format).requires_grad_()
+    outputs = [run(x) for run in (plain, torch.compile(ours, fullgraph=True))]
+    assert launches["fprop"] == 2 and outputs[1].stride() == outputs[0].stride()
+    grads = [torch.autograd.grad(y.square().mean(), [x, *m.parameters()]) for y, m in zip(outputs, (plain, ours))]
+    for got, expected in zip((outputs[1], *grads[1]), (outputs[0], *grads[0])):
+        torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_which_layers_are_converted(seed):
+    class Mine(nn.Conv2d):
+        pass
+
+    model = nn.ModuleDict(dict(
+        dilated=nn.Conv2d(4, 4, 3, dilation=2), wide=nn.Conv2d(4, 4, (1, 3), dilation=(1, 4)), sound=nn.Conv1d(4, 4, 2, dilation=3),
+        flat=nn.Conv2d(4, 4, (1, 3), dilation=(4, 1)), dense=nn.Conv2d(4, 4, 3), point=nn.Conv2d(4, 4, 1, dilation=2), mine=Mine(4, 4, 3, dilation=2),
+        up=nn.ConvTranspose2d(4, 4, 3, dilation=2), volume=nn.Conv3d(4, 4, 3, dilation=2), lazy=nn.LazyConv2d(4, 3, dilation=2),
+        ours=DilatedConv2d(4, 4, 3, dilation=2), replaced=nn.Conv2d(4, 4, 3, dilation=2), unwanted=nn.Conv2d(4, 4, 3, dilation=2),
+        linear=nn.Linear(4, 4)))
+    model.shared = model.dilated
+    model.replaced.forward = lambda x: x
+    parameters, seen = dict(model.named_parameters()), []
+    report = convert(model, predicate=lambda name, module: seen.append((name, module)) or name != "unwanted", backend="aten")
+    assert report.replaced == ["dilated", "wide", "sound"]
+    reasons = dict(flat="dilation 1 of kernel 1x3 is below min_dilation=2", dense="dilation 1 of kernel 3x3 is below min_dilation=2",
+                   point="kernel 1x1 has one tap", mine="Mine is a subclass of nn.Conv2d", up="ConvTranspose2d is neither nn.Conv2d nor nn.Conv1d",
+                   volume="Conv3d is neither", lazy="run the model once", ours="is a DilatedConv2d already", replaced="its forward was replaced",
+                   unwanted="predicate is false")
+    assert report.skipped.keys() == reasons.keys() and all(part in report.skipped[name] for name, part in reasons.items())
+    assert seen == [(name, model[name]) for name in ("dilated", "wide", "sound", "unwanted")]
+    assert [type(model[n]) for n in report.replaced] == [DilatedConv2d, DilatedConv2d, DilatedConv1d] and type(model.mine) is Mine
+    assert all(model[n].backend == "aten" for n in report.replaced) and model.shared is model.dilated
+    after = dict(model.named_parameters())
+    assert after.keys() == parameters.keys() and all(after[name] is parameters[name] for name in parameters)
+    lines = str(report).splitlines()
+    assert len(lines) == 1 + 3 + len(reasons) and lines[1].split() == ["dilated", "yes"]
+    assert lines[4].startswith("flat ") and "no: dilation 1" in lines[4]
+
+    assert convert(model, min_dilation=1).replaced == ["flat", "dense", "unwanted"]
+    assert revert(model) == ["dilated", "wide", "sound", "flat", "dense", "unwanted"] and revert(model) == []
+    assert {type(model[n]) for n in reasons.keys() - {"ours", "mine", "lazy", "up", "volume"}} == {nn.Conv2d} and type(model.ours) is DilatedConv2d
+    assert "backend" not in vars(model.dilated) and convert(model, min_dilation=5).replaced == []
+
+
+def test_bad_arguments_change_nothing():
+    model = nn.Sequential(nn.Conv2d(4, 4, 3, dilation=2))
+    for error, bad, match in ((ValueError, dict(backend="cudnn"), "cudnn"), (ValueError, dict(min_dilation=0), "got 0"),
+                              (TypeError, dict(min_dilation=1.5), "1.5"), (TypeError, dict(predicate="0"), "'0'")):
+        with pytest.raises(error, match=match):
+            convert(model, **bad)
+    for f in (convert, revert):
+        with pytest.raises(TypeError, match="must be an nn.Module, got list"):
+            f([model])
+    with pytest.raises(TypeError, match="got list"):
+        scan([model])
+    with pytest.raises(ZeroDivisionError):
+        convert(nn.Sequential(*model, nn.Conv2d(4, 4, 3, dilation=2)), predicate=lambda name, _: 1 // (1 - int(name)))
+    assert type(model[0]) is nn.Conv2d
+
+
+def test_the_model_itself_may_be_a_layer(seed):
+    layer, x = nn.Conv2d(4, 6, 3, dilation=2), torch.randn(2, 4, 9, 9)
+    expected = layer(x)
+    assert convert(layer).replaced == [""] and type(layer) is DilatedConv2d and torch.equal(layer(x), expected)
+    assert revert(layer) == [""] and type(layer) is nn.Conv2d and torch.equal(layer(x), expected)
+
+
+@pytest.mark.parametrize("mode", ["zeros", "reflect", "replicate", "circular"])
+@pytest.mark.parametrize("padding", [0, 3, "same"])
+def test_padding_modes(mode, padding, backend, device, seed):
+    model = nn.Sequential(nn.Conv2d(4, 6, 3, padding=padding, padding_mode=mode, dilation=2), nn.Flatten(2),
+                          nn.Conv1d(6, 4, 2, padding=padding, padding_mode=mode, dilation=3)).to(device)
+    x = torch.randn(2, 4, 9, 8, device=device)
+    expected = model(x)
+    assert convert(model, backend=backend).replaced == ["0", "2"]
+    torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-4)
+
+
+def normed(make):
+    torch.manual_seed(0)
+    return make(nn.Conv2d(4, 6, 3, dilation=2))
+
+
+NORMS = {"weight_norm": parametrizations.weight_norm, "spectral_norm": parametrizations.spectral_norm,
+         "old weight_norm": nn.utils.weight_norm, "old spectral_norm": nn.utils.spectral_norm}
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+@pytest.mark.parametrize("name", NORMS)
+def test_norms_are_kept(name, device, backend, seed):
+    """Outputs and gradients, in both modes; copies of what was parametrised before stay what they are."""
+    plain, ours = (nn.Sequential(normed(NORMS[name])).to(device) for _ in range(2))
+    twin = copy.deepcopy(ours) if not name.startswith("old") else plain
+    assert convert(ours, backend=backend).replaced == ["0"] and isinstance(ours[0], DilatedConv2d) and not isinstance(twin[0], DilatedConv2d)
+    x = torch.randn(2, 4, 7, 6, device=device)
+    for training in (True, False, True):
+        outputs = [m.train(training)(x) for m in (plain, ours)]
+        torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-4, atol=1e-4)
+        grads = [torch.autograd.grad(y.square().sum(), list(m.parameters())) for y, m in zip(outputs, (plain, ours))]
+        torch.testing.assert_close(grads[1], grads[0], rtol=1e-3, atol=1e-3)
+    assert list(ours.state_dict()) == list(plain.state_dict())
+    if not name.startswith("old"):
+        expected = ours.eval()(x)
+        again = copy.deepcopy(ours)                          # shares its class with ours, which revert gives up
+        torch.testing.assert_close(again(x), expected)
+        assert revert(ours) == ["0"] and type(ours[0]).__bases__ == (nn.Conv2d,)
+        parametrize.register_parametrization(ours[0], "bias", nn.Identity())
+        torch.testing.assert_close(ours(x), expected, rtol=1e-4, atol=1e-4)
+        for tensor in ("bias", "weight"):
+            parametrize.remove_parametrizations(ours[0], tensor)
+        torch.testing.assert_close(again(x), expected)
+        parametrize.remove_parametrizations(again[0], "weight")
+        assert type(ours[0]) is nn.Conv2d and type(again[0]) is DilatedConv2d and revert(again) == ["0"] and type(again[0]) is nn.Conv2d
+        torch.testing.assert_close(again(x), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_state_and_hooks_are_kept(seed):
+    """train/eval, requires_grad, hooks of all kinds, an optimizer made before."""
+    model, calls = nn.Sequential(nn.Conv2d(4, 4, 3, dilation=2), nn.ReLU()).eval(), []
+    model[0].register_forward_hook(lambda *a: calls.append("forward"))
+    model[0].register_forward_pre_hook(lambda *a: calls.append("pre"))
+    model[0].register_full_backward_hook(lambda *a: calls.append("backward"))
+    model[0].weight.register_hook(lambda g: calls.append("weight"))
+    model[0].bias.requires_grad_(False)
+    optimizer, before = torch.optim.SGD(model.parameters(), 1.0), model[0].weight.detach().clone()
+    convert(model)
+    model(torch.randn(2, 4, 9, 9).requires_grad_()).sum().backward()
+    optimizer.step()
+    assert Counter(calls) == Counter(["pre", "forward", "backward", "weight"]) and not model[0].training and model[0].bias.grad is None
+    torch.testing.assert_close(model[0].weight.detach(), before - model[0].weight.grad)
+    assert model[0].to(torch.float64).weight.dtype == torch.float64
+
+
+def saved(model):
+    stream = io.BytesIO()
+    torch.save(model, stream)
+    stream.seek(0)
+    return torch.load(stream, weights_only=False)
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), saved])
+def test_copies_of_converted_models(duplicate, seed):
+    model, x = models.head(), torch.randn(2, 4, 9, 9)
+    replaced = convert(model, backend="aten").replaced
+    other = duplicate(model)
+    assert torch.equal(other(x), model(x)) and other.convs[1][0].backend == "aten"
+    assert revert(other) == replaced and type(other.convs[1][0]) is nn.Conv2d and type(model.convs[1][0]) is DilatedConv2d
+
+
+@pytest.mark.parametrize("how", ["torch.compile", "Module.compile", "fx"])
+def test_models_that_were_compiled_or_traced_before(how, launches, device, seed):
+    torch._dynamo.reset()
+    plain, x = nn.Sequential(nn.Conv2d(4, 4, 3, dilation=2), nn.ReLU()).to(device), torch.randn(2, 4, 7, 6, device=device)
+    model = {"torch.compile": lambda: torch.compile(plain, backend="aot_eager"), "fx": lambda: torch.fx.symbolic_trace(plain),
+             "Module.compile": lambda: plain.compile(backend="aot_eager") or plain}[how]()
+    expected = model(x)
+    assert len(convert(model, backend="triton").replaced) == 1
+    torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-4)
+    assert launches == Counter(fprop=1)
+    assert len(revert(model)) == 1
+    model(x)
+    assert launches == Counter(fprop=1)
+
+
+def test_fx_traces_converted_models(backend, device, seed):
+    model, x = models.head().to(device), torch.randn(2, 4, 6, 7, device=device)
+    convert(model, backend=backend)
+    traced = torch.fx.symbolic_trace(model.convs[1])
+    assert tridil.dilated_conv2d in [node.target for node in traced.graph.nodes]
+    torch.testing.assert_close(traced(x), model.convs[1](x))
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("name", SMALL)
+def test_activation_checkpointing(name, use_reentrant, backend, device, seed):
+    model = SMALL[name]().to(device, torch.float64)
+    convert(model, backend=backend)
+    x, results = torch.randn(SMALL_INPUTS[name], dtype=torch.float64, device=device, requires_grad=True), []
+    for run in (model, lambda x: checkpoint(model, x, use_reentrant=use_reentrant)):
+        model.zero_grad()
+        x.grad = None
+        y = run(x)
+        y.square().sum().backward()
+        results.append([y.detach(), x.grad, *(p.grad for p in model.parameters())])
+    for got, expected in zip(*results):
+        torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_exported_models_run(name, backend, device, seed):
+    model = SMALL[name]().to(device)
+    convert(model, backend=backend)
+    x = torch.randn(SMALL_INPUTS[name], device=device)
+    exported = torch.export.export(model, (x,))
+    operators = {str(node.target) for node in exported.graph.nodes}
+    assert any(op.startswith("tridil.fprop") for op in operators) == (backend == "triton")
+    torch.testing.assert_close(exported.module()(x), model(x))
+    stream = io.BytesIO()
+    torch.export.save(exported, stream)
+    stream.seek(0)
+    torch.testing.assert_close(torch.export.load(stream).module()(x), model(x))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", [*SMALL, "causal"])
+def test_onnx_has_plain_convolutions(name, backend, device, seed):
+    pytest.importorskip("onnxscript")
+    runtime = pytest.importorskip("onnxruntime")
+    model = DilatedConv1d(3, 4, 2, dilation=3, causal=True) if name == "causal" else SMALL[name]()
+    x = torch.randn(SMALL_INPUTS.get(name, (2, 3, 9)), device=device)
+    convolutions = sum(isinstance(m, nn.modules.conv._ConvNd) for m in model.modules())
+    convert(model.to(device).eval(), backend=backend)
+    program = torch.onnx.export(model, (x,), dynamo=True, verbose=False).model_proto
+    nodes = [node for node in program.graph.node if node.op_type == "Conv"]
+    assert len(nodes) == convolutions and {node.domain for node in program.graph.node} == {""}
+    session = runtime.InferenceSession(program.SerializeToString())
+    got, = session.run(None, {session.get_inputs()[0].name: x.cpu().numpy()})
+    torch.testing.assert_close(torch.from_numpy(got), model(x).detach().cpu(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_torchscript_is_refused(device, seed):
+    model, x = nn.Sequential(nn.Conv2d(4, 4, 3, dilation=2)).to(device), torch.randn(1, 4, 7, 7, device=device)
+    expected = model(x)
+    convert(model, backend="aten")
+    with pytest.raises(TypeError, match=r"TorchScript cannot compile DilatedConv2d: .*tridil.revert"):
+        torch.jit.script(model)
+    with pytest.raises(TypeError, match=r"TorchScript cannot compile dilated_conv2d"):
+        torch.jit.script(scripted)
+    torch.testing.assert_close(torch.jit.trace(model, x)(x), expected)
+    revert(model)
+    script = torch.jit.script(model)
+    torch.testing.assert_close(script(x), expected)
+    report = convert(script)
+    assert not report.replaced and "is TorchScript" in report.skipped["0"]
+    pytest.importorskip("triton")
+    convert(model, backend="triton")
+    with pytest.raises(TypeError, match="torch.jit.trace cannot record the Triton backend"):
+        torch.jit.trace(model, x)
+
+
+def scripted(x, w):
+    return tridil.dilated_conv2d(x, w)
+
+
+def problem(n, c, h, w, k, taps, pad=(0, 0), dil=(1, 1), dtype="float32", layout="nchw", stride=(1, 1), groups=1):
+    pads = tuple(p if isinstance(p, tuple) else (p, p) for p in pad)
+    return Problem(n, c, h, w, k, *taps, stride, pads, dil, groups, dtype, layout)
+
+
+class Functional(nn.Module):
+    """Convolutions of every kind of call."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(4, 6, 3, padding=2, dilation=2), nn.BatchNorm2d(6)
+        self.causal = DilatedConv1d(6, 6, 2, dilation=3, causal=True, backend="aten")
+
+    def forward(self, x, scale=1):
+        x = self.bn(self.conv(x))
+        x = F.conv2d(x, x.new_ones(6, 3, 2, 3), None, (2, 1), "valid", groups=2) * scale
+        x = F.conv2d(x, x.new_ones(6, 6, 2, 2), padding="same", dilation=3)
+        x = tridil.dilated_conv2d(input=x, weight=x.new_ones(6, 6, 1, 3), padding=(0, 1))
+        x = self.causal(self.causal(x.flatten(2)))
+        x = F.conv1d(x[0], x.new_ones(6, 6, 3), stride=2, padding=1)
+        return F.conv_transpose1d(x, x.new_ones(6, 1, 1))
+
+
+EXPECTED = {problem(2, 4, 9, 8, 6, (3, 3), (2, 2), (2, 2)): 1, problem(2, 6, 9, 8, 6, (2, 3), stride=(2, 1), groups=2): 1,
+            problem(2, 6, 4, 6, 6, (2, 2), ((1, 2), (1, 2)), (3, 3)): 1, problem(2, 6, 4, 6, 6, (1, 3), (0, 1)): 1,
+            problem(2, 6, 1, 24, 6, (1, 2), (0, (3, 0)), (1, 3)): 2, problem(1, 6, 1, 24, 6, (1, 3), (0, 1), stride=(1, 2)): 1}
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same'")
+@pytest.mark.parametrize("kind", ["real", "meta", "fake"])
+@pytest.mark.parametrize("converted", [None, "auto", "triton"])
+def test_scan_lists_problems(converted, kind, seed, monkeypatch):
+    """Without a launch, without Triton even."""
+    monkeypatch.setattr(tridil.dispatch, "_has_triton", lambda: False)
+    with torch._subclasses.FakeTensorMode() if kind == "fake" else nullcontext():
+        model = Functional().to("meta") if kind == "meta" else Functional()
+        if converted:
+            convert(model, backend=converted)
+        state = {name: t.clone() for name, t in model.state_dict().items()}
+        found = scan(model, torch.randn(2, 4, 9, 8, device="meta" if kind == "meta" else "cpu"), scale=2)
+        assert list(found.items()) == list(EXPECTED.items())
+        if kind == "real":
+            assert all(torch.equal(t, state[name]) for name, t in model.state_dict().items())
+
+
+@pytest.mark.parametrize("norm", [parametrizations.weight_norm, parametrizations.spectral_norm, nn.utils.spectral_norm])
+def test_scan_leaves_the_state_of_norms(norm, seed):
+    model = nn.Sequential(norm(nn.Conv2d(4, 6, 3, dilation=2)), nn.BatchNorm2d(6))
+    state = copy.deepcopy(model.state_dict())
+    assert scan(model, torch.randn(2, 4, 7, 6)).total() == 1
+    assert all(torch.equal(t, state[name]) for name, t in model.state_dict().items())
+
+
+def test_scan_follows_dtype_layout_and_compiled_models(backend, device, seed):
+    layer = nn.Conv2d(4, 6, 3, dilation=2).to(device)
+    convert(layer, backend=backend)
+    x, base = torch.randn(2, 4, 9, 8, device=device), problem(2, 4, 9, 8, 6, (3, 3), dil=(2, 2))
+    assert scan(layer, x) == {base: 1} == scan(torch.compile(layer, backend="aot_eager"), x) == scan(lambda t: layer(t), x)
+    nhwc = problem(2, 4, 9, 8, 6, (3, 3), dil=(2, 2), layout="nhwc")
+    assert scan(layer, x.to(memory_format=torch.channels_last)) == {nhwc: 1}
+    with torch.autocast(device.type, torch.bfloat16):
+        assert scan(layer, x) == {problem(2, 4, 9, 8, 6, (3, 3), dil=(2, 2), dtype="bfloat16"): 1}
+    assert not scan(layer, x[:0]) and not scan(nn.Linear(3, 3).to(device), torch.randn(2, 3, device=device))
+    exported = torch.export.export(nn.Sequential(nn.Conv2d(4, 6, 3, dilation=2).to(device)), (x,)).module()
+    assert scan(exported, x) == {base: 1}
+    with pytest.raises(RuntimeError, match="expected|shapes|channels"):      # the model's own error
+        scan(nn.Conv2d(3, 6, 3).to(device), x)
+
+
+def test_scan_of_a_deeplab_is_its_layers(seed):
+    model = models.DeepLabV3(16).eval()
+    x = torch.randn(1, 3, 64, 64)
+    found = scan(model, x)
+    assert found.total() == sum(isinstance(m, nn.Conv2d) for m in model.modules())
+    convert(model)
+    assert scan(model, x) == found
+    assert Counter(p.dilation[0] for p in found.elements() if p.dilation[0] > 1) == {2: 6, 4: 2, 12: 1, 24: 1, 36: 1}

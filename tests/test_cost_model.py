@@ -1,0 +1,118 @@
+"""The predicted times: what they are made of, how they order, and that every pick is legal."""
+from dataclasses import replace
+
+import pytest
+
+from tridil import config, cost_model, devices, workloads
+from tridil.problem import PASSES, Problem
+
+P = Problem(4, 256, 60, 60, 256, 3, 3, padding=((12, 12), (12, 12)), dilation=(12, 12))
+H100, A100 = devices.of_target("cuda:90"), devices.of_target("cuda:80")
+
+
+def predicted(problem, pass_, device, **change):
+    cfg = cost_model.best(problem, pass_, device)
+    return cost_model.predict(problem, pass_, {**cfg, **change}, device)
+
+
+@pytest.mark.parametrize("device", devices.DEVICES, ids=lambda d: d.name)
+@pytest.mark.parametrize("pass_", PASSES)
+def test_no_prediction_beats_the_roof(device, pass_):
+    changes = ({}, {"n": 64, "h": 20, "w": 20}, {"c": 16, "k": 16}, {"stride": (2, 2)}, {"dtype": "float64"}, {"dtype": "float32"})
+    for p in (replace(P, **change) for change in changes):
+        found = cost_model.predict(p, pass_, cost_model.best(p, pass_, device), device)
+        assert found.seconds >= cost_model.roof(p, device) and found.seconds >= found.parts["launches"] > 0
+        assert found.limiter and found.seconds <= sum(found.parts.values()) and found.limiter in str(found)
+        assert cost_model.cudnn(p, pass_, device) >= p.useful_macs / (device.mma_rate(p.dtype) * device.sms * device.clock * 1e9)
+
+
+@pytest.mark.parametrize("pass_", PASSES)
+def test_more_work_takes_longer(pass_):
+    """Ten times the images take about ten times as long; twice the SMs half as long; dead taps cost nothing."""
+    for device in (H100, A100):
+        small, large = (predicted(replace(P, n=n), pass_, device).seconds for n in (16, 160))
+        assert 7 < large / small < 12
+        half = replace(device, sms=device.sms // 2, dram=device.dram / 2)
+        assert 1.6 < predicted(replace(P, n=160), pass_, half).seconds / large < 2.4
+        far = replace(P, n=160, dilation=(36, 36), padding=((36, 36), (36, 36)))
+        assert predicted(far, pass_, device).seconds < (0.9 if pass_ == "wgrad" else 0.7) * large
+
+
+def test_the_reasons():
+    """Every limiter, on a problem that has it."""
+    assert "too few programs" in predicted(replace(P, n=1, h=9, w=9, dilation=(1, 1), padding=((1, 1), (1, 1))), "fprop", H100, SPLIT_K=1).limiter
+    assert predicted(replace(P, r=1, s=1, padding=((0, 0), (0, 0)), n=256, c=16, k=16), "fprop", H100).limiter == "DRAM bandwidth"
+    dense = replace(P, n=64, c=1024, k=1024, dilation=(1, 1), padding=((1, 1), (1, 1)))
+    assert predicted(dense, "fprop", devices.of_target("cuda:86")).limiter == "tensor cores"
+    assert predicted(replace(P, n=1, h=3, w=3, c=16, k=16), "fprop", H100).limiter == "launches"
+    small = {"BLOCK_IMG": 1, "BLOCK_P": 4, "BLOCK_Q": 8, "BLOCK_N": 64, "BLOCK_K": 32, "SPLIT_K": 1, "num_warps": 4}
+    near = replace(A100, l2_clock=1000)
+    found = cost_model.predict(replace(P, n=64), "fprop", {**gather(P, "fprop", A100), **small}, near)
+    assert found.limiter in ("shared memory", "instruction issue")
+    assert predicted(dense, "fprop", replace(H100, l2_clock=8)).limiter == "L2 bandwidth"
+    limiters = {predicted(w.problem, pass_, H100).limiter for w in workloads.suite("aspp") for pass_ in PASSES}
+    assert "unequal programs in the last wave" in limiters
+
+
+def gather(problem, pass_, device):
+    return next(cfg for cfg in cost_model.rank(problem, pass_, device) if cfg["kernel"] == "gather")
+
+
+def test_waves():
+    """Programs of 10,000 clocks (and PROGRAM) on 10 SMs that hold two: the second on an SM costs less than the first, a third needs a new round."""
+    def clocks(n, most=10_000):
+        return cost_model._waves(n, 10_000 * n, most, 10, 2, 0.6)
+    assert clocks(0) == 0 and clocks(1) == pytest.approx(clocks(10)) and clocks(11) == pytest.approx(clocks(20))
+    assert clocks(10) < clocks(20) < 2 * clocks(10) and clocks(20) < clocks(21) <= clocks(30) < clocks(40) <= 2.01 * clocks(20)
+    assert clocks(200, 50_000) > clocks(200), "the longest program may end late"
+
+
+@pytest.mark.parametrize("pass_", ["fprop", "dgrad"])
+def test_small_grids_are_split(pass_):
+    """One 33x33 map: 9 x 2 tiles of 128x128 would leave most SMs idle; a large batch needs no split. The workspace is bounded."""
+    small = Problem(1, 2048, 33, 33, 256, 3, 3, padding=((12, 12), (12, 12)), dilation=(12, 12))
+    small = small if pass_ == "fprop" else replace(small, c=256, k=2048)
+    for target in ("cuda:80", "cuda:90", "cuda:100"):
+        cfg = cost_model.best(small, pass_, target)
+        assert cfg["SPLIT_K"] > 1 and config.grid(small, pass_, cfg) >= devices.of_target(target).sms // 2, cfg
+        assert cfg["SPLIT_K"] * 4 * 33 * 33 * 256 <= 2**26
+        assert cost_model.best(replace(small, n=64), pass_, target)["SPLIT_K"] == 1
+
+
+def test_the_pick_depends_on_dilation():
+    """A config chosen for one dilation must not be looked up for another: the boxes differ."""
+    for pass_ in ("fprop", "dgrad"):
+        far, near = (cost_model.best(replace(P, dilation=(d, d), padding=((d, d), (d, d))), pass_, "cuda:90") for d in (12, 1))
+        assert far != near
+
+
+@pytest.mark.parametrize("target, most", [("cuda:80", 1.10), ("cuda:90", 1.10), ("cuda:120", 1.10), ("cuda:100", 1.10)])
+@pytest.mark.parametrize("pass_", PASSES)
+def test_picks_skip_the_padding_of_aspp_layers(pass_, target, most):
+    """Over the 28 ASPP rows dense work is 1.76 x the useful work; the picked tiles stay within 1.10."""
+    problems = [w.problem for w in workloads.suite("aspp")]
+    assert len(problems) == 28
+    useful = sum(p.useful_macs for p in problems)
+    assert sum(p.dense_macs for p in problems) / useful > 1.7
+    assert sum(config.executed_macs(p, pass_, cost_model.best(p, pass_, target)) for p in problems) / useful <= most
+
+
+@pytest.mark.parametrize("target", ["cuda:80", "cuda:90", "hip:gfx942"])
+def test_every_workload_has_a_legal_pick(target):
+    for w in workloads.load():
+        for pass_ in PASSES:
+            assert config.fits(cost_model.best(w.problem, pass_, target), w.problem, pass_, target) is None
+
+
+def test_why_this_kernel():
+    """Every reason, in words."""
+    def reason(target, pass_="fprop", cfg=None, **change):
+        p = replace(P, h=64, w=64, **change)
+        return cost_model.why(p, pass_, cfg or cost_model.best(p, pass_, target), devices.of_target(target))
+    assert reason("cuda:90") == "cuda:90 loads boxes of the image by descriptor"
+    assert "no descriptors" in reason("cuda:80") and "no descriptors" in reason("hip:gfx942")
+    for pass_, change in (("fprop", {"c": 3}), ("dgrad", {"k": 3}), ("wgrad", {"c": 3})):
+        assert "3 channels" in reason("cuda:90", pass_, **change)
+    assert "multiples of 16 bytes" in reason("cuda:90", c=65) and "multiple of the stride" in reason("cuda:90", stride=(3, 3), dilation=(2, 2))
+    assert "does not run on tensor cores" in reason("cuda:90", dtype="float64")
+    assert "powers of two, are predicted to take " in reason("cuda:90", cfg=gather(replace(P, h=64, w=64), "fprop", H100))

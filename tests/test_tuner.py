@@ -1,0 +1,379 @@
+"""Lookup, measuring and the choice of backend, with a GPU whose times are made up."""
+import logging
+import os
+import subprocess
+import sys
+import textwrap
+from contextlib import nullcontext
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import tridil
+from tridil import cache, cost_model, devices, dispatch, reference, testing, tuner
+from tridil.problem import PASSES, Problem
+
+P = Problem(2, 64, 9, 9, 64, 3, 3, padding=((2, 2), (2, 2)), dilation=(2, 2))
+NAME, TARGET = "NVIDIA H100 80GB HBM3", "cuda:90"
+CUDA = torch.device("cuda", 0)
+
+
+class FakeGpu:
+    """Runs passes through the float64 reference; the time of config number i of the model's ranking is times[i] ms, of ATen aten_ms."""
+    target, name, spec = TARGET, NAME, devices.of_name(NAME, TARGET)
+
+    def __init__(self, times=(), aten_ms=1.0, wrong=(), broken=()):
+        self.times, self.aten_ms, self.wrong, self.broken = times, aten_ms, wrong, broken
+        self.ran, self.compiled, self.clock = [], [], 0.0
+
+    def tensors(self, problem):
+        return testing.random_tensors(problem)
+
+    def reference(self, problem, pass_, tensors):
+        x, w, _, dy = tensors
+        return getattr(reference, pass_)(problem, *{"fprop": (x, w), "dgrad": (dy, w), "wgrad": (dy, x)}[pass_])
+
+    def number(self, problem, pass_, cfg):
+        ranked = cost_model.rank(problem, pass_, self.spec, "tf32")
+        return ranked.index(cfg) if cfg in ranked else 99
+
+    def run(self, problem, pass_, cfg, tensors, precision):
+        result = self.reference(problem, pass_, tensors).to(tensors[0].dtype)
+        if cfg is None:
+            if self.aten_ms is None:
+                raise RuntimeError("no such convolution")
+            self.last = self.aten_ms
+            return result
+        i = self.number(problem, pass_, cfg)
+        self.ran.append((problem, pass_, i))
+        if i in self.broken:
+            raise RuntimeError("out of resources")
+        if i in self.wrong:
+            result[0, 0, 0, 0] += 1
+        self.last = self.times[i] if i < len(self.times) else 5.0
+        return result
+
+    def milliseconds(self, fn):
+        fn()
+        return self.last
+
+    def compile(self, jobs):
+        self.compiled += jobs
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRIDIL_CACHE", str(tmp_path))
+    for name in ("TRIDIL_TUNE", "TRIDIL_BACKEND", "RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    tuner._told.clear()
+    cache._memory.clear()
+
+
+def tune(subject=P, gpu=None, passes=("fprop",), **kwargs):
+    return tuner.tune(subject, gpu=gpu or FakeGpu(), passes=passes, progress=False, **kwargs)
+
+
+def lookup(problem=P, pass_="fprop", name=NAME):
+    return tuner.lookup(problem, pass_, TARGET, "ieee", devices.of_name(name, TARGET), name)
+
+
+def ranked(problem=P, pass_="fprop"):
+    return cost_model.rank(problem, pass_, FakeGpu.spec, "tf32")
+
+
+# ---- measuring
+def test_the_fastest_wins_and_is_kept():
+    gpu = FakeGpu(times=[3, 2, 0.5, 4])
+    row, = tune(gpu=gpu, top=4)
+    assert row["config"] == ranked()[2] and (row["ms"], row["aten_ms"]) == (0.5, 1.0) and not row["rejected"]
+    assert lookup() == (ranked()[2], f"user's cache: measured {row['date'][:10]}", lookup()[2])
+    record = lookup()[2]
+    assert record["ms"] == 0.5 and record["aten_ms"] == 1.0 and record["torch"] == torch.__version__ and cache.is_fresh(record)
+    assert [cfg for *_, cfg in gpu.compiled] == ranked()[:4]
+    assert {i for *_, i in gpu.ran} == {0, 1, 2, 3, 99}, "and the winner's neighbours in pipeline depth"
+
+
+@pytest.mark.parametrize("pass_", PASSES)
+@pytest.mark.parametrize("wrong", [(0,), (1,), (0, 1)])
+def test_a_wrong_result_cannot_win(pass_, wrong, caplog):
+    """Not even of the reference pick, and however fast."""
+    row, = tune(gpu=FakeGpu(times=[0.1, 0.1, 3, 4], wrong=wrong), passes=(pass_,), top=3)
+    assert row["config"] not in [ranked(P, pass_)[i] for i in wrong]
+    assert [cfg for cfg, _ in row["rejected"]] == [ranked(P, pass_)[i] for i in wrong]
+    assert all("elements are wrong, by up to" in reason for _, reason in row["rejected"]) and caplog.text.count("rejected") == len(wrong)
+
+
+def test_a_config_that_does_not_run_loses():
+    row, = tune(gpu=FakeGpu(times=[0.1, 2, 3], broken=(0,)), top=3)
+    assert row["config"] == ranked()[1] and "out of resources" in row["rejected"][0][1]
+
+
+def test_nothing_is_kept_when_every_candidate_fails():
+    row, = tune(gpu=FakeGpu(broken=range(100)), top=3)
+    assert row["config"] is None and lookup()[1].startswith("cost model")
+
+
+def test_without_aten():
+    row, = tune(gpu=FakeGpu(times=[2, 1], aten_ms=None), top=2)
+    assert row["aten_ms"] is None and tuner.decide(P, "fprop", TARGET, "ieee", None).backend == "triton"
+
+
+def test_short_of_memory_for_float64(monkeypatch):
+    """ATen's result is then the reference, within twice the budget."""
+    gpu = FakeGpu(times=[1, 2, 3], wrong=(0,))
+    exact = gpu.reference
+    gpu.run = lambda *a, run=gpu.run: (setattr(gpu, "reference", exact), run(*a), setattr(gpu, "reference", short))[1]
+
+    def short(*a):
+        raise torch.OutOfMemoryError("short")
+    gpu.reference = short
+    row, = tune(gpu=gpu, top=3)
+    assert row["config"] == ranked()[1] and len(row["rejected"]) == 1
+
+
+def test_budget_and_resuming(monkeypatch, caplog):
+    clock = [0.0]
+    monkeypatch.setattr(tuner.time, "monotonic", lambda: clock[0])
+    problems = [replace(P, n=n) for n in (1, 2, 3, 4)]
+    gpu = FakeGpu()
+    run = gpu.run
+    gpu.run = lambda *a: (clock.__setitem__(0, clock[0] + 1), run(*a))[1]          # every run takes a second
+    first = tune(problems, gpu=gpu, budget=20, top=2)
+    assert 0 < len(first) < 4 and "budget of 20 s ended" in caplog.text
+    rest = tune(problems, gpu=gpu, top=2)
+    assert [r["problem"] for r in first + rest] == problems, "what is in the cache is left out"
+    assert tune(problems, gpu=gpu, top=2) == [] and len(tune(problems, gpu=gpu, top=1, force=True)) == 4
+
+
+def test_subjects(monkeypatch):
+    """A problem, several, a convolution's tensors, a module; a layer that occurs twice is measured once."""
+    x, w = torch.randn(2, 16, 9, 9), torch.randn(16, 16, 3, 3)
+    f32 = replace(P, c=16, k=16, dtype="float32", layout="nchw")
+    assert [r["problem"] for r in tuner.tune(x, w, None, padding=2, dilation=2, gpu=FakeGpu(), passes=("fprop",), progress=False)] == [f32]
+    conv = torch.nn.Conv2d(16, 16, 3, padding=2, dilation=2)
+    rows = tuner.tune(torch.nn.Sequential(conv, torch.nn.ReLU(), conv), x, gpu=FakeGpu(), passes=("dgrad",), progress=False)
+    assert [(r["problem"], r["pass"]) for r in rows] == [(f32, "dgrad")]
+    assert len(tune([P, P, replace(P, n=1)])) == 2
+    for wrong in ("layer", [P, 3], None):
+        with pytest.raises(TypeError, match="tune takes"):
+            tune(wrong)
+    with pytest.raises(ValueError, match="forward"):
+        tune(passes=("forward",))
+    with pytest.raises(RuntimeError, match="on a GPU"):
+        tridil.tune(P, device="cpu")
+
+
+# ---- lookup
+def test_order_of_lookup(monkeypatch):
+    model, user, shipped, override = ranked()[:4]
+
+    def table(cfg, **change):
+        return {cache.key(P, "fprop"): {NAME: {"config": cfg, "ms": 1.0, "aten_ms": 2.0, "date": "2026-01-01", **cache.fingerprint(), **change}}}
+    assert lookup() == (model, "cost model (nothing measured)", None)
+    monkeypatch.setattr(cache, "shipped", lambda target: table(shipped))
+    assert lookup()[:2] == (shipped, "shipped table: measured 2026-01-01")
+    cache.add(TARGET, table(user))
+    assert lookup()[:2] == (user, "user's cache: measured 2026-01-01")
+    with tuner.override(fprop=override):
+        assert lookup() == (override, "override", None) and lookup(pass_="wgrad")[1].startswith("cost model")
+    assert lookup()[0] == user
+    cache.add(TARGET, table(user, date="2027", code="another"))         # merged: the fresh one stays
+    assert lookup()[0] == user
+    with pytest.raises(ValueError, match="forward"), tuner.override(forward=user):
+        pass
+
+
+def test_hints_of_every_kind(monkeypatch):
+    def add(problem, name=NAME, **change):
+        record = {"config": ranked()[1], "ms": 1.0, "aten_ms": 0.001, "date": "2026-01-01", **cache.fingerprint(), **change}
+        cache.add(TARGET, {cache.key(problem, "fprop"): {name: record}})
+    add(replace(P, n=8))
+    assert lookup()[:2] == (ranked()[1], "hint of the user's cache: measured at batch size 8") and lookup()[2] is None
+    add(replace(P, layout="nchw"))
+    assert "in the other memory format" in lookup()[1]
+    add(P, "NVIDIA H200")
+    assert "on NVIDIA H200" in lookup()[1]
+    add(P, triton="0.1")
+    assert "measured with other sources or another Triton" in lookup()[1] and "H200" not in lookup()[1]
+    assert tuner.decide(P, "fprop", TARGET, "ieee").record is None
+    assert lookup(replace(P, dilation=(3, 3), padding=((3, 3), (3, 3))))[1].startswith("cost model"), "another dilation is another problem"
+
+
+def test_a_hint_that_does_not_fit_is_passed_over():
+    cfg = dict(ranked()[0], BLOCK_N=24)
+    cache.add(TARGET, {cache.key(P, "fprop"): {NAME: {"config": cfg, "ms": 1.0, "date": "2026", **cache.fingerprint()}}})
+    assert lookup() == (ranked()[0], "cost model (nothing measured)", None)
+
+
+# ---- the choice
+def measured(problem=P, pass_="fprop", ms=1.0, aten_ms=2.0):
+    record = {"config": ranked(problem, pass_)[0], "ms": ms, "aten_ms": aten_ms, "date": "2026-01-01", **cache.fingerprint()}
+    cache.add(TARGET, {cache.key(problem, pass_): {NAME: record}})
+
+
+def test_measured_times_decide():
+    measured(ms=1.0, aten_ms=2.0)
+    choice = tuner.decide(P, "fprop", TARGET, "ieee")
+    assert choice.backend == "triton" and choice.why == "measured: 1 ms, ATen 2 ms"
+    measured(pass_="dgrad", ms=3.0, aten_ms=2.0)
+    assert tuner.decide(P, "dgrad", TARGET, "ieee").backend == "aten"
+    assert tuner.resolve(P, "dgrad", TARGET, "ieee", allow_aten=True) is None
+    assert tuner.resolve(P, "dgrad", TARGET, "ieee") == ranked(P, "dgrad")[0], "backend='triton' never falls back"
+
+
+def test_predictions_decide_with_a_margin(monkeypatch):
+    spec = devices.of_target(TARGET)
+    time = cost_model.predict(P, "fprop", ranked()[0], spec).seconds
+    for estimate, backend in ((time * cost_model.MARGIN * 1.01, "triton"), (time * cost_model.MARGIN * 0.99, "aten")):
+        monkeypatch.setattr(cost_model, "cudnn", lambda *a, e=estimate: e)
+        choice = tuner.decide(P, "fprop", TARGET, "ieee")
+        assert choice.backend == backend and "predicted" in choice.why and str(cost_model.MARGIN) in choice.why
+
+
+def test_override_decides():
+    with tuner.override(fprop=ranked()[2]):
+        assert tuner.resolve(P, "fprop", TARGET, "ieee", allow_aten=True) == ranked()[2]
+
+
+def test_listeners_hear_of_changes():
+    heard = []
+    tuner.listeners.append(lambda: heard.append(1))
+    try:
+        with tuner.override(fprop=ranked()[2]):
+            assert len(heard) == 1
+        assert len(heard) == 2
+        tune()
+        assert len(heard) == 3
+    finally:
+        tuner.listeners.pop()
+
+
+# ---- first use
+@pytest.fixture
+def cuda(monkeypatch):
+    """An H100, as far as torch.cuda can be asked."""
+    gpu = FakeGpu(times=[3, 2, 0.5])
+    state = SimpleNamespace(gpu=gpu, capturing=False)
+    monkeypatch.setenv("TRIDIL_TARGET", TARGET)
+    for name, value in (("is_available", lambda: True), ("get_device_name", lambda *a: NAME), ("device", lambda d: nullcontext()),
+                        ("current_device", lambda: 0), ("is_current_stream_capturing", lambda: state.capturing)):
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(tuner, "Gpu", lambda device: gpu)
+    return state
+
+
+def test_the_first_miss_says_how_to_measure(cuda, caplog):
+    with caplog.at_level(logging.WARNING):
+        assert tuner.resolve(P, "fprop", TARGET, "ieee", CUDA) == ranked()[0] and not cuda.gpu.ran
+        tuner.resolve(P, "dgrad", TARGET, "ieee", CUDA)
+    message, = [r.getMessage() for r in caplog.records]
+    command = message[message.index("python -m tridil "):]
+    from tridil.__main__ import parse_shape
+    assert command.startswith("python -m tridil tune --shape ") and parse_shape(command.split('"')[1], "float16") == P
+
+
+@pytest.mark.parametrize("how", ["variable", "benchmark"])
+def test_first_use_measures_where_asked(cuda, how, monkeypatch):
+    if how == "variable":
+        monkeypatch.setenv("TRIDIL_TUNE", "1")
+    else:
+        monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    assert tuner.resolve(P, "fprop", TARGET, "ieee", CUDA) == ranked()[2]
+    ran = len(cuda.gpu.ran)
+    assert ran and tuner.resolve(P, "fprop", TARGET, "ieee", CUDA) == ranked()[2] and len(cuda.gpu.ran) == ran, "once"
+    with tuner.override(dgrad=ranked(P, "dgrad")[1]):
+        tuner.resolve(P, "dgrad", TARGET, "ieee", CUDA)
+    assert len(cuda.gpu.ran) == ran
+
+
+def test_the_variable_can_forbid_it(cuda, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    monkeypatch.setenv("TRIDIL_TUNE", "0")
+    tuner.resolve(P, "fprop", TARGET, "ieee", CUDA)
+    assert not cuda.gpu.ran
+
+
+def test_nothing_is_measured_while_a_graph_is_captured(cuda, monkeypatch):
+    monkeypatch.setenv("TRIDIL_TUNE", "1")
+    cuda.capturing = True
+    assert tuner.resolve(P, "fprop", TARGET, "ieee", CUDA) == ranked()[0] and not cuda.gpu.ran
+    cuda.capturing = False
+    assert tuner.resolve(P, "fprop", TARGET, "ieee", CUDA) == ranked()[2] and cuda.gpu.ran
+
+
+# ---- what people see
+def test_explain_measured_and_predicted(cuda, monkeypatch):
+    monkeypatch.setattr(dispatch, "can_run", lambda problem, device: None)
+    measured(pass_="fprop", ms=1.0, aten_ms=2.0)
+    measured(pass_="dgrad", ms=3.0, aten_ms=2.0)
+    rows = dispatch.explain(P, CUDA)
+    assert [r["backend"] for r in rows[:2]] == ["triton", "aten"] and [r["ms"] for r in rows] == [1.0, 3.0, None]
+    assert rows[0]["cudnn_ms"] == 2.0 and rows[2]["source"].startswith("cost model") and all(r["predicted_ms"] > r["roof_ms"] > 0 for r in rows)
+    text = dispatch.explanation(P, CUDA)
+    assert "1 ms measured" in text and "cuDNN 2 ms measured" in text and text.count("ms predicted (limited by") == 3 and "ms estimated" in text
+    for backend in ("triton", "aten"):
+        assert {(r["backend"], r["why"]) for r in dispatch.explain(P, CUDA, backend)} == {(backend, "asked for")}
+    monkeypatch.setenv("TRIDIL_BACKEND", "triton")
+    assert {r["why"] for r in dispatch.explain(P, CUDA)} == {"TRIDIL_BACKEND=triton"}
+
+
+def test_public_explain(capsys):
+    x, w = torch.randn(1, 16, 9, 9), torch.randn(16, 16, 3, 3)
+    rows = tridil.explain(x, w, padding=2, dilation=2)
+    out = capsys.readouterr().out
+    assert [r["pass"] for r in rows] == list(PASSES) and {r["backend"] for r in rows} == {"aten"}
+    assert out.count("config from:") == 3 and "n1 c16 h9 w9 k16 3x3 stride1 pad2 dil2 g1 float32 nchw -> 9x9" in out
+
+
+SCRIPT = textwrap.dedent("""
+    import contextlib, sys, torch
+    sys.path.insert(0, {tests!r})
+    import test_tuner
+    from tridil import tuner
+    from tridil.__main__ import main
+    torch.cuda.is_available = lambda: True
+    torch.cuda.device = lambda d: contextlib.nullcontext()
+    torch.cuda.current_device = lambda: 0
+    torch.cuda.set_device = lambda d: print(f"device {{d}}")
+    tuner.Gpu = lambda device: test_tuner.FakeGpu(times=[3, 2, 0.5])
+    sys.exit(main(sys.argv[1:]))
+""")
+
+
+def command(tmp_path, *args, launcher=()):
+    script = tmp_path / "fake_gpu.py"
+    script.write_text(SCRIPT.format(tests=os.path.dirname(__file__)))
+    env = dict(os.environ, TRIDIL_TARGET=TARGET, OMP_NUM_THREADS="1")
+    return subprocess.run([sys.executable, *launcher, script, *map(str, args)], capture_output=True, text=True, env=env, cwd=tmp_path)
+
+
+def test_command_line(tmp_path):
+    shape = ("tune", "--shape", tuner.shape_of(P), "--top", 3)
+    out = command(tmp_path, *shape, "--passes", "fprop,wgrad", "--budget", "10m")
+    assert out.returncode == 0 and "2 measured, kept in" in out.stdout and "0.5000 ms" in out.stdout, out.stdout + out.stderr
+    assert set(cache.user(TARGET)) == {cache.key(P, "fprop"), cache.key(P, "wgrad")}
+    assert "0 measured" in command(tmp_path, *shape, "--passes", "fprop,wgrad").stdout
+    (tmp_path / "zoo.py").write_text("import torch\ndef make():\n    return torch.nn.Conv2d(16, 8, 3, dilation=2), torch.randn(1, 16, 9, 9)\n"
+                                     "def wrong():\n    return 3\n")
+    out = command(tmp_path, "tune", "--model", "zoo:make", "--top", 1, "--passes", "dgrad")
+    assert out.returncode == 0 and "k8 3x3 stride1 pad0 dil2" in out.stdout, out.stdout + out.stderr
+    for bad in (("--model", "zoo:wrong"), ("--model", "zoo"), ("--suite", "none"), ("--budget", "soon"), ("--passes", "forward"), ("--top", 0)):
+        out = command(tmp_path, "tune", *bad)
+        assert out.returncode == 2 and "error" in out.stderr and "Traceback" not in out.stderr, (bad, out.stderr)
+    out = subprocess.run([sys.executable, "-m", "tridil", "tune"], capture_output=True, text=True)
+    assert out.returncode == 1 and "measured on a GPU" in out.stderr or torch.cuda.is_available()
+
+
+def test_torchrun_splits_the_problems_and_merges(tmp_path):
+    """Two real processes, a file of measurements; every problem is measured once, rank 0 shows them all."""
+    (tmp_path / "zoo.py").write_text("import torch\ndef make():\n    return torch.nn.Sequential(torch.nn.Conv2d(16, 8, 3, dilation=2), "
+                                     "torch.nn.Conv2d(8, 8, 3), torch.nn.Conv2d(8, 16, 1)), torch.randn(1, 16, 9, 9)\n")
+    launcher = ("-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0")
+    out = command(tmp_path, "tune", "--model", "zoo:make", "--passes", "fprop,wgrad", "--top", 1, launcher=launcher)
+    assert out.returncode == 0, out.stdout + out.stderr
+    assert "device 0" in out.stdout and "device 1" in out.stdout and "6 measured, kept in" in out.stdout
+    assert out.stdout.count(": 3.0000 ms") == 6 and len(cache.user(TARGET)) == 6

@@ -1,0 +1,87 @@
+"""Specs of GPUs: what the tile rules and the cost model know of hardware. Figures are the vendors', dense (no sparsity), or marked as assumed."""
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from functools import lru_cache
+
+
+@dataclass(frozen=True)
+class Device:
+    """One GPU model. Rates are per SM (AMD: compute unit) and clock.
+
+    clock: GHz at which the published tensor peak is reached. mma: dense multiply-accumulates of float16 and bfloat16, of tf32, of float64 on matrix
+    units with accumulation in fp32 (fp64). fma: scalar multiply-accumulates in (float32, float64). l2_clock: bytes from L2. dram: 10^9 bytes/s.
+    l2: MiB. Of an SM: shared memory in bytes (of which one program gets at most `program_shared`), resident threads and programs.
+    """
+    name: str
+    target: str
+    sms: int
+    clock: float
+    mma: tuple[int, int, int]
+    fma: tuple[int, int]
+    l2_clock: float
+    l2: float
+    dram: float
+    source: str
+
+    @property
+    def limits(self) -> tuple[int, int, int, int]:
+        """(shared memory of an SM, shared memory of a program, threads, programs): CUDA C++ programming guide, "Technical specifications per compute
+        capability"; AMD CDNA3 ISA guide."""
+        return _LIMITS[self.target]
+
+    def mma_rate(self, dtype: str, precision: str = "tf32") -> int:
+        """Multiply-accumulates per SM and clock of a tile product of `dtype`: on matrix units, or (ieee float32) on the scalar pipes."""
+        if dtype == "float32":
+            return self.mma[1] if precision == "tf32" and self.mma[1] else self.fma[0]
+        return max(self.mma[2], self.fma[1]) if dtype == "float64" else self.mma[0]
+
+
+_LIMITS = {"cuda:80": (167936, 166912, 2048, 32), "cuda:86": (102400, 101376, 1536, 16), "cuda:89": (102400, 101376, 1536, 24),
+           "cuda:90": (233472, 232448, 2048, 32), "cuda:100": (233472, 232448, 2048, 32), "cuda:120": (102400, 101376, 1536, 24),
+           "hip:gfx942": (65536, 65536, 2048, 32)}
+
+# the first device of a target stands for it where no GPU is present. l2_clock: A100 from its whitepaper (5120 bytes per clock), MI300X from the CDNA3
+# whitepaper (2 KiB per clock and die), the others assumed; H100's clock is that of its published tensor peak
+_AMPERE = "NVIDIA A100 Tensor Core GPU Architecture whitepaper v1.0, tables 1 to 4; A100 80GB datasheet"
+_GA102 = "NVIDIA Ampere GA102 GPU Architecture whitepaper v2.1, tables 2 and 9"
+_ADA = "NVIDIA Ada GPU Architecture whitepaper v2.1, appendix A"
+_HOPPER = "NVIDIA H100 Tensor Core GPU Architecture whitepaper v1.04, tables 1 to 3"
+DEVICES = (
+    Device("NVIDIA A100", "cuda:80", 108, 1.41, (1024, 512, 64), (64, 32), 47.4, 40, 2039, _AMPERE),
+    Device("NVIDIA GeForce RTX 3090", "cuda:86", 82, 1.695, (256, 128, 0), (128, 2), 24, 6, 936, _GA102),
+    Device("NVIDIA A10", "cuda:86", 72, 1.695, (512, 256, 0), (128, 2), 24, 6, 600, "NVIDIA A10 datasheet; " + _GA102),
+    Device("NVIDIA GeForce RTX 4090", "cuda:89", 128, 2.52, (256, 128, 0), (128, 2), 24, 72, 1008, _ADA),
+    Device("NVIDIA L4", "cuda:89", 58, 2.04, (512, 256, 0), (128, 2), 24, 48, 300, "NVIDIA L4 datasheet; " + _ADA),
+    Device("NVIDIA H100 80GB HBM3", "cuda:90", 132, 1.83, (2048, 1024, 128), (128, 64), 64, 50, 3352, _HOPPER),
+    Device("NVIDIA H100 PCIe", "cuda:90", 114, 1.62, (2048, 1024, 128), (128, 64), 64, 50, 2039, _HOPPER),
+    Device("NVIDIA H200", "cuda:90", 132, 1.83, (2048, 1024, 128), (128, 64), 64, 50, 4800, "NVIDIA H200 datasheet; " + _HOPPER),
+    Device("NVIDIA B200", "cuda:100", 148, 1.86, (4096, 2048, 64), (128, 64), 96, 126, 7700, "NVIDIA HGX B200 datasheet (2.25 PFLOP/s dense fp16)"),
+    Device("NVIDIA GeForce RTX 5090", "cuda:120", 170, 2.407, (256, 128, 0), (128, 2), 24, 96, 1792,
+           "NVIDIA RTX Blackwell GPU Architecture whitepaper v1.1, appendix A"),
+    Device("AMD Instinct MI300X", "hip:gfx942", 304, 2.1, (1024, 512, 128), (128, 64), 53.9, 32, 5300,
+           "AMD Instinct MI300X data sheet; AMD CDNA 3 Architecture whitepaper"))
+TARGETS: dict[str, Device] = {}
+for _device in DEVICES:
+    TARGETS.setdefault(_device.target, _device)
+
+
+def of_target(target: str) -> Device:
+    """The device that stands for a target; the nearest older one of the vendor for an unknown target."""
+    if target in TARGETS:
+        return TARGETS[target]
+    if target.startswith("hip"):
+        return TARGETS["hip:gfx942"]
+    known = sorted((int(name[5:]), name) for name in TARGETS if name.startswith("cuda"))
+    return TARGETS[max((item for item in known if item[0] <= int(target[5:])), default=known[0])[1]]
+
+
+@lru_cache(maxsize=256)
+def of_name(name: str, target: str) -> Device:
+    """The device that a driver calls `name`; the one that stands for its target when there is no such entry."""
+    def words(text):
+        return set(re.sub(r"[^a-z0-9]+", " ", text.lower()).split())
+    found = [d for d in DEVICES if d.target == target and words(d.name) <= words(name)]
+    found += [d for d in DEVICES if d.target == target and d.name.split()[-1].lower() in words(name)]
+    return found[0] if found else of_target(target)
