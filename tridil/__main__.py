@@ -157,8 +157,9 @@ def aot(args) -> int:
         [(w.name, w.problem) for w in workloads.suite(args.suite, args.dtype)]
     if args.save:
         Path(args.save).mkdir(parents=True, exist_ok=True)
-    # the format of the results as layers give it: dw that of nn.Conv2d's weight
-    jobs = [(name, replace(p, layout="nchw" if pass_ == "wgrad" else "nhwc"), pass_) for name, p in layers for pass_ in args.passes.split(",")]
+    # the format of the results as layers give it: dw that of nn.Conv2d's weight, which with one channel per group is that of x
+    jobs = [(name, replace(p, layout="nchw" if pass_ == "wgrad" and p.c > p.groups else "nhwc"), pass_)
+            for name, p in layers for pass_ in args.passes.split(",")]
     rows = report(jobs, target, args.save)
     if args.json:
         Path(args.json).write_text(json.dumps(rows, indent=1))
