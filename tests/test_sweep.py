@@ -148,11 +148,11 @@ def test_sigint_in_a_real_process_keeps_rows(tmp_path):
     # a shell's background jobs ignore SIGINT, and their children inherit that
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
                                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
-    path, deadline = tmp_path / "results.csv", time.time() + 60
+    path, deadline = tmp_path / "results.csv", time.time() + 600
     while time.time() < deadline and not (path.exists() and path.read_text().count("\n") >= 2):
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)
-    out, _ = process.communicate(timeout=60)
+    out, _ = process.communicate(timeout=300)
     assert process.returncode == 130, out
     assert "Traceback" not in out and "interrupted" in out
     assert 1 <= len(report.read(path)) < len([w for w in workloads.load() if "dw" in w.name])
