@@ -57,5 +57,5 @@ def test_all_is_everything():
 
 
 def test_unknown_suite_lists_the_names():
-    with pytest.raises(ValueError, match="unknown suite 'vision': use one of quick, aspp, all"):
+    with pytest.raises(ValueError, match="unknown suite 'vision': use one of quick, aspp, deeplab, all"):
         workloads.suite("vision")
