@@ -59,7 +59,7 @@ def roof(problem: Problem, device: Device, precision: str = "tf32") -> float:
 def step_clocks(problem: Problem, pass_: str, config: dict, device: Device, precision: str = "tf32") -> dict[str, float]:
     """Clocks of an SM for one step of one program, by unit, each at its peak."""
     (m, n, k), nbytes, warps = cfg.tile(config, pass_), DTYPE_BYTES[problem.dtype], config["num_warps"]
-    c_align, k_align = (min(gcd(size // problem.groups * nbytes, 16), 16) for size in (problem.c, problem.k))
+    c_align, k_align = (gcd(size // problem.groups * nbytes, 16) for size in (problem.c, problem.k))
     fma, moved = m * n * k, (m + n) * k * nbytes
     mma = cfg.has_mma(problem, precision)
     products = fma / 2048 * (nbytes / 2) if mma else fma / 32
@@ -70,8 +70,8 @@ def step_clocks(problem: Problem, pass_: str, config: dict, device: Device, prec
     elif kind == "tma":
         other, products = warps * fixed, fma / 2**16
     else:
-        # bytes of one copy of each operand: m is pixels, or (wgrad) the channels of dy
-        widths = (c_align if pass_ == "fprop" else k_align), (k_align if pass_ == "dgrad" and problem.groups == 1 else c_align)
+        # bytes of one copy of each operand: x or dy, and (innermost channels C) w or (wgrad) x
+        widths = c_align if pass_ == "fprop" else k_align, c_align
         each = [per_copy / width if width >= 4 else SCATTERED[config["kernel"]] / nbytes for width in widths]
         other = warps * fixed + sum(cost * size * k * nbytes / 32 for size, cost in zip((m, n), each))
     if kind == "tma":                               # operands stay in shared memory; a warpgroup reads its 64 rows and all columns

@@ -12,7 +12,7 @@ class Device:
 
     clock: GHz at which the published tensor peak is reached. mma: dense multiply-accumulates of float16 and bfloat16, of tf32, of float64 on matrix
     units with accumulation in fp32 (fp64). fma: scalar multiply-accumulates in (float32, float64). l2_clock: bytes from L2. dram: 10^9 bytes/s.
-    l2: MiB. Of an SM: shared memory in bytes (of which one program gets at most `program_shared`), resident threads and programs.
+    l2: MiB.
     """
     name: str
     target: str
@@ -83,5 +83,4 @@ def of_name(name: str, target: str) -> Device:
     def words(text):
         return set(re.sub(r"[^a-z0-9]+", " ", text.lower()).split())
     found = [d for d in DEVICES if d.target == target and words(d.name) <= words(name)]
-    found += [d for d in DEVICES if d.target == target and d.name.split()[-1].lower() in words(name)]
     return found[0] if found else of_target(target)

@@ -149,10 +149,10 @@ def explain(problem: Problem, device, backend: str = "auto", target_: str | None
     return rows
 
 
-def explanation(problem: Problem, device, backend: str = "auto", target_: str | None = None) -> str:
-    """`explain` as people read it."""
+def explanation(problem: Problem, device, backend: str = "auto", target_: str | None = None, rows: list[dict] | None = None) -> str:
+    """`explain`, or the rows that it gave, as people read them."""
     lines = [f"{problem.key()} -> {problem.p}x{problem.q}, {f'target {target_}' if target_ else f'tensors on {device}, target {target()}'}"]
-    for row in explain(problem, device, backend, target_):
+    for row in explain(problem, device, backend, target_) if rows is None else rows:
         macs = "  ".join(f"{name} {row[name + '_macs'] / 1e6:.4g}M" for name in ("dense", "useful", "executed"))
         times = [f"{row['predicted_ms']:.4g} ms predicted (limited by {row['limiter']})", f"{row['roof_ms']:.4g} ms roof",
                  f"cuDNN {row['cudnn_ms']:.4g} ms {'estimated' if row['ms'] is None else 'measured'}"]

@@ -51,8 +51,9 @@ def explain(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1,
     dense, useful and executed multiply-accumulates, the measured or predicted time and what limits it. Returns the rows of `dispatch.explain`.
     """
     problem = problem_of_tensors(input, weight, bias, stride, padding, dilation, groups)
-    print(dispatch.explanation(problem, input.device, backend))
-    return dispatch.explain(problem, input.device, backend)
+    rows = dispatch.explain(problem, input.device, backend)
+    print(dispatch.explanation(problem, input.device, backend, rows=rows))
+    return rows
 
 
 def problem_of_tensors(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1, *, backend: str = "auto") -> Problem:

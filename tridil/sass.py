@@ -8,10 +8,11 @@ import re
 from collections import Counter
 from dataclasses import dataclass
 
-# per SM and clock: dense fp16 FMA on tensor cores with fp32 accumulation; per SM: shared memory (bytes), threads, programs. CUDA C++ programming
-# guide, "Technical specifications per compute capability"; NVIDIA A100, GA102, AD102, H100, Blackwell and RTX Blackwell architecture whitepapers
-SM = {80: (1024, 167936, 2048, 32), 86: (512, 102400, 1536, 16), 89: (512, 102400, 1536, 24), 90: (2048, 233472, 2048, 32),
-      100: (4096, 233472, 2048, 32), 120: (512, 102400, 1536, 24)}
+from .devices import TARGETS
+
+# dense fp16 FMA per SM and clock on tensor cores with fp32 accumulation, of an architecture's fastest parts: NVIDIA A100, GA102, AD102, H100,
+# Blackwell and RTX Blackwell architecture whitepapers
+RATE = {80: 1024, 86: 512, 89: 512, 90: 2048, 100: 4096, 120: 512}
 MMA = re.compile(r"HMMA|DMMA|HGMMA|UTC[A-Z]*MMA")
 LOADS = re.compile(r"LDGSTS|LDG|UTMALDG")
 FMA = {"FFMA": 1, "DFMA": 1, "HFMA2": 2, "FFMA2": 2}            # multiply-accumulates of a thread
@@ -120,7 +121,7 @@ def measure(text: str, target: int, tile: tuple[int, int, int], warps: int, nbyt
     ops = Counter(ins.opcode for ins in loop)
     products = sum(count for op, count in ops.items() if MMA.match(op))
     running = 1 if specialized and row["mma"].startswith("UTC") else warps          # tcgen05 products are issued by one warp
-    rate, *_ = SM[target]
+    rate = RATE[target]
     moved = (m + n) * k * nbytes
     if row["mma"].startswith("HGMMA"):                              # each warpgroup reads its 64 rows and all columns
         read = (m + -(-m // 64) * n) * k * nbytes
@@ -135,7 +136,7 @@ def measure(text: str, target: int, tile: tuple[int, int, int], warps: int, nbyt
 
 def programs_per_sm(target: int, registers: int, threads: int, shared_bytes: int) -> int:
     """Programs that fit on one SM. Registers are given to warps in units of 256, a program takes 1 KiB of shared memory for the driver."""
-    _, shared, most_threads, most = SM[target]
+    shared, _, most_threads, most = TARGETS[f"cuda:{target}"].limits
     warps = -(-threads // 32)
     per_warp = -(-registers * 32 // 256) * 256
     return min(65536 // (per_warp * warps), shared // (shared_bytes + 1024), most_threads // threads, most)
