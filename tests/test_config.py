@@ -21,7 +21,7 @@ def count_macs(p, pass_, cfg):
     (m, n, step), images, total = config.tile(cfg, pass_), len(range(0, p.n, bi)), 0
     c, k = p.c // p.groups, p.k // p.groups
     reduced, cols = {"fprop": (c, k), "dgrad": (k, c), "wgrad": (None, c)}[pass_]
-    for h, w in config.passes_axes(p, pass_):
+    for h, w in p.axes(pass_):
         if pass_ == "wgrad":
             for r in range(p.r):
                 for s in range(p.s):

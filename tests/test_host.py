@@ -318,6 +318,36 @@ print(json.dumps([len(kernels(dilated(), "cuda:90")), sum(len(f.device_caches[90
     assert counted == compiled > 0
 
 
+@pytest.mark.parametrize("target", [80, 90])
+def test_compiled_ahead_of_time_are_the_kernels_that_the_jit_looks_for(target):
+    """Same entry of Triton's cache: else `aot.precompile`, which the tuner relies on, would compile for nobody."""
+    found = child("""
+import json, torch
+from triton.runtime import driver
+from host_overhead import stub_driver
+from tridil import aot, cost_model, launch
+from tridil.problem import PASSES, Problem
+driver.set_active(stub_driver(TARGET))
+def layer(n, c, size, k, **rest):
+    return Problem(n, c, size, size, k, 3, 3, padding=((2, 2), (2, 2)), dilation=(2, 2), **rest)
+out = {}
+for p in (layer(2, 64, 16, 64), layer(1, 3, 16, 24), layer(2, 64, 8, 64, dtype="float32"), layer(1, 32, 9, 32, groups=32), layer(1, 512, 4, 512),
+          layer(8, 256, 32, 256)):
+    x, w, dy = (torch.empty(s, dtype=getattr(torch, p.dtype)).to(memory_format=torch.channels_last) for s in (p.x_shape, p.w_shape, p.y_shape))
+    for pass_ in PASSES:
+        config, precision, has_bias = cost_model.best(p, pass_, "cuda:TARGET"), "tf32" if p.dtype == "float32" else "ieee", pass_ == "fprop"
+        bias = x.new_empty(p.k) if has_bias else None
+        launch.prepare(p, pass_, config, precision, has_bias)(*{"fprop": (x, w), "dgrad": (dy, w), "wgrad": (dy, x)}[pass_], bias)
+        for item, source in aot.sources(p, pass_, config, "cuda:TARGET", precision, has_bias):
+            (jit,) = item._kernels.values()
+            out.setdefault(item.kernel, []).append(aot.compile_source(source, item.options, "cuda:TARGET").hash == jit.hash)
+print(json.dumps(out))
+""".replace("TARGET", str(target)))
+    kernels = {"correlate", "correlate_flat", "wgrad", "sum_splits", "correlate_depthwise", "wgrad_depthwise", "sum_partials"}
+    assert found.keys() == kernels | ({"correlate_tma", "wgrad_tma"} if target == 90 else set())
+    assert all(map(all, found.values())), found
+
+
 def test_host_overhead_reports(tmp_path):
     env = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "PYTHONPATH")}
     done = subprocess.run([sys.executable, ROOT / "perf" / "host_overhead.py", "--targets", "cuda:90", "--repetitions", "20"], capture_output=True,

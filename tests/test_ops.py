@@ -50,6 +50,20 @@ def launches(monkeypatch, forget):
     return count
 
 
+@pytest.mark.parametrize("nhwc", [True, False])
+def test_depthwise_wgrad_reads_x_and_dy_as_they_lie(nhwc, launches, monkeypatch, device, seed):
+    """(C, 1, R, S) weights lie the same in both memory formats: the pass runs in that of x."""
+    p, seen, prepare = replace(CASES["depthwise"], layout="nhwc" if nhwc else "nchw"), {}, launch.prepare
+    monkeypatch.setattr(launch, "prepare", lambda problem, pass_, *args: seen.update({pass_: problem.layout}) or prepare(problem, pass_, *args))
+    x, w, _, dy = testing.random_tensors(p, device, seed)
+    memory_format = torch.channels_last if nhwc else torch.contiguous_format
+    x, w = x.contiguous(memory_format=memory_format).requires_grad_(), w.contiguous().requires_grad_()
+    ops.convolve(x, w, None, p).backward(dy.contiguous(memory_format=memory_format))
+    assert seen == dict.fromkeys(PASSES, p.layout)
+    assert w.grad.is_contiguous()
+    torch.testing.assert_close(w.grad, reference.wgrad(p, dy, x.detach()))
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_derivatives(name, device, seed, poisoned):
     p = CASES[name]

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import tridil
-from tridil import cache, cost_model, devices, dispatch, reference, testing, tuner
+from tridil import assumed, cache, cost_model, devices, dispatch, reference, testing, tuner
 from tridil.problem import PASSES, Problem
 
 P = Problem(2, 64, 9, 9, 64, 3, 3, padding=((2, 2), (2, 2)), dilation=(2, 2))
@@ -228,10 +228,10 @@ def test_measured_times_decide():
 def test_predictions_decide_with_a_margin(monkeypatch):
     spec = devices.of_target(TARGET)
     time = cost_model.predict(P, "fprop", ranked()[0], spec).seconds
-    for estimate, backend in ((time * cost_model.MARGIN * 1.01, "triton"), (time * cost_model.MARGIN * 0.99, "aten")):
+    for estimate, backend in ((time * assumed.MARGIN * 1.01, "triton"), (time * assumed.MARGIN * 0.99, "aten")):
         monkeypatch.setattr(cost_model, "cudnn", lambda *a, e=estimate: e)
         choice = tuner.decide(P, "fprop", TARGET, "ieee")
-        assert choice.backend == backend and "predicted" in choice.why and str(cost_model.MARGIN) in choice.why
+        assert choice.backend == backend and "predicted" in choice.why and str(assumed.MARGIN) in choice.why
 
 
 def test_override_decides():

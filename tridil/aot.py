@@ -42,21 +42,22 @@ def sources(problem: Problem, pass_: str, config: dict, target: str, precision: 
     for item in launch.plan(problem, pass_, config, precision, has_bias):
         fn, scalars, constants = item.fn, dict(item.scalars), dict(launch._constexprs(item.constexprs))
         tensors = {name: (partial if role == "partials" else element, box) for name, role, box in item.tensors}
-        signature, attrs = {}, {}
+        signature, attrs = {}, {}                              # written as the JIT writes them: Triton's cache is keyed by their text
         for i, (name, parameter) in enumerate(zip(fn.arg_names, fn.params)):
             if name in constants:
-                signature[name] = "constexpr"
+                signature[name], attrs[(i,)] = "constexpr", []
             elif name in tensors:
                 type_, box = tensors[name]
-                signature[name] = f"tensordesc<{type_}[{','.join(map(str, box.block))}]>" if box else f"*{type_}"
+                signature[name] = f"tensordesc<{type_}[{', '.join(map(str, box.block))}]>" if box else f"*{type_}"
                 if not box:
                     attrs[(i,)] = [["tt.divisibility", 16]]
             elif scalars[name] == 1 and not parameter.do_not_specialize:
-                signature[name], constants[name] = "constexpr", 1
+                signature[name], constants[name], attrs[(i,)] = "constexpr", 1, []
             else:
                 signature[name] = "i32" if -2**31 <= scalars[name] < 2**31 else "i64"
-                if scalars[name] % 16 == 0 and not (parameter.do_not_specialize or parameter.do_not_specialize_on_alignment):
-                    attrs[(i,)] = [["tt.divisibility", 16]]
+                if not parameter.do_not_specialize:
+                    divisible = scalars[name] % 16 == 0 and not parameter.do_not_specialize_on_alignment
+                    attrs[(i,)] = [["tt.divisibility", 16]] if divisible else []
         constexprs = {(fn.arg_names.index(name),): value for name, value in constants.items()}
         out.append((item, ASTSource(fn, signature, constexprs=constexprs, attrs=attrs)))
     return out

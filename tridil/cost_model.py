@@ -1,8 +1,8 @@
 """Predicted time of (problem, pass, config) on a device: ranks candidates where nothing was measured, and says what limits them.
 
 A launch is tiles of unequal numbers of steps (live taps x channel blocks) on SMs that hold a few programs each. A step costs the clocks of its
-busiest unit: tensor cores, instruction issue, shared memory, L2. The launch costs the larger of its waves of programs and its DRAM traffic. Nothing
-here was fitted to a measurement: `python perf/sweep.py --validate-model` compares both on a GPU.
+busiest unit: tensor cores, instruction issue, shared memory, L2. The launch costs the larger of its waves of programs and its DRAM traffic. What is
+assumed stands in assumed.py; nothing was fitted to a measurement: `python perf/sweep.py --validate-model` compares both on a GPU.
 """
 from __future__ import annotations
 
@@ -10,30 +10,10 @@ from dataclasses import dataclass
 from functools import lru_cache
 from math import gcd, prod
 
+from . import assumed, devices, direct
 from . import config as cfg
-from . import devices
 from .devices import Device
 from .problem import DTYPE_BYTES, Problem
-
-# ---- everything that is assumed --------------------------------------------------------------------------------------------------------------------
-# warp instructions of one step that are not products: (fixed, per 16-byte copy of a thread); least squares over the machine code of all tiles (sm_80,
-# sm_90, sm_100; 3x3, 256 channels), within 30%
-LOOP = {("gather", "fprop"): (50, 8), ("gather", "dgrad"): (50, 9), ("gather", "wgrad"): (68, 11.5), ("tma", "fprop"): (90, 0),
-        ("tma", "dgrad"): (90, 0), ("tma", "wgrad"): (100, 0)}
-SPECIALIZED = 45            # the same for one warp of a warp-specialised loop
-SCATTERED = {"gather": 12, "gather_flat": 25}   # instructions for an operand element that is addressed and loaded alone (counted: 10 to 40)
-ATTAINED = 0.85             # share of its busiest unit's peak that a loop reaches with enough programs on the SM
-ALONE = 0.6                 # share of that which one program of four warps reaches; grows with the root of its warps
-ALONE_SPECIALIZED = 0.9
-PROGRAM = 2000              # clocks of a program before its first product and after its last
-DRAM, L2 = 0.85, 0.7        # share of peak bandwidth that is reached
-LAUNCH = 2.5e-6             # seconds from one kernel of a pass to the next, and of the first one
-# cuDNN: share of the peak it reaches on the dense multiply-accumulates, tiles of 64x64x32; of PyTorch's own depthwise kernels the instructions per
-# multiply-accumulate
-CUDNN = {"fprop": 0.6, "dgrad": 0.55, "wgrad": 0.5}
-DEPTHWISE_INSTRUCTIONS = 8
-MARGIN = 1.1                # how much faster than the estimate of cuDNN the prediction must be before "auto" relies on it
-# ----------------------------------------------------------------------------------------------------------------------------------------------------
 
 UNITS = {"tensor": "tensor cores", "issue": "instruction issue", "shared": "shared memory", "l2": "L2 bandwidth"}
 
@@ -64,15 +44,15 @@ def step_clocks(problem: Problem, pass_: str, config: dict, device: Device, prec
     mma = cfg.has_mma(problem, precision)
     products = fma / 2048 * (nbytes / 2) if mma else fma / 32
     kind = config["kernel"].removesuffix("_flat")
-    fixed, per_copy = LOOP[kind, pass_]
+    fixed, per_copy = assumed.LOOP[kind, pass_]
     if config.get("WARP_SPECIALIZE"):
-        other = SPECIALIZED
+        other = assumed.SPECIALIZED
     elif kind == "tma":
         other, products = warps * fixed, fma / 2**16
     else:
         # bytes of one copy of each operand: x or dy, and (innermost channels C) w or (wgrad) x
         widths = c_align if pass_ == "fprop" else k_align, c_align
-        each = [per_copy / width if width >= 4 else SCATTERED[config["kernel"]] / nbytes for width in widths]
+        each = [per_copy / width if width >= 4 else assumed.SCATTERED[config["kernel"]] / nbytes for width in widths]
         other = warps * fixed + sum(cost * size * k * nbytes / 32 for size, cost in zip((m, n), each))
     if kind == "tma":                               # operands stay in shared memory; a warpgroup reads its 64 rows and all columns
         read = (m + (-(-m // 64) if device.target == "cuda:90" else 1) * n) * k * nbytes
@@ -80,7 +60,7 @@ def step_clocks(problem: Problem, pass_: str, config: dict, device: Device, prec
         rows = max(1, min(warps, m // 32)) if m >= n else max(1, warps // max(1, min(warps, n // 32)))
         read = (warps // rows * m + rows * n) * k * nbytes
     return {"tensor": fma / device.mma_rate(problem.dtype, precision), "issue": (products + other) / 4, "shared": (moved + read) / 128,
-            "l2": moved / device.l2_clock / L2}
+            "l2": moved / device.l2_clock / assumed.L2}
 
 
 def resident(problem: Problem, pass_: str, config: dict, device: Device) -> int:
@@ -100,11 +80,11 @@ def predict(problem: Problem, pass_: str, config: dict, device: Device, precisio
         return _direct(problem, pass_, config, device)
     clocks = step_clocks(problem, pass_, config, device, precision)
     unit = max(clocks, key=clocks.get)
-    step, hertz = clocks[unit] / ATTAINED, device.clock * 1e9
+    step, hertz = clocks[unit] / assumed.ATTAINED, device.clock * 1e9
     fit, warps = resident(problem, pass_, config, device), config["num_warps"]
-    alone = ALONE_SPECIALIZED if config.get("WARP_SPECIALIZE") else min(1.0, ALONE * (warps / 4) ** 0.5)
+    alone = assumed.ALONE_SPECIALIZED if config.get("WARP_SPECIALIZE") else min(1.0, assumed.ALONE * (warps / 4) ** 0.5)
     split, launches, waves, work, programs = config["SPLIT_K"], 0, 0.0, 0.0, 0
-    for axes in cfg.passes_axes(problem, pass_):
+    for axes in problem.axes(pass_):
         count = cfg.tiles(problem, pass_, config, axes)
         total, most = cfg.launch_steps(problem, pass_, config, axes)
         waves += _waves(count, total * step, most / split * step, device.sms, fit, alone)
@@ -114,15 +94,15 @@ def predict(problem: Problem, pass_: str, config: dict, device: Device, precisio
     if split > 1:
         launches *= 2
         bytes_ = 4 * result * (2 * split + 1)
-        partial = bytes_ / (device.l2_clock * L2 * device.sms * hertz if bytes_ < device.l2 * 2**19 else device.dram * 1e9 * DRAM)
-    dram = problem.bytes / (device.dram * 1e9 * DRAM)
+        partial = bytes_ / (device.l2_clock * assumed.L2 * device.sms * hertz if bytes_ < device.l2 * 2**19 else device.dram * 1e9 * assumed.DRAM)
+    dram = problem.bytes / (device.dram * 1e9 * assumed.DRAM)
     if pass_ == "dgrad" and not problem.dgrad_covers:                    # dx begins as zeros
-        launches, dram = launches + 1, dram + result * DTYPE_BYTES[problem.dtype] / (device.dram * 1e9 * DRAM)
+        launches, dram = launches + 1, dram + result * DTYPE_BYTES[problem.dtype] / (device.dram * 1e9 * assumed.DRAM)
     waves, work = waves / hertz, work / hertz
     parts = {UNITS[name]: clocks[name] * work / step for name in clocks} | {"waves of programs": waves, "DRAM bandwidth": dram}
     if partial:
         parts["partial sums"] = partial
-    parts["launches"] = launches * LAUNCH
+    parts["launches"] = launches * assumed.LAUNCH
     seconds = max(waves, dram) + partial + parts["launches"]
     if parts["launches"] + partial > seconds / 2:
         limiter = "launches" if parts["launches"] > partial else "partial sums"
@@ -136,15 +116,15 @@ def predict(problem: Problem, pass_: str, config: dict, device: Device, precisio
 
 
 def _direct(problem: Problem, pass_: str, config: dict, device: Device) -> Prediction:
-    """`predict` of a direct kernel, whose clocks are counted in config.depthwise_clocks."""
-    clocks, hertz = cfg.depthwise_clocks(problem, pass_, config, device), device.clock * 1e9
-    launches = (2 if pass_ == "wgrad" else 1) * len(cfg.passes_axes(problem, pass_))
-    if pass_ == "dgrad" and not problem.dgrad_covers and not cfg.fill(problem):
+    """`predict` of a direct kernel, whose clocks are counted in direct.clocks."""
+    clocks, hertz = direct.clocks(problem, pass_, config, device), device.clock * 1e9
+    launches = (2 if pass_ == "wgrad" else 1) * len(problem.axes(pass_))
+    if pass_ == "dgrad" and not problem.dgrad_covers and not direct.fill(problem):
         launches += 1
     issue, l2, waves, dram = (clocks[name] / hertz for name in ("issue", "l2", "waves", "dram"))
-    parts = {UNITS["issue"]: issue, UNITS["l2"]: l2, "waves of programs": waves, "DRAM bandwidth": dram, "launches": launches * LAUNCH}
-    seconds = max(waves, dram) + 0.2 * min(waves, dram) + launches * LAUNCH
-    if launches * LAUNCH > seconds / 2:
+    parts = {UNITS["issue"]: issue, UNITS["l2"]: l2, "waves of programs": waves, "DRAM bandwidth": dram, "launches": launches * assumed.LAUNCH}
+    seconds = max(waves, dram) + assumed.OVERLAP * min(waves, dram) + launches * assumed.LAUNCH
+    if launches * assumed.LAUNCH > seconds / 2:
         limiter = "launches"
     elif dram >= waves:
         limiter = "DRAM bandwidth"
@@ -160,7 +140,7 @@ def _waves(programs: int, total: float, most: float, sms: int, fit: int, alone: 
     if not programs:
         return 0.0
     equal = most * programs <= 1.05 * total
-    most, total = most + PROGRAM * alone, total + programs * PROGRAM * alone / max(min(fit, -(-programs // sms)), 1)
+    most, total = most + assumed.PROGRAM * alone, total + programs * assumed.PROGRAM * alone / max(min(fit, -(-programs // sms)), 1)
     mean, busiest = total / programs, -(-programs // sms)
     if programs <= sms * fit:
         return max(most / alone, busiest * mean / rate(busiest))
@@ -175,16 +155,16 @@ def cudnn(problem: Problem, pass_: str, device: Device, precision: str = "tf32")
     """Seconds that cuDNN (for depthwise layers PyTorch's own kernels) is given: an estimate in its favour, to be replaced by measurements."""
     c, k, taps = problem.c // problem.groups, problem.k // problem.groups, problem.r * problem.s
     hertz = device.sms * device.clock * 1e9
-    memory = problem.bytes / (device.dram * 1e9 * DRAM)
+    memory = problem.bytes / (device.dram * 1e9 * assumed.DRAM)
     if problem.groups == problem.c and problem.groups > 1:
-        return max(problem.dense_macs * DEPTHWISE_INSTRUCTIONS / 128 / hertz, memory) + LAUNCH
+        return max(problem.dense_macs * assumed.DEPTHWISE_INSTRUCTIONS / 128 / hertz, memory) + assumed.LAUNCH
 
     def up(size, block):
         return -(-size // block) * block
     sides = {"fprop": (problem.n * problem.p * problem.q, k, c), "dgrad": (problem.n * problem.p * problem.q, c, k),
              "wgrad": (k, c, problem.n * problem.p * problem.q)}[pass_]
     macs = problem.groups * taps * up(sides[0], 64) * up(sides[1], 64 if sides[1] > 32 else 32) * up(sides[2], 32 if sides[2] > 8 else 8)
-    return max(macs / (device.mma_rate(problem.dtype, precision) * CUDNN[pass_] * hertz), memory) + LAUNCH
+    return max(macs / (device.mma_rate(problem.dtype, precision) * assumed.CUDNN[pass_] * hertz), memory) + assumed.LAUNCH
 
 
 def rank(problem: Problem, pass_: str, device: Device, precision: str = "tf32") -> list[dict]:

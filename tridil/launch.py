@@ -12,6 +12,7 @@ from triton.runtime import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import config as cfg
+from . import direct
 from .dispatch import interpreted, target
 from .kernels import common, depthwise, gather, tma
 from .problem import DTYPE_BYTES, Axis, Problem
@@ -132,7 +133,7 @@ def _plan(problem, pass_, config, precision, has_bias):
                        "INT64": _elements(problem) >= (2**30 if flat else 2**31)}
     if pass_ == "wgrad":
         return _wgrad_plan(problem, config, constexprs, options)
-    return tuple(launch for h, w in cfg.passes_axes(problem, pass_)
+    return tuple(launch for h, w in problem.axes(pass_)
                  for launch in _correlation_plan(problem, pass_, h, w, config, constexprs, options, has_bias))
 
 
@@ -225,9 +226,9 @@ def _depthwise_plan(p: Problem, pass_, config, options, has_bias):
                       ACC="float64" if p.dtype == "float64" else "float32", INT64=_elements(p) >= 2**31)
     shapes = (p.y_shape, p.x_shape) if pass_ == "dgrad" else (p.x_shape, p.y_shape)
     (x_n, x_k, x_h, x_w), (y_n, y_k, y_p, y_q) = (_strides(shape, p.layout) for shape in shapes)
-    for h, w in cfg.passes_axes(p, pass_):
+    for h, w in p.axes(pass_):
         scalars = dict(N=p.n, P=h.out, Q=w.out, K=shapes[1][1], R=h.taps, stride_h=h.stride, stride_w=w.stride, **_steps(h, w),
-                       grid_w=cfg.grid_step(w), sx_n=x_n // align, sx_h=x_h // align, sx_w=x_w // align, sx_k=x_k)
+                       grid_w=direct.grid_step(w), sx_n=x_n // align, sx_h=x_h // align, sx_w=x_w // align, sx_k=x_k)
         sizes = dict(constexprs, S=w.taps, SHIFT=w.stride // gcd(w.stride, w.dilation))
         programs = cfg.tiles(p, pass_, config, (h, w))
         if pass_ == "wgrad":
@@ -238,10 +239,10 @@ def _depthwise_plan(p: Problem, pass_, config, options, has_bias):
             yield _launch("sum_partials", -(-total // 32), (("part_ptr", "partials", None), ("dw_ptr", "out", None)),
                           dict(K=p.k, total=total, splits=splits), dict(TAPS=p.r * p.s, BLOCK=32, BLOCK_Z=32), {})
         else:
-            fill_h, fill_w = pass_ == "dgrad" and cfg.fill(p) or (1, 1)
+            fill_h, fill_w = pass_ == "dgrad" and direct.fill(p) or (1, 1)
             scalars |= dict(size_h=shapes[1][2], size_w=shapes[1][3], step_p=h.out_step, step_q=w.out_step)
             sizes |= dict(FILL_H=fill_h, FILL_W=fill_w)
-            scalars |= dict(grid_h=cfg.grid_step(h), tap_r=h.tap0, tap_s=w.tap0, step_r=h.tap_step, sy_n=y_n // align,
+            scalars |= dict(grid_h=direct.grid_step(h), tap_r=h.tap0, tap_s=w.tap0, step_r=h.tap_step, sy_n=y_n // align,
                             sy_p=y_p // align, sy_q=y_q // align, sy_k=y_k, y0=(h.out0 * y_p + w.out0 * y_q) // align)
             sizes |= dict(STEP_S=w.tap_step, FILTER_R=p.r, FILTER_S=p.s, TRANSPOSED=pass_ == "dgrad", HAS_BIAS=has_bias)
             tensors = (("x_ptr", "a", None), ("w_ptr", "b", None), ("bias_ptr", "bias", None), ("y_ptr", "out", None))
@@ -320,7 +321,7 @@ def _prepare(problem, pass_, config, types, precision, has_bias, target):       
     launches = plan(problem, pass_, config, precision, has_bias)
     shape = {"fprop": problem.y_shape, "dgrad": problem.x_shape, "wgrad": problem.w_shape}[pass_]
     memory_format, kernel = FORMATS[problem.layout], config["kernel"]
-    covers = pass_ != "dgrad" or problem.dgrad_covers or kernel == "depthwise" and cfg.fill(problem)
+    covers = pass_ != "dgrad" or problem.dgrad_covers or kernel == "depthwise" and direct.fill(problem)
     workspace = max((launch.workspace for launch in launches), default=0)
     partials = torch.float64 if problem.dtype == "float64" else torch.float32
 

@@ -94,10 +94,15 @@ def _prepare(pass_, has_bias, x_shape, w_shape, geometry, channels_last, auto, d
 
 def _all_aten(x, w, bias, geometry, channels_last) -> bool:
     """Whether ATen runs every pass that a call on these tensors may need."""
-    w_last = is_channels_last(w.shape, w.stride())
+    w_last = _dw_last(x, w)
     needed = ("fprop", True, channels_last), ("dgrad", x.requires_grad, channels_last), ("wgrad", w.requires_grad, w_last)
     return all(getattr(_lookup(pass_, x, bias if pass_ == "fprop" else None, x.shape, w.shape, geometry, nhwc, True), "func", None) is aten
                for pass_, need, nhwc in needed if need)
+
+
+def _dw_last(x, w) -> bool:
+    """Whether dw is channels_last, as w is. With one channel per group both formats are one memory: then that of x says how x and dy are read."""
+    return is_channels_last(x.shape, x.stride()) if w.shape[1] == 1 else is_channels_last(w.shape, w.stride())
 
 
 def _without_products(shape, channels_last, a, b, bias=None):
@@ -229,7 +234,7 @@ class Fprop(torch.autograd.Function):
         x, w = ctx.saved_tensors
         need_x, need_w, need_bias, *_ = ctx.needs_input_grad
         dx = _apply(Dgrad, dy, w, x.shape, ctx.geometry, ctx.channels_last, ctx.auto) if need_x else None
-        dw = _apply(Wgrad, dy, x, w.shape, ctx.geometry, is_channels_last(w.shape, w.stride()), ctx.auto) if need_w else None
+        dw = _apply(Wgrad, dy, x, w.shape, ctx.geometry, _dw_last(x, w), ctx.auto) if need_w else None
         db = dy.sum((0, 2, 3)) if need_bias else None
         return dx, dw, db, None, None, None
 
@@ -251,7 +256,7 @@ class Dgrad(torch.autograd.Function):
         dy, w = ctx.saved_tensors
         need_dy, need_w, *_ = ctx.needs_input_grad
         ddy = _apply(Fprop, ddx, w, None, ctx.geometry, ctx.channels_last, ctx.auto) if need_dy else None
-        dw = _apply(Wgrad, dy, ddx, w.shape, ctx.geometry, is_channels_last(w.shape, w.stride()), ctx.auto) if need_w else None
+        dw = _apply(Wgrad, dy, ddx, w.shape, ctx.geometry, _dw_last(ddx, w), ctx.auto) if need_w else None
         return ddy, dw, None, None, None, None
 
 

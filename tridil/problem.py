@@ -156,6 +156,13 @@ class Problem:
     def y_shape(self):
         return (self.n, self.k, self.p, self.q)
 
+    def axes(self, pass_: str) -> list[tuple[Axis, Axis]]:
+        """The (h, w) correlations that a pass launches: one, or one per pair of residue classes of a strided dgrad."""
+        if pass_ == "dgrad":
+            hs, ws = self.dgrad_axes
+            return [(h, w) for h in hs for w in ws]
+        return [self.fprop_axes]
+
     @property
     def is_empty(self) -> bool:
         """Whether there is nothing to multiply: no images, channels or pixels."""

@@ -14,7 +14,7 @@ from datetime import datetime, timezone
 
 import torch
 
-from . import cache, cost_model, devices, dispatch
+from . import assumed, cache, cost_model, devices, dispatch
 from . import config as cfg
 from .problem import PASSES, Problem
 
@@ -103,7 +103,7 @@ def _hints(problem, pass_, precision, entries, name):
 
 def decide(problem: Problem, pass_: str, target: str, precision: str = "tf32", device=None) -> Choice:
     """The config of a pass and the backend that "auto" runs: of two measured times the shorter; else the kernels where they are predicted to be
-    `cost_model.MARGIN` times as fast as the estimate of cuDNN."""
+    `assumed.MARGIN` times as fast as the estimate of cuDNN."""
     spec, name = device_spec(target, device)
     config, source, record = lookup(problem, pass_, target, precision, spec, name)
     prediction, estimate = cost_model.predict(problem, pass_, config, spec, precision), cost_model.cudnn(problem, pass_, spec, precision)
@@ -115,9 +115,9 @@ def decide(problem: Problem, pass_: str, target: str, precision: str = "tf32", d
     elif source == "override":
         faster, why = True, "override"
     else:
-        faster = prediction.seconds * cost_model.MARGIN <= estimate
+        faster = prediction.seconds * assumed.MARGIN <= estimate
         why = (f"predicted: {1e3 * prediction.seconds:.4g} ms, cuDNN estimated at {1e3 * estimate:.4g} ms; "
-               f"the kernels need a factor of {cost_model.MARGIN}")
+               f"the kernels need a factor of {assumed.MARGIN}")
     return Choice(config, source, "triton" if faster else "aten", why, record, prediction, estimate)
 
 

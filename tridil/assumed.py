@@ -1,0 +1,27 @@
+"""Everything that the cost model assumes about machines, one table. No figure was fitted to a measurement of time."""
+# warp instructions of one step that are not products: (fixed, per 16-byte copy of a thread); least squares over the machine code of all tiles (sm_80,
+# sm_90, sm_100; 3x3, 256 channels), within 30%
+LOOP = {("gather", "fprop"): (50, 8), ("gather", "dgrad"): (50, 9), ("gather", "wgrad"): (68, 11.5), ("tma", "fprop"): (90, 0),
+        ("tma", "dgrad"): (90, 0), ("tma", "wgrad"): (100, 0)}
+SPECIALIZED = 45            # the same for one warp of a warp-specialised loop
+SCATTERED = {"gather": 12, "gather_flat": 25}   # instructions for an operand element that is addressed and loaded alone (counted: 10 to 40)
+ATTAINED = 0.85             # share of its busiest unit's peak that a loop reaches with enough programs on the SM
+ALONE = 0.6                 # share of that which one program of four warps reaches; grows with the root of its warps
+ALONE_SPECIALIZED = 0.9
+PROGRAM = 2000              # clocks of a program before its first product and after its last
+DRAM, L2 = 0.85, 0.7        # share of peak bandwidth that is reached
+LAUNCH = 2.5e-6             # seconds from one kernel of a pass to the next, and of the first one
+# cuDNN: share of the peak it reaches on the dense multiply-accumulates, tiles of 64x64x32; of PyTorch's own depthwise kernels the instructions per
+# multiply-accumulate
+CUDNN = {"fprop": 0.6, "dgrad": 0.55, "wgrad": 0.5}
+DEPTHWISE_INSTRUCTIONS = 8
+MARGIN = 1.1                # how much faster than the estimate of cuDNN the prediction must be before "auto" relies on it
+
+# direct kernels: instructions of a lane's element (to load and convert a column, a weight), of a column's address and masks, of an iteration, of a
+# program. Static counts (fp16, 3x3 to 7x7, sm_80 and sm_90)
+DIRECT_COLUMN, DIRECT_ADDRESS, DIRECT_WEIGHT, DIRECT_ITERATION, DIRECT_WGRAD_ITERATION, DIRECT_PROGRAM = 1, 6, 2.7, 40, 160, 250
+DIRECT_L2 = 0.5             # share of L2's peak bandwidth that they reach
+DIRECT_LEAST = 1500         # clocks of a launch, at least
+BUSY_WARPS = 12             # warps of an SM that keep memory busy
+ISSUED = 0.8                # share of its issue slots that a scheduler fills
+OVERLAP = 0.2               # share of the shorter of waves and memory that the longer does not hide
