@@ -31,7 +31,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "perf")]
-import model  # noqa: E402
+import validate  # noqa: E402
 from report import COLUMNS, IDENTITY, is_broken, machine_line, output, read, report, triton_version, with_ratio  # noqa: E402
 
 from tridil import config as cfg  # noqa: E402
@@ -246,7 +246,7 @@ def main(argv=None, gpu: Gpu | None = None) -> int:
     out.mkdir(parents=True, exist_ok=True)
     if args.validate_model:
         device = devices.of_name(gpu.describe()[0], target) if gpu else devices.of_target(target)
-        return model.run(gpu, layers, args.passes, device, call, out, console)
+        return validate.run(gpu, layers, args.passes, device, call, out, console)
     path = out / "results.csv"
     if args.fresh:
         path.unlink(missing_ok=True)

@@ -205,7 +205,7 @@ def test_with_a_fake_gpu(run):
 
 def test_the_model_against_a_clock(run, monkeypatch):
     """A clock that agrees with the model: correlation 1, regret 1; one that says the opposite: correlation -1, and the regret of it."""
-    monkeypatch.setattr(sweep.model, "precompile", lambda jobs, target: None)
+    monkeypatch.setattr(sweep.validate, "precompile", lambda jobs, target: None)
     sign = [1]
 
     class Clock(FakeGpu):
