@@ -16,7 +16,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
-IDENTITY = ("model", "layer", "pass", "dtype", "provider", "target", "code")
+IDENTITY = ("model", "layer", "pass", "dtype", "layout", "provider", "target", "code")
 # column of the CSV -> (measured, predicted or "", meaning); "predicted" is counted from the tiles, not timed
 COLUMNS = {
     "model": ("", "model of the layer; (machine) for what the machine itself reaches"), "layer": ("", "layer of the model; (model) for all of it"),
@@ -81,7 +81,7 @@ def read(path: Path) -> pd.DataFrame:
     """The rows of a results file; the last of those with one identity. Raises ValueError when the columns are not this version's."""
     if not path.exists():
         return pd.DataFrame(columns=list(COLUMNS), dtype=object)
-    frame = pd.read_csv(path, dtype={"code": str, "failure": object, "bit_identical": object})
+    frame = pd.read_csv(path, dtype={"code": str, "version": str, "failure": object, "bit_identical": object})
     if list(frame) != list(COLUMNS):
         raise ValueError(f"{path} has the columns of another version: start over with --fresh or give another --out")
     return frame.drop_duplicates(list(IDENTITY), keep="last", ignore_index=True)
@@ -89,30 +89,37 @@ def read(path: Path) -> pd.DataFrame:
 
 def with_ratio(frame: pd.DataFrame) -> pd.DataFrame:
     """The frame with `ratio` filled in: time of the fastest cuDNN layout of the same layer, pass and dtype / time."""
-    keys = [column for column in IDENTITY if column != "provider"]
+    keys = [column for column in IDENTITY if column not in ("provider", "layout")]
     best = frame["ms"].where(frame["provider"].str.startswith("cudnn")).astype(float).groupby([frame[key] for key in keys]).transform("min")
     return frame.assign(ratio=best / frame["ms"].astype(float))
 
 
+def exceeds(frame: pd.DataFrame) -> pd.Series:
+    """Rows whose error exceeds its budget; layers that ran must have both."""
+    checked = ~frame["kind"].isin(("model", "machine")) | frame["error"].notna()
+    return checked & frame["failure"].isna() & ~(frame["error"].astype(float) <= frame["budget"].astype(float))
+
+
 def is_broken(frame: pd.DataFrame) -> pd.Series:
     """Rows of tridil that failed or whose error exceeds its budget."""
-    return (frame["provider"] == "tridil") & (frame["failure"].notna() | ~(frame["error"].astype(float) <= frame["budget"].astype(float)))
+    return frame["provider"].str.startswith("tridil") & (frame["failure"].notna() | exceeds(frame))
 
 
 def summary(frame: pd.DataFrame) -> list[str]:
     """MACs over the suite, a line per pass and dtype; with times also the geometric mean of the ratio to cuDNN."""
     lines = []
-    for (pass_, dtype), part in frame[frame["executed_macs"].notna()].groupby(["pass", "dtype"], sort=False):
+    of_layers = frame[frame["executed_macs"].notna() & (frame["kind"] != "model")]
+    for (pass_, dtype), part in of_layers.groupby(["pass", "dtype"], sort=False):
         dense, useful, executed = (part[f"{name}_macs"].sum() for name in ("dense", "useful", "executed"))
         lines.append(f"{pass_} {dtype}, {len(part)} layers: dense/useful MACs {dense / useful:.3f}, executed/useful MACs {executed / useful:.3f} "
                      "(predicted)")
         if part["ratio"].notna().any():
             lines[-1] += f", {np.exp(np.log(part['ratio'].astype(float)).mean()):.2f} x the best cuDNN (geometric mean, measured)"
-    for row in frame.to_dict("records"):
+    for row, wrong in zip(frame.to_dict("records"), exceeds(frame)):
         name = f"{row['provider']} {row['pass']} {row['dtype']} of {row['model']} {row['layer']}"
         if pd.notna(row["failure"]):
             lines.append(f"FAILED {name}: {row['failure']}")
-        elif not row["error"] <= row["budget"]:
+        elif wrong:
             lines.append(f"BROKEN BUDGET {name}: error {row['error']:.3g} > budget {row['budget']:.3g}")
     return lines
 
@@ -125,12 +132,14 @@ def table(frame: pd.DataFrame) -> pd.DataFrame:
     view = pd.DataFrame({
         "pass": frame["pass"], "kernel": [config.split()[0] if isinstance(config, str) else "" for config in frame["config"]],
         "dtype": frame["dtype"].replace({"float16": "fp16", "bfloat16": "bf16", "float32": "fp32", "float64": "fp64"}),
+        "layout": frame["layout"] if frame["layout"].nunique() > 1 else "",
         "provider": frame["provider"], "ms\nmeasured": number(frame["ms"], "{:.3f}"),
         "q1-q3 ms\nmeasured": [f"{a:.3f}-{b:.3f}" if pd.notna(a) else "" for a, b in zip(frame["ms_q1"], frame["ms_q3"])],
         "dense\nTFLOP/s\nmeasured": number(frame["tflops_dense"]), "useful\nTFLOP/s\nmeasured": number(frame["tflops_useful"]),
         "GB/s\nmeasured": number(frame["gb_s"]), "extra\nMiB\nmeasured": number(frame["extra_mib"], "{:.1f}"),
         "same\nbits\nmeasured": [{"True": "yes", "False": "NO"}.get(str(same), "") for same in frame["bit_identical"]],
-        "x cuDNN\nmeasured": number(frame["ratio"], "{:.2f}"),
+        "x cuDNN\nmeasured": number(frame["ratio"], "{:.2f}"), "ms\npredicted": "" if timed else number(frame["predicted_ms"], "{:.3f}"),
+        "roof ms\npredicted": "" if timed else number(frame["roof_ms"], "{:.3f}"),
         "error/\nbudget\nmeasured": number(frame["error"].astype(float) / frame["budget"].astype(float), "{:.2f}"),
         "dense/\nuseful\npredicted": "" if timed else number(frame["dense_macs"].astype(float) / useful),
         "executed/\nuseful\npredicted": number(frame["executed_macs"].astype(float) / useful),
@@ -146,7 +155,7 @@ def table(frame: pd.DataFrame) -> pd.DataFrame:
 def report(frame: pd.DataFrame, machine: str, notes: list[str], out: Path, console: Console) -> None:
     """Terminal table (a heading per layer), results.md, results.png."""
     view, lines = table(frame), notes + summary(frame)
-    titles = frame["model"] + " " + frame["layer"] + " | " + frame["problem"]
+    titles = frame["model"] + " " + frame["layer"] + (" | " + frame["problem"].astype(object)).fillna("")
     heads = [column.split("\n") for column in view]
     widths = [max(map(len, [*head, *view[column]])) for head, column in zip(heads, view)]
 
@@ -157,7 +166,7 @@ def report(frame: pd.DataFrame, machine: str, notes: list[str], out: Path, conso
     for title, cells, previous in zip(titles, view.itertuples(index=False), [None, *titles]):
         text += [f"[bold]{escape(title)}[/bold]"] * (title != previous) + [line(cells)]
     console.print("\n".join(text), highlight=False, soft_wrap=True)
-    console.print("\n".join(["", machine, *lines]), markup=False, highlight=False)
+    console.print("\n".join(["", machine, *lines]), markup=False, highlight=False, soft_wrap=True)
 
     cells = [["layer", *(column.replace("/\n", "/").replace("\n", " ") for column in view)], ["---"] * (1 + view.shape[1]),
              *([title.replace(" | ", ": "), *row] for title, row in zip(titles, view.itertuples(index=False)))]

@@ -1,27 +1,27 @@
-"""Sweeps layers of real models: speed and correctness of the kernels, as a table, CSV, Markdown and PNG.
+"""Sweeps layers of real models, and whole networks: speed and correctness, as a table, CSV, Markdown, pictures and an HTML report.
 
     python perf/sweep.py                          the 12 layers of the suite "quick", float16
-    python perf/sweep.py --suite aspp --dtypes float16,float32 --passes fprop
+    python perf/sweep.py --suite aspp --dtypes float16,float32 --passes fprop --providers tridil,cudnn,inductor
+    python perf/sweep.py --suite all --filter kind=depthwise --filter "dilation=[3-9]"
+    python perf/sweep.py --shape "n=4 c=256 h=60 w=60 k=256 r=3 d=12"
+    python perf/sweep.py --suite none --models deeplabv3_resnet50,van_b2
     python perf/sweep.py --suite all --validate-model
 
-With a GPU it times tridil and cuDNN (as PyTorch calls it, benchmark on). Without one it reports what is true there: correctness in Triton's
-interpreter on a reduced copy of each layer, and what the compiler makes of the real layer for --target. Rows are kept as they finish: a second
-run does only what is missing. Exit status 1 when a result of tridil is wrong or fails, 130 after Ctrl-C.
+With a GPU it times tridil and cuDNN (as PyTorch calls it, benchmark on), or other providers. Without one it reports what is true there: correctness
+in Triton's interpreter on a reduced copy of each layer, and what the compiler makes of the real layer for --target. Rows are kept as they finish: a
+second run does only what is missing. Under torchrun every rank takes its share of the layers, and the first one reports. Exit status 1 when a result
+of tridil is wrong or fails, 130 after Ctrl-C.
 """
 from __future__ import annotations
 
 import argparse
 import csv
 import hashlib
-import multiprocessing
 import os
 import re
-import signal
 import sys
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import closing
-from dataclasses import replace
-from itertools import groupby
+from itertools import chain
 from pathlib import Path
 
 import pandas as pd
@@ -31,185 +31,48 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "perf")]
+import layers  # noqa: E402
+import networks  # noqa: E402
 import validate  # noqa: E402
-from report import COLUMNS, IDENTITY, is_broken, machine_line, output, read, report, triton_version, with_ratio  # noqa: E402
+from models import MODELS  # noqa: E402
+from providers import DEFAULT, PROVIDERS, Gpu, provider, reason_against  # noqa: E402
+from report import COLUMNS, IDENTITY, is_broken, machine_line, read, report, triton_version, with_ratio  # noqa: E402
 
-from tridil import config as cfg  # noqa: E402
-from tridil import cost_model, devices, dispatch, ops, reference, testing, tuner, workloads  # noqa: E402
-from tridil.problem import DTYPE_BYTES, PASSES, Problem  # noqa: E402
+from tridil import cost_model, devices, dispatch, workloads  # noqa: E402
+from tridil.__main__ import parse_shape  # noqa: E402
+from tridil.problem import DTYPE_BYTES, PASSES  # noqa: E402
 
-PROVIDERS = ("tridil", "cudnn", "cudnn_nchw")
 NO_GPU = ("no GPU (interpreted; compiled for the target)", "none")
 NOT_MEASURED = ("not measured, for want of a GPU: time, throughput, memory, bit-identity, cuDNN. Errors are of the interpreter, on reduced copies "
                 "(checked_on in results.csv); registers, spills, shared memory and MMA are read from the machine code of the real layer's kernels")
 
 
-class Gpu:
-    """The device and its clock: all that the sweep asks of hardware."""
-    device = "cuda"
-
-    def describe(self) -> tuple[str, str]:
-        """(device name, driver version)."""
-        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "-i", str(torch.cuda.current_device())]
-        return torch.cuda.get_device_name(), output(query) or "unknown"
-
-    def quartiles(self, fn) -> tuple[float, float, float]:
-        """Milliseconds of a call: first quartile, median, third quartile."""
-        from triton.testing import do_bench
-        return tuple(do_bench(fn, warmup=25, rep=100, quantiles=(0.25, 0.5, 0.75)))
-
-    def extra_bytes(self, fn) -> int:
-        """Peak of allocated bytes during a call, without its result."""
-        torch.cuda.synchronize()
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        result = fn()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before - result.numel() * result.element_size()
+def machine_rows(gpu: Gpu, pending):
+    """What the machine reaches: bytes per second of a copy, operations per second of a matrix product."""
+    for row in pending:
+        yield layers.attempt(row, lambda: _machine(gpu, row))  # noqa: B023 (called at once)
 
 
-def call(provider: str, problem: Problem, pass_: str, operands, config: dict | None):
-    """A function without arguments that runs one pass on (x, w), (dy, w) or (dy, x), in the provider's memory format."""
-    memory_format = torch.contiguous_format if provider == "cudnn_nchw" else torch.channels_last
-    a, b = (t.contiguous(memory_format=memory_format) for t in operands)
-    if provider == "tridil":
-        from tridil import launch
-        bias = [None] if pass_ == "fprop" else []
-        return lambda: getattr(launch, pass_)(problem, a, b, *bias, config, _precision(problem))
-    geometry = (problem.stride, [lo for lo, _ in problem.padding], problem.dilation, False, (0, 0), problem.groups)
-    if pass_ == "fprop":
-        return lambda: torch.ops.aten.convolution(a, b, None, *geometry)
-    mask = [pass_ == "dgrad", pass_ == "wgrad", False]
-    shape = problem.x_shape if pass_ == "dgrad" else problem.w_shape
-    unread = torch.empty(shape, dtype=a.dtype, device=a.device, memory_format=memory_format)    # only its shape and format matter
-    x, w = (unread, b) if pass_ == "dgrad" else (b, unread)
-    return lambda: torch.ops.aten.convolution_backward(a, x, w, None, *geometry, mask)[mask.index(True)]
-
-
-def _precision(problem: Problem) -> str:
-    return ops.fp32_precision(dispatch.target()) if problem.dtype == "float32" else "ieee"
-
-
-def part_of(problem: Problem, pass_: str, limit: int = 2**32):
-    """(part, slices of both operands, slices of the result) whose float64 reference takes about `limit` bytes: leading images; wgrad: channels."""
-    (top, bottom), (left, right) = problem.padding
-    per_image = 32 * (problem.c * (problem.h + top + bottom) * (problem.w + left + right) + problem.k * problem.p * problem.q)
-    if pass_ != "wgrad":
-        n = min(problem.n, max(1, limit // per_image))
-        return replace(problem, n=n), ((slice(n),), (slice(None),)), (slice(n),)
-    pieces = -(-problem.n * per_image // limit)
-    groups = max(1, problem.groups // pieces)
-    c, k = (max(1, size * groups // problem.groups // (pieces if problem.groups == 1 else 1)) for size in (problem.c, problem.k))
-    return replace(problem, c=c, k=k, groups=groups), ((slice(None), slice(k)), (slice(None), slice(c))), (slice(k), slice(c // groups))
-
-
-def gpu_rows(gpu: Gpu, pending):
-    """Measured rows: pending is a list of (workload, row); the tensors and float64 references of a layer are made once."""
-    torch.backends.cudnn.benchmark = True
-    for workload, jobs in groupby(pending, key=lambda job: job[0]):
-        tensors = testing.random_tensors(workload.problem, gpu.device)
-        for pass_, rows in groupby((row for _, row in jobs), key=lambda row: row["pass"]):
-            expected = []
-            for row in rows:
-                yield attempt(row, lambda: _on_gpu(gpu, workload.problem, pass_, tensors, expected, row))  # noqa: B023 (called at once)
-
-
-def _on_gpu(gpu, problem, pass_, tensors, expected, row):
-    x, w, _, dy = tensors
-    operands = {"fprop": (x, w), "dgrad": (dy, w), "wgrad": (dy, x)}[pass_]
-    part, cuts, result_cut = part_of(problem, pass_)
-    if not expected:
-        expected.append(getattr(reference, pass_)(part, *(t[cut] for t, cut in zip(operands, cuts))))
-    tridil = row["provider"] == "tridil"
-    config = tuner.decide(problem, pass_, row["target"], _precision(problem), torch.device(gpu.device)).config if tridil else None
-    fn = call(row["provider"], problem, pass_, operands, config)
-    result = fn()
-    error, budget = testing.check(result[result_cut], expected[0], part, pass_, _precision(problem))
-    same = torch.equal(result, fn())
-    del result
-    q1, ms, q3 = gpu.quartiles(fn)
-    found = dict(ms=ms, ms_q1=q1, ms_q3=q3, tflops_dense=2e-9 * problem.dense_macs / ms, tflops_useful=2e-9 * problem.useful_macs / ms,
-                 gb_s=1e-6 * problem.bytes / ms, extra_mib=gpu.extra_bytes(fn) / 2**20, bit_identical=same, error=error, budget=budget,
-                 checked_on=part.key())
-    return found | (_tiles(problem, pass_, config) if tridil else {})
-
-
-def _tiles(problem, pass_, config):
-    moved, requested = cfg.moved_bytes(problem, pass_, config)
-    return dict(config=f"{config['kernel']} {cfg.describe(config)}", executed_macs=cfg.executed_macs(problem, pass_, config),
-                compulsory_bytes=problem.bytes, moved_bytes=moved, requested_bytes=requested)
-
-
-def reduced(problem: Problem, config: dict, pixels: int = 2048) -> tuple[Problem, dict]:
-    """A copy of a layer, and of its config, for the interpreter: same filter, stride, padding, dilation and pixel box.
-
-    Channels of a group beyond 32 become 32 plus the remainder mod 32, tiles of them at most 32; at most 8 splits, 2 groups
-    (depthwise stays depthwise) and 2 images; maps of more than `pixels` are halved, down to the filter's extent.
-    """
-    groups = min(problem.groups, 2)
-    c, k = (size if size <= 32 else 32 + size % 32 for size in (problem.c // problem.groups, problem.k // problem.groups))
-    sides, extents = [problem.h, problem.w], [d * (t - 1) + 1 for d, t in zip(problem.dilation, (problem.r, problem.s))]
-    while sides[0] * sides[1] > pixels and (axes := [i for i in (0, 1) if sides[i] > extents[i]]):
-        i = max(axes, key=sides.__getitem__)
-        sides[i] = max(extents[i], -(-sides[i] // 2))
-    n = min(problem.n, 2 if 2 * sides[0] * sides[1] <= pixels else 1)
-    tiles = {name: min(config[name], most) for name, most in (("BLOCK_M", 32), ("BLOCK_N", 32), ("BLOCK_K", 32), ("SPLIT_K", 8)) if name in config}
-    return replace(problem, n=n, c=c * groups, k=k * groups, groups=groups, h=sides[0], w=sides[1]), config | tiles
-
-
-def cpu_rows(pending):
-    """Rows without times: a worker compiles the kernels of the real layer while this process interprets them on a reduced copy."""
-    pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _compiling_worker)
-    try:
-        compiled = [pool.submit(_resources, w.problem, row["pass"], row["target"], _precision(w.problem)) for w, row in pending]
-        for (workload, row), future in zip(pending, compiled):
-            yield attempt(row, lambda: _interpreted(workload.problem, row["pass"], row["target"]) | future.result())  # noqa: B023 (called at once)
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _compiling_worker():
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    os.environ.pop("TRITON_INTERPRET", None)                    # before triton is imported: interpreted kernels cannot be compiled
-
-
-def _resources(problem, pass_, target, precision):
-    from tridil.aot import resources
-    rows = resources(problem, pass_, cost_model.best(problem, pass_, target, precision), target, precision)
-    mma = dict.fromkeys(row["mma"] for row in rows if row["mma"] != "none")
-    return dict(kernels="+".join(dict.fromkeys(row["kernel"] for row in rows)), registers=max(row["registers"] for row in rows),
-                spills=sum(row["spills"] for row in rows), shared_bytes=max(row["shared_bytes"] for row in rows), mma="+".join(mma) or "none",
-                overhead=rows[0]["overhead"])
-
-
-def _interpreted(problem, pass_, target):
-    from tridil import launch
-    config = cost_model.best(problem, pass_, target, _precision(problem))
-    part, part_config = reduced(problem, config)
-    x, w, bias, dy = testing.random_tensors(part)
-    operands = {"fprop": (x, w, bias), "dgrad": (dy, w), "wgrad": (dy, x)}[pass_]
-    result = getattr(launch, pass_)(part, *operands, part_config)
-    error, budget = testing.check(result, getattr(reference, pass_)(part, *operands), part, pass_)
-    return dict(error=error, budget=budget, checked_on=part.key()) | _tiles(problem, pass_, config)
-
-
-def attempt(row: dict, measure) -> dict:
-    """The row with what `measure()` found, or with its failure."""
-    try:
-        return row | measure()
-    except Exception as e:                                      # one layer that fails must not end the sweep: the row says why
-        return row | {"failure": f"{type(e).__name__}: {e}".replace("\n", " ")[:300]}
+def _machine(gpu, row):
+    n = gpu.roof_size
+    a = torch.randn((n, n), device=gpu.device).to(getattr(torch, row["dtype"]))
+    out = torch.empty_like(a)
+    run = (lambda: torch.mm(a, a, out=out)) if row["pass"] == "matmul" else (lambda: out.copy_(a))
+    q1, ms, q3 = gpu.quartiles([run])
+    speed = dict(tflops_dense=2e-9 * n**3 / ms) if row["pass"] == "matmul" else dict(gb_s=2e-6 * a.numel() * a.element_size() / ms)
+    return dict(ms=ms, ms_q1=q1, ms_q3=q3, **gpu.state(), **speed)
 
 
 def fingerprint() -> str:
     """Of all that a row depends on: the sources, torch, triton, cuDNN."""
     found = hashlib.sha256(repr((torch.__version__, triton_version(), torch.backends.cudnn.version())).encode())
-    for path in sorted([*(ROOT / "tridil").rglob("*.py"), ROOT / "tridil" / "workloads.csv", Path(__file__)]):
+    perf = [ROOT / "perf" / f"{name}.py" for name in ("sweep", "layers", "networks", "models", "providers")]
+    for path in sorted([*(ROOT / "tridil").rglob("*.py"), ROOT / "tridil" / "workloads.csv", *perf]):
         found.update(path.read_bytes())
     return found.hexdigest()[:10]
 
 
-def main(argv=None, gpu: Gpu | None = None) -> int:
+def arguments(argv, gpu) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 
     def listed(choices):
@@ -219,46 +82,123 @@ def main(argv=None, gpu: Gpu | None = None) -> int:
                 raise argparse.ArgumentTypeError(f"{', '.join(wrong)} cannot be had here: use {', '.join(choices)}")
             return text.split(",")
         return read
-    gpu = gpu or (Gpu() if torch.cuda.is_available() else None)
-    providers = PROVIDERS if gpu else ("tridil",)
-    parser.add_argument("--suite", default="quick", choices=workloads.SUITES)
-    parser.add_argument("--filter", default="", help="regular expression: only layers whose 'model layer' it matches")
+
+    def available(text):
+        try:
+            wrong = [reason for name in text.split(",") if (reason := reason_against(name, gpu is not None))]
+        except ValueError as e:
+            raise argparse.ArgumentTypeError(str(e)) from None
+        if wrong:
+            raise argparse.ArgumentTypeError("; ".join(wrong))
+        return text.split(",")
+
+    def shape(text):
+        try:
+            return parse_shape(text) and text
+        except ValueError as e:
+            raise argparse.ArgumentTypeError(str(e)) from None
+    parser.add_argument("--suite", default=None, choices=[*workloads.SUITES, "none"], help="layers of real models (default: quick)")
+    parser.add_argument("--shape", action="append", default=[], type=shape,
+                        help='a convolution of your own, like "n=4 c=256 h=60 w=60 k=256 r=3 d=12"')
+    parser.add_argument("--models", default=[], type=listed(MODELS), help=f"whole networks, of {', '.join(MODELS)}")
+    parser.add_argument("--filter", action="append", default=[], help="regular expression: only layers whose 'model layer' it matches, or "
+                        "column=expression on any other column that describes a layer (kind, n, c, h, w, k, r, s, stride, dilation, groups, ...)")
     parser.add_argument("--passes", default=PASSES, type=listed(PASSES), help=f"comma-separated, of {', '.join(PASSES)} (default: all)")
     parser.add_argument("--dtypes", default=["float16"], type=listed(DTYPE_BYTES), help=f"comma-separated, of {', '.join(DTYPE_BYTES)}")
-    parser.add_argument("--providers", default=providers, type=listed(providers), help=f"of {', '.join(PROVIDERS)}; cudnn needs a GPU")
+    parser.add_argument("--providers", default=DEFAULT if gpu else DEFAULT[:1], type=available,
+                        help=f"of {', '.join(PROVIDERS)}, or package.module:function with the signature of F.conv2d; all but tridil need a GPU")
+    parser.add_argument("--graph", action="store_true", help="time replays of CUDA graphs: without the host's share")
     parser.add_argument("--target", help="like cuda:90 (default), cuda:80, hip:gfx942: what kernels are compiled for; with a GPU it is the GPU's")
-    parser.add_argument("--out", type=Path, help="folder of results.csv, .md and .png (default: perf/results/<device>)")
+    parser.add_argument("--out", type=Path, help="folder of results.csv, the pages and pictures (default: perf/results/<device>)")
     parser.add_argument("--validate-model", action="store_true", help="compare the cost model's times with measured ones, on candidates of every "
                         "layer; without a GPU: what it predicts, beside the roof")
     parser.add_argument("--fresh", action="store_true", help="start over instead of keeping the rows that are there")
     args = parser.parse_args(argv)
-    layers = [w for dtype in args.dtypes for w in workloads.suite(args.suite, dtype) if re.search(args.filter, w.name)]
-    if not layers:
-        parser.error(f"no layer of suite {args.suite!r} matches --filter {args.filter!r}")
+    suite = args.suite or ("none" if args.shape or args.models else "quick")
+    args.layers = [w for dtype in args.dtypes for w in (workloads.suite(suite, dtype) if suite != "none" else [])]
+    args.layers += [workloads.Workload("shape", text, 1, parse_shape(text, dtype), "the command line")
+                    for dtype in args.dtypes for text in args.shape]
+    try:
+        args.layers = [w for w in args.layers if all(_matches(w, text) for text in args.filter)]
+    except (re.error, KeyError) as e:
+        parser.error(f"--filter: {e.args[0]}")
+    if not args.layers and not args.models:
+        parser.error(f"no layer of suite {suite!r} matches --filter {' '.join(map(repr, args.filter))}")
     if gpu and args.target:
         parser.error(f"--target {args.target} is for machines without a GPU: with one, the target is the GPU's")
+    return args
+
+
+def _matches(w, text: str) -> bool:
+    column, equal, expression = text.partition("=")
+    described = {"model": w.model, "layer": w.layer, "kind": w.kind, "count": w.count, "dtype": w.problem.dtype} | layers.sizes(w.problem)
+    if not equal or not re.fullmatch(r"[a-z_]+", column):
+        return re.search(text, w.name) is not None
+    if column not in described:
+        raise KeyError(f"there is no column {column!r}: use {', '.join(described)}")
+    value = str(described[column])
+    return (re.fullmatch if value.isdigit() else re.search)(expression, value) is not None
+
+
+def _wanted(args, target: str, code: str, gpu, device) -> list[tuple]:
+    """(workload or None, row) of all that is asked for, the machine's roofs first."""
+    versions = {name: provider(name).version() for name in args.providers}
+
+    def row(model, layer, kind, pass_, dtype, name, **more):
+        layout = provider(name).layout if name in versions else "-"
+        return dict(model=model, layer=layer, kind=kind, count=1, dtype=dtype, layout=layout, provider=name,
+                    version=versions.get(name, torch.__version__), target=target, code=code, **{"pass": pass_}) | more
+    wanted = []
+    if gpu:
+        wanted += [(None, row("(machine)", what, "machine", what, dtype, "torch")) for dtype in args.dtypes for what in ("copy", "matmul")]
+    wanted += [(None, row(name, "(model)", "model", step, dtype, by)) for name in args.models for dtype in args.dtypes if dtype != "float64"
+               for step in networks.STEPS for by in args.providers if provider(by).model]
+    for w in args.layers:
+        precision = layers.precision_of(w.problem)
+        described = layers.sizes(w.problem) | {"count": w.count, "roof_ms": 1e3 * cost_model.roof(w.problem, device, precision)}
+        wanted += [(w, row(w.model, w.layer, w.kind, pass_, w.problem.dtype, name, **described)) for pass_ in args.passes for name in args.providers]
+    return wanted
+
+
+def main(argv=None, gpu: Gpu | None = None) -> int:
+    rank, world, local = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    if gpu is None and torch.cuda.is_available():
+        torch.cuda.set_device(local)
+        gpu = Gpu()
+    args = arguments(argv, gpu)
     if not gpu:
         os.environ.update(TRITON_INTERPRET="1", TRIDIL_TARGET=args.target or "cuda:90")
-    target, code, console = dispatch.target(), fingerprint(), Console()
+    target, code, console = dispatch.target(), fingerprint(), Console(quiet=rank > 0)
     if not console.is_terminal:
-        console = Console(width=120)
+        console = Console(width=120, quiet=rank > 0)
     out = args.out or ROOT / "perf" / "results" / re.sub(r"\W+", "-", (gpu.describe()[0] if gpu else f"no-gpu-{target}").lower())
     out.mkdir(parents=True, exist_ok=True)
+    device = devices.of_name(gpu.describe()[0], target) if gpu else devices.of_target(target)
     if args.validate_model:
-        device = devices.of_name(gpu.describe()[0], target) if gpu else devices.of_target(target)
-        return validate.run(gpu, layers, args.passes, device, call, out, console)
-    path = out / "results.csv"
+        return validate.run(gpu, args.layers, args.passes, device, out, console)
+    path = out / (f"results.rank{rank}.csv" if rank else "results.csv")
     if args.fresh:
         path.unlink(missing_ok=True)
     old = read(path)
     done = set(old[old["failure"].isna()][list(IDENTITY)].itertuples(index=False, name=None))
-    wanted = [(w, {"model": w.model, "layer": w.layer, "count": w.count, "pass": pass_, "dtype": w.problem.dtype, "provider": provider,
-                   "target": target, "code": code, "problem": w.problem.key(), "dense_macs": w.problem.dense_macs,
-                   "useful_macs": w.problem.useful_macs}) for w in layers for pass_ in args.passes for provider in args.providers]
-    pending = [(w, row) for w, row in wanted if _identity(row) not in done]
-    console.print(f"{len(wanted)} rows, {len(wanted) - len(pending)} of them already in {path}", highlight=False)
-    stopped = _append(path, pending, gpu_rows(gpu, pending) if gpu else cpu_rows(pending), console)
-    frame = with_ratio(read(path))
+    wanted = _wanted(args, target, code, gpu, device)
+    units = list(dict.fromkeys(_unit(w, row) for w, row in wanted))        # a layer stays on one rank
+    mine = [(w, row) for w, row in wanted if units.index(_unit(w, row)) % world == rank]
+    pending = [(w, row) for w, row in mine if _identity(row) not in done]
+    console.print(f"{len(mine)} rows, {len(mine) - len(pending)} of them already in {path}", highlight=False)
+    of_machine, of_models = ([row for w, row in pending if w is None and row["kind"] == kind] for kind in ("machine", "model"))
+    of_layers = [(w, row) for w, row in pending if w is not None]
+    if gpu:
+        rows = chain(machine_rows(gpu, of_machine), networks.gpu_rows(gpu, of_models), layers.gpu_rows(gpu, of_layers, device, args.graph))
+    else:
+        rows = chain(networks.counted_rows(of_models, device), layers.cpu_rows(of_layers, device))
+    stopped = _append(path, pending, (row for row in rows), console)          # a generator: closing it closes the one that runs
+    frame = read(path)
+    if world > 1 and not stopped:
+        frame = _gathered(frame, rank, world)
+        if rank:
+            return int(is_broken(frame).any())
+    frame = with_ratio(frame)
     frame.to_csv(path.with_suffix(".tmp"), index=False)
     path.with_suffix(".tmp").replace(path)
     order = {_identity(row): i for i, (_, row) in enumerate(wanted)}
@@ -276,6 +216,20 @@ def _identity(row) -> tuple:
     return tuple(row[name] for name in IDENTITY)
 
 
+def _unit(workload, row) -> tuple:
+    return row["model"], row["layer"], row["dtype"], "" if workload else row["pass"]
+
+
+def _gathered(frame: pd.DataFrame, rank: int, world: int) -> pd.DataFrame:
+    """The rows of all ranks."""
+    from torch import distributed
+    distributed.init_process_group("gloo")
+    parts: list = [None] * world
+    distributed.all_gather_object(parts, frame.to_dict("records"))
+    distributed.destroy_process_group()
+    return pd.DataFrame([row for part in parts for row in part], columns=list(COLUMNS))
+
+
 def _append(path: Path, pending: list, rows, console: Console) -> str | None:
     """Appends each row to the CSV as it comes; None, or what ended it early."""
     bar = Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(), console=console)
@@ -286,8 +240,8 @@ def _append(path: Path, pending: list, rows, console: Console) -> str | None:
             writer.writeheader()
         task = bar.add_task("", total=len(pending))
         try:
-            for (workload, row) in pending:
-                bar.update(task, description=f"{workload.name[:36]} {row['pass']} {row['provider']}")
+            for _, row in pending:
+                bar.update(task, description=f"{row['model']} {row['layer']}"[:36] + f" {row['pass']} {row['provider']}")
                 found = next(rows)
                 if fingerprint() != row["code"]:            # the interpreter and the compiling worker read sources late
                     return "the sources changed under the sweep"

@@ -5,16 +5,14 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import torch
+from layers import precision_of
+from providers import PROVIDERS
 
 from tridil import config as cfg
-from tridil import cost_model, ops, testing
-from tridil.aot import precompile
+from tridil import cost_model, testing
 
 NOT_MEASURED = "not measured, for want of a GPU: rank correlation and regret. Every time below is predicted by tridil/cost_model.py"
-
-
-def _precision(problem, target: str) -> str:
-    return ops.fp32_precision(target) if problem.dtype == "float32" else "ieee"
 
 
 def predicted(layers, passes, device) -> pd.DataFrame:
@@ -22,7 +20,7 @@ def predicted(layers, passes, device) -> pd.DataFrame:
     rows = []
     for w in layers:
         for pass_ in passes:
-            precision = _precision(w.problem, device.target)
+            precision = precision_of(w.problem)
             config = cost_model.best(w.problem, pass_, device, precision)
             found = cost_model.predict(w.problem, pass_, config, device, precision)
             rows.append({"model": w.model, "layer": w.layer, "kind": w.kind, "pass": pass_, "dtype": w.problem.dtype, "device": device.name,
@@ -41,26 +39,24 @@ def by_kind(frame: pd.DataFrame) -> pd.DataFrame:
     return table.assign(rows=groups.size()).round(2).reset_index()
 
 
-def measured(gpu, layers, passes, device, call, most: int = 10) -> pd.DataFrame:
-    """Predicted and measured milliseconds of up to `most` candidates per layer and pass, the pick among them, spread evenly over the ranking.
-
-    gpu: the sweep's clock; call(provider, problem, pass_, operands, config): the sweep's way to run a pass.
-    """
+def measured(gpu, layers, passes, device, most: int = 10) -> pd.DataFrame:
+    """Predicted and measured milliseconds of up to `most` candidates per layer and pass, the pick among them, spread evenly over the ranking."""
     rows = []
     for w in layers:
         x, weight, _, dy = testing.random_tensors(w.problem, gpu.device)
         for pass_ in passes:
-            precision = _precision(w.problem, device.target)
+            precision = precision_of(w.problem)
             ranking = cost_model.rank(w.problem, pass_, device, precision)
             chosen = [ranking[i] for i in dict.fromkeys(np.linspace(0, len(ranking) - 1, most).astype(int))]
-            precompile([(w.problem, pass_, precision, config) for config in chosen], device.target)
-            operands = {"fprop": (x, weight), "dgrad": (dy, weight), "wgrad": (dy, x)}[pass_]
+            gpu.compile([(w.problem, pass_, precision, config) for config in chosen], device.target)
+            operands = [t.contiguous(memory_format=torch.channels_last)
+                        for t in {"fprop": (x, weight), "dgrad": (dy, weight), "wgrad": (dy, x)}[pass_]]
             for config in chosen:
                 row = {"model": w.model, "layer": w.layer, "kind": w.kind, "pass": pass_, "dtype": w.problem.dtype,
                        "config": f"{config['kernel']} {cfg.describe(config)}",
                        "predicted_ms": 1e3 * cost_model.predict(w.problem, pass_, config, device, precision).seconds, "ms": float("nan")}
                 try:
-                    row["ms"] = gpu.quartiles(call("tridil", w.problem, pass_, operands, config))[1]
+                    row["ms"] = gpu.quartiles([PROVIDERS["tridil"].make(w.problem, pass_, *operands, config)])[1]
                 except Exception as e:                          # a config that cannot run is a finding, not the end
                     row["failure"] = f"{type(e).__name__}: {e}".replace("\n", " ")[:300]
                 rows.append(row)
@@ -79,13 +75,13 @@ def quality(frame: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def run(gpu, layers, passes, device, call, out: Path, console) -> int:
+def run(gpu, layers, passes, device, out: Path, console) -> int:
     """Writes model.csv to `out` and prints the tables."""
     if gpu is None:
         frame = predicted(layers, passes, device)
         lines = [NOT_MEASURED, "", by_kind(frame).to_string(index=False)]
     else:
-        frame = measured(gpu, layers, passes, device, call)
+        frame = measured(gpu, layers, passes, device)
         table = quality(frame)
         regret, scale = (np.exp(np.log(table[name]).mean()) for name in ("regret", "measured / predicted"))
         lines = [table.round(3).to_string(index=False), "",

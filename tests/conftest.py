@@ -3,6 +3,7 @@ import os
 import random
 import sys
 import tempfile
+from pathlib import Path
 
 import hypothesis
 import pytest
@@ -12,6 +13,7 @@ hypothesis.settings.register_profile("tridil", deadline=None)      # the first c
 hypothesis.settings.load_profile("tridil")
 
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "perf"))    # scripts and the models that tests convert
 os.environ["TRIDIL_CACHE"] = tempfile.mkdtemp(prefix="tridil-tests-")   # what a user measured must not choose the tests' configs
 
 

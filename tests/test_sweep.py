@@ -2,54 +2,35 @@
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
+import layers
+import models
 import pandas as pd
 import pytest
+import report
+import sweep
 import torch
+from fake_gpu import TINY, SweepGpu, suite
+from providers import PROVIDERS, provider, reason_against
 
+import tridil
 from tridil import config, cost_model, launch, reference, testing, workloads
 from tridil.dispatch import interpreted
 from tridil.problem import PASSES, Problem
 
-PERF = Path(__file__).resolve().parents[1] / "perf"
-sys.path.insert(0, str(PERF))
-import report  # noqa: E402
-import sweep  # noqa: E402
-
+PERF = Path(__file__).resolve().parents[1] / "perf"                  # conftest puts it on the path
 pytestmark = pytest.mark.skipif(not interpreted(), reason="the sweep without a GPU, and with a fake one, interprets kernels")
-TINY = [workloads.Workload("net", "d3", 2, Problem(2, 16, 5, 6, 16, 3, 3, padding=((3, 3), (3, 3)), dilation=(3, 3)), "made up"),
-        workloads.Workload("net", "grouped", 1, Problem(1, 8, 4, 4, 8, 3, 3, padding=((1, 1), (1, 1)), groups=2), "made up")]
-
-
-class FakeGpu(sweep.Gpu):
-    """CPU tensors, and a clock that says 1, 2, 3 ms for the three providers of a pass."""
-    device = "cpu"
-
-    def __init__(self):
-        self.calls = 0
-
-    def describe(self):
-        return "Fake GPU 9000", "1.2.3"
-
-    def quartiles(self, fn):
-        assert isinstance(fn(), torch.Tensor)
-        self.calls += 1
-        ms = (self.calls - 1) % 3 + 1
-        return ms - 0.25, ms, ms + 0.25
-
-    def extra_bytes(self, fn):
-        return 3 * 2**20
 
 
 @pytest.fixture
 def run(monkeypatch, tmp_path, capsys):
     """run(*arguments, gpu=None) -> (exit status, rows of results.csv, terminal output), on the tiny layers."""
-    monkeypatch.setattr(workloads, "suite", lambda name, dtype: [_with_dtype(w, dtype) for w in TINY])
+    monkeypatch.setattr(workloads, "suite", suite)
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
     for name in ("TRITON_INTERPRET", "TRIDIL_TARGET"):                 # main sets them: put them back
         monkeypatch.setenv(name, os.environ.get(name, "cuda:80"))
@@ -59,10 +40,6 @@ def run(monkeypatch, tmp_path, capsys):
         return status, report.read(tmp_path / "results.csv"), capsys.readouterr().out
     run.out = tmp_path
     return run
-
-
-def _with_dtype(w, dtype):
-    return replace(w, problem=replace(w.problem, dtype=dtype))
 
 
 def no_compiler(monkeypatch):
@@ -79,7 +56,7 @@ def no_compiler(monkeypatch):
 
         def shutdown(self, **_):
             pass
-    monkeypatch.setattr(sweep, "ProcessPoolExecutor", Pool)
+    monkeypatch.setattr(layers, "ProcessPoolExecutor", Pool)
 
 
 def test_without_a_gpu(run):
@@ -106,8 +83,8 @@ def test_without_a_gpu(run):
 def test_a_second_run_does_what_is_missing(run, monkeypatch):
     no_compiler(monkeypatch)
     seen = []
-    interpret = sweep._interpreted
-    monkeypatch.setattr(sweep, "_interpreted", lambda problem, pass_, target: seen.append(pass_) or interpret(problem, pass_, target))
+    interpret = layers._interpreted
+    monkeypatch.setattr(layers, "_interpreted", lambda problem, pass_, device: seen.append(pass_) or interpret(problem, pass_, device))
     run("--passes", "fprop")
     assert seen == ["fprop"] * 2
     _, rows, out = run("--passes", "fprop,wgrad")
@@ -121,14 +98,14 @@ def test_a_second_run_does_what_is_missing(run, monkeypatch):
 
 def test_ctrl_c_keeps_what_is_done(run, monkeypatch):
     no_compiler(monkeypatch)
-    interpret, calls = sweep._interpreted, []
+    interpret, calls = layers._interpreted, []
 
     def interrupted(*arguments):
         calls.append(arguments)
         if len(calls) == 3:
             raise KeyboardInterrupt
         return interpret(*arguments)
-    monkeypatch.setattr(sweep, "_interpreted", interrupted)
+    monkeypatch.setattr(layers, "_interpreted", interrupted)
     status, rows, out = run()
     assert status == 130 and len(rows) == 2 and "interrupted: 2 of 6 rows" in out
     status, rows, _ = run()
@@ -163,12 +140,12 @@ def test_a_wrong_kernel_gives_status_1(run, monkeypatch, gpu):
     no_compiler(monkeypatch)
     right = launch.dgrad
     monkeypatch.setattr(launch, "dgrad", lambda *arguments: right(*arguments) * 1.01)
-    status, rows, out = run("--providers", "tridil", gpu=FakeGpu() if gpu else None)
+    status, rows, out = run("--providers", "tridil", gpu=SweepGpu() if gpu else None)
     assert status == 1
     assert list(rows["error"] > rows["budget"]) == list(rows["pass"] == "dgrad")
     assert out.count("BROKEN BUDGET tridil dgrad") == 2
     monkeypatch.setattr(launch, "dgrad", right)                                                    # the rows say so until measured again
-    assert run("--providers", "tridil", gpu=FakeGpu() if gpu else None)[0] == 1
+    assert run("--providers", "tridil", gpu=SweepGpu() if gpu else None)[0] == 1
 
 
 def test_a_layer_that_fails_says_why_and_is_tried_again(run, monkeypatch):
@@ -187,13 +164,16 @@ def test_a_layer_that_fails_says_why_and_is_tried_again(run, monkeypatch):
 
 
 def test_with_a_fake_gpu(run):
-    status, rows, out = run("--dtypes", "float16,float32", gpu=FakeGpu())
+    gpu = SweepGpu()
+    status, rows, out = run("--dtypes", "float16,float32", gpu=gpu)
+    machine, rows = rows[rows["kind"] == "machine"], rows[rows["kind"] != "machine"]
     assert status == 0 and len(rows) == 2 * 2 * 3 * 3
-    assert torch.backends.cudnn.benchmark
     assert rows["failure"].isna().all() and (rows["bit_identical"] == "True").all() and (rows["extra_mib"] == 3).all()
+    assert (rows["clock_mhz"] == 1755).all() and (rows["temperature_c"] == 41).all()
     first = rows[(rows["layer"] == "d3") & (rows["pass"] == "fprop") & (rows["dtype"] == "float16")].set_index("provider")
     problem = TINY[0].problem
     assert list(first["ms"]) == [1, 2, 3] and list(first["ms_q1"]) == [0.75, 1.75, 2.75] and list(first["ms_q3"]) == [1.25, 2.25, 3.25]
+    assert list(first["layout"]) == ["nhwc", "nhwc", "nchw"]
     assert list(first["ratio"]) == pytest.approx([2, 1, 2 / 3])                                     # best cuDNN: 2 ms
     assert first["tflops_dense"]["cudnn"] == pytest.approx(2 * problem.dense_macs / 2e-3 / 1e12)
     assert first["tflops_useful"]["tridil"] == pytest.approx(2 * problem.useful_macs / 1e-3 / 1e12)
@@ -201,16 +181,132 @@ def test_with_a_fake_gpu(run):
     assert first["executed_macs"].notna().tolist() == [True, False, False]                          # counted for our tiles only
     assert "device Fake GPU 9000" in out and "driver 1.2.3" in out and "2.00 x the best cuDNN" in out
     assert (run.out / "results.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    # roofs: a copy reads and writes, a product has n^3 multiply-accumulates
+    roofs = machine.set_index(["pass", "dtype"])
+    assert roofs["gb_s"]["copy", "float32"] == pytest.approx(2 * 32 * 32 * 4 / 1e-3 / 1e9)
+    assert roofs["tflops_dense"]["matmul", "float16"] == pytest.approx(2 * 32**3 / 1e-3 / 1e12)
+    # a search of its own for cuDNN, undone afterwards; compiled ahead what is launched; tensors in turns until they exceed the L2 cache
+    assert gpu.settings[4:7] == [(False, False), (True, False), (True, False)] and not torch.backends.cudnn.benchmark
+    assert {(p.dtype, pass_) for p, pass_, *_ in gpu.compiled} == {(d, pass_) for d in ("float16", "float32") for pass_ in PASSES}
+    assert gpu.turns[4] == (max(1, min(4, -(-2 * gpu.l2_bytes // problem.bytes))), False)
+
+
+def test_graphs_are_asked_for(run):
+    gpu = SweepGpu()
+    assert run("--graph", "--passes", "fprop", gpu=gpu)[0] == 0
+    assert {graph for _, graph in gpu.turns[2:]} == {True} and gpu.turns[2][0] > 4
+
+
+def test_every_provider_computes_the_passes(run, monkeypatch, tmp_path):
+    """A peer by its name, deterministic cuDNN, Inductor (here: what it is given), both layouts of tridil."""
+    (tmp_path / "some_peer.py").write_text("from torch.nn.functional import conv2d\nbroken = None\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(torch, "compile", lambda f, **options: f)
+    names = ["tridil", "tridil_nchw", "cudnn", "cudnn_deterministic", "inductor", "some_peer:conv2d"]
+    gpu = SweepGpu()
+    status, rows, _ = run("--providers", ",".join(names), gpu=gpu)
+    rows = rows[rows["kind"] != "machine"]
+    assert status == 0 and list(rows["provider"][:6]) == names and rows["failure"].isna().all()
+    ours = rows["provider"].str.startswith("tridil")                                                # ATen's fp16 on CPUs exceeds its budget
+    assert (rows["error"] <= rows["budget"])[ours].all() and (rows["error"] < 0.01).all()
+    assert list(rows["layout"][:6]) == ["nhwc", "nchw", "nhwc", "nhwc", "nhwc", "nhwc"]
+    assert gpu.settings[5] == (True, True)                                                          # deterministic
+    assert rows.set_index("provider")["version"]["some_peer:conv2d"].iloc[0] == "unknown"
+    assert provider("some_peer:conv2d").missing() is None and "cannot be imported" in provider("some_peer:missing").missing()
+
+
+def test_why_a_provider_cannot_run():
+    assert reason_against("cudnn", False) == "cudnn needs a GPU" and reason_against("tridil", False) is None
+    assert reason_against("flaggems", True) == "flag_gems is not installed"
+    assert all(p.meaning and p.version() for p in PROVIDERS.values())
+    with pytest.raises(ValueError, match="unknown provider 'cuda-convnet': use tridil, .* or package.module:function"):
+        provider("cuda-convnet")
+
+
+@pytest.mark.parametrize("filters, count", [(["dilation=3"], 1), (["d3", "kind=narrow"], 1), (["kind=depthwise"], None), (["c=1"], None),
+                                            (["groups=[23]"], 1), (["model=net"], 2)])
+def test_filters(filters, count, monkeypatch):
+    monkeypatch.setattr(workloads, "suite", suite)
+    command = [part for text in filters for part in ("--filter", text)]
+    if count is None:
+        with pytest.raises(SystemExit):
+            sweep.arguments(command, None)
+    else:
+        assert len(sweep.arguments(command, None).layers) == count
+
+
+def test_shapes_of_your_own(run, monkeypatch):
+    no_compiler(monkeypatch)
+    text = "n=1 c=16 h=6 w=7 k=16 r=3 d=2"
+    status, rows, out = run("--shape", text, "--passes", "fprop,wgrad")
+    assert status == 0 and list(rows["layer"]) == [text] * 2 and list(rows["dilation"]) == [2, 2] and list(rows["h"]) == [6, 6]
+
+
+@pytest.fixture
+def small_networks(monkeypatch):
+    small = {"van_b2": (lambda: models.VAN(shrink=8, classes=3, depths=(1, 1, 1, 1)), (2, 3, 32, 32)),
+             "wavenet": (lambda: models.WaveNet(shrink=16, layers=3), (2, 1, 40))}
+    for name, network in small.items():
+        monkeypatch.setitem(models.MODELS, name, network)
+
+
+def test_whole_networks_on_a_fake_gpu(run, small_networks, monkeypatch):
+    converted = []
+    monkeypatch.setattr(tridil, "convert", lambda model: converted.append(type(model)) or real(model))
+    status, rows, out = run("--models", "van_b2,wavenet", "--dtypes", "bfloat16", "--providers", "tridil,cudnn", gpu=SweepGpu())
+    rows = rows[rows["kind"] == "model"]
+    assert status == 0 and len(rows) == 2 * 2 * 2 and rows["failure"].isna().all() and (rows["ms"] > 0).all() and (rows["extra_mib"] == 3).all()
+    of_inference = rows[rows["pass"] == "inference"]
+    assert (of_inference["error"] <= of_inference["budget"]).all() and (of_inference["budget"] > 0).all()
+    assert set(converted) == {models.VAN, models.WaveNet}
+    monkeypatch.setattr(tridil, "convert", lambda model: [p.data.mul_(1.5) for p in model.parameters()])         # another network
+    assert run("--models", "wavenet", "--providers", "tridil", "--fresh", gpu=SweepGpu())[0] == 1
+
+
+real = tridil.convert
+
+
+def test_whole_networks_without_a_gpu(run):
+    """Layers that are replaced, counted: DeepLabV3-ResNet50 has eleven."""
+    status, rows, out = run("--models", "deeplabv3_resnet50", "--target", "cuda:90")
+    assert status == 0 and list(rows["pass"]) == ["inference", "training"] and rows["ms"].isna().all()
+    layers_ = [w for w in workloads.load() if w.model == "tv/deeplabv3_resnet50" and max(w.problem.dilation) > 1]
+    assert sum(w.count for w in layers_) == 11 and "11 dilated layers, counted" in set(rows["checked_on"])
+    assert rows["useful_macs"][0] == sum(w.count * w.problem.useful_macs for w in layers_)
+    assert rows["useful_macs"][1] == 3 * rows["useful_macs"][0] and (rows["predicted_ms"] > rows["roof_ms"]).all()
+
+
+def test_ranks_share_the_layers_and_the_first_reports(tmp_path):
+    """Two processes as torchrun starts them."""
+    code = f"""
+import sys
+sys.path[:0] = [{str(PERF)!r}, {str(Path(__file__).parent)!r}]
+import layers, sweep, workloads_
+""".replace("import layers, sweep, workloads_", """import layers, sweep
+from fake_gpu import SweepGpu, suite
+from tridil import workloads
+workloads.suite = suite
+sys.exit(sweep.main(["--passes", "fprop", "--out", sys.argv[1]], SweepGpu()))""")
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = str(s.getsockname()[1])
+    env = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TRITON_INTERPRET": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    ranks = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], env=env | {"RANK": str(i), "LOCAL_RANK": str(i)}, text=True,
+                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for i in range(2)]
+    out = [p.communicate(timeout=600)[0] for p in ranks]
+    assert [p.returncode for p in ranks] == [0, 0], out
+    rows = report.read(tmp_path / "results.csv")
+    assert len(rows) == 2 + 2 * 3 and set(rows["layer"]) == {"copy", "matmul", "d3", "grouped"}
+    assert len(report.read(tmp_path / "results.rank1.csv")) == 4 and "2.00 x the best cuDNN" in out[0] and "cuDNN" not in out[1]
 
 
 def test_the_model_against_a_clock(run, monkeypatch):
     """A clock that agrees with the model: correlation 1, regret 1; one that says the opposite: correlation -1, and the regret of it."""
-    monkeypatch.setattr(sweep.validate, "precompile", lambda jobs, target: None)
     sign = [1]
 
-    class Clock(FakeGpu):
-        def quartiles(self, fn):
-            fn()
+    class Clock(SweepGpu):
+        def quartiles(self, calls, graph=False):
+            calls[0]()
             self.calls += 1
             return 0.0, 10.0 + sign[0] * 0.01 * self.calls, 20.0
     status, _, out = run("--validate-model", "--passes", "fprop", gpu=Clock())
@@ -233,7 +329,7 @@ def test_the_model_without_a_gpu(run):
 def test_an_unstable_kernel_is_told(run, monkeypatch):
     right, noise = launch.fprop, iter(range(100))
     monkeypatch.setattr(launch, "fprop", lambda *arguments: right(*arguments) + next(noise))
-    _, rows, _ = run("--providers", "tridil", "--passes", "fprop,dgrad", gpu=FakeGpu())
+    _, rows, _ = run("--providers", "tridil", "--passes", "fprop,dgrad", gpu=SweepGpu())
     assert list(rows["bit_identical"] == "False") == list(rows["pass"] == "fprop")
 
 
@@ -244,7 +340,7 @@ def test_the_checked_part_is_a_part_of_the_result(pass_, groups, limit):
     problem = Problem(3, 8, 7, 9, 12, 3, 3, padding=((2, 1), (2, 2)), dilation=(2, 2), groups=groups, dtype="float64")
     x, w, _, dy = testing.random_tensors(problem)
     operands = {"fprop": (x, w), "dgrad": (dy, w), "wgrad": (dy, x)}[pass_]
-    part, cuts, result_cut = sweep.part_of(problem, pass_, limit)
+    part, cuts, result_cut = layers.part_of(problem, pass_, limit)
     found = getattr(reference, pass_)(part, *(t[cut] for t, cut in zip(operands, cuts)))
     torch.testing.assert_close(found, getattr(reference, pass_)(problem, *operands)[result_cut])
     assert (part == problem) == (limit == 2**40)
@@ -253,7 +349,7 @@ def test_the_checked_part_is_a_part_of_the_result(pass_, groups, limit):
 def test_reduced_layers_keep_what_matters():
     for w in workloads.load():
         p = w.problem
-        small, _ = sweep.reduced(p, {})
+        small, _ = layers.reduced(p, {})
         assert (small.r, small.s, small.stride, small.padding, small.dilation) == (p.r, p.s, p.stride, p.padding, p.dilation)
         assert (small.groups == small.c) == (p.groups == p.c) and (small.groups > 1) == (p.groups > 1)
         assert p.c // p.groups % 32 == small.c // small.groups % 32 and p.k // p.groups % 32 == small.k // small.groups % 32
@@ -262,7 +358,8 @@ def test_reduced_layers_keep_what_matters():
 
 @pytest.mark.parametrize("arguments, message", [
     (["--passes", "forward"], "forward cannot be had here: use fprop, dgrad, wgrad"),
-    (["--providers", "cudnn"], "cudnn cannot be had here: use tridil"),
+    (["--providers", "cudnn"], "cudnn needs a GPU"), (["--providers", "tridl"], "unknown provider 'tridl'"),
+    (["--filter", "rate=3"], "there is no column 'rate'"), (["--filter", "("], "--filter: "), (["--shape", "n=1"], "lacks"),
     (["--filter", "nothing"], "no layer of suite 'quick' matches --filter 'nothing'"), (["--suite", "vision"], "invalid choice: 'vision'")])
 def test_arguments_that_make_no_sense(arguments, message, capsys):
     with pytest.raises(SystemExit) as e:

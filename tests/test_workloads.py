@@ -52,10 +52,22 @@ def test_quick_has_every_kind():
         assert any(is_kind(w.problem) for w in layers), kind
 
 
+def test_suites_are_what_they_say():
+    layers = {name: workloads.suite(name) for name in workloads.SUITES}
+    assert all(len({w.name for w in found}) == len(found) > 0 for found in layers.values())
+    assert len(layers["depthwise"]) == 88 and all(w.problem.groups > 1 for w in layers["depthwise"])
+    assert all(w.problem.h == 1 for w in layers["audio1d"]) and {"WaveNet (r9y9)", "Conv-TasNet"} <= {w.model for w in layers["audio1d"]}
+    assert set(layers["deeplab"]) < set(layers["segmentation"]) and all(w.problem.h > 1 for w in layers["segmentation"])
+    assert all(w.problem.n == 1 for w in layers["batch1"]) and len({w.problem for w in layers["batch1"]}) == len(layers["batch1"])
+    assert [w.problem.dilation[0] for w in layers["classic"]] == [1, 2, 4, 8, 12, 16, 24, 32, 48, 64]
+    assert len({(w.problem.n, w.problem.c, w.problem.p, w.problem.q) for w in layers["classic"]}) == 1
+    assert len({w.model for w in layers["training"]}) == 5
+
+
 def test_all_is_everything():
     assert workloads.suite("all") == workloads.load()
 
 
 def test_unknown_suite_lists_the_names():
-    with pytest.raises(ValueError, match="unknown suite 'vision': use one of quick, aspp, deeplab, all"):
+    with pytest.raises(ValueError, match="unknown suite 'vision': use one of quick, aspp, deeplab, segmentation"):
         workloads.suite("vision")

@@ -122,7 +122,8 @@ def report(jobs, target: str, save: Path | None = None) -> list[dict]:
 
 
 def precompile(jobs: list, target: str) -> None:
-    """Fills Triton's cache with the kernels of (problem, pass, precision, config) jobs on all cores; what fails here fails again at its launch."""
+    """Fills Triton's cache with the kernels of (problem, pass, precision, config) jobs, without bias, on all cores; what fails here fails again where
+    it is launched."""
     jobs = [(*job, target) for job in jobs]
     if len(jobs) < 3:
         return                                                  # compiled where they are launched
@@ -133,7 +134,8 @@ def precompile(jobs: list, target: str) -> None:
 def _try_to_compile(job) -> None:
     problem, pass_, precision, config, target = job
     with suppress(Exception):
-        compile_pass(problem, pass_, config, target, precision)
+        for item, source in sources(problem, pass_, config, target, precision):
+            compile_source(source, item.options, target)
 
 
 def _workers(jobs: list) -> int:

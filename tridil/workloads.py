@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import csv
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.resources import files
 
 from .problem import Problem
@@ -59,15 +59,32 @@ def _is_aspp(w: Workload) -> bool:
     return min(w.problem.dilation) >= 12 and w.problem.h > 1 and w.problem.c >= 256
 
 
-SUITES = {"quick": lambda w: (w.model, w.layer) in QUICK, "aspp": _is_aspp, "deeplab": lambda w: "deeplab" in w.model.lower(), "all": lambda w: True}
+_SEGMENTATION = re.compile(r"tv/|smp/|mmseg/|deeplab|D-LinkNet|DinkNet|ESPNet|DRN|HDC|RegSeg|VAN-B2 seg|U2Net|repro pytorch#15054", re.IGNORECASE)
+# the networks that perf/models.py builds whole
+_TRAINED = ("tv/deeplabv3_resnet50", "tv/deeplabv3_resnet101", "smp/DeepLabV3Plus_r101", "VAN-B2", "WaveNet (r9y9)")
+DILATIONS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64)
+SUITES = {
+    "quick": lambda w: (w.model, w.layer) in QUICK, "aspp": _is_aspp, "deeplab": lambda w: "deeplab" in w.model.lower(),
+    "segmentation": lambda w: _SEGMENTATION.search(w.model), "depthwise": lambda w: w.kind in ("depthwise", "grouped"),
+    "audio1d": lambda w: w.problem.h == 1, "training": lambda w: w.model in _TRAINED, "all": lambda w: True,
+    "classic": lambda w: False, "batch1": lambda w: "deeplab" in w.model.lower() or (w.model, w.layer) in QUICK}
 
 
 def suite(name: str, dtype: str = "float16", layout: str = "nhwc") -> list[Workload]:
-    """The workloads of a suite: "quick" (12 layers, about one per kind), "aspp" (28 layers of rate 12 or more), "deeplab" (those of the DeepLabs)
-    or "all" (297).
+    """The workloads of a suite: "quick" (12 layers, about one per kind), "aspp" (28 layers of rate 12 or more), "deeplab" (those of the DeepLabs),
+    "segmentation" (of all networks for it), "depthwise" (88 depthwise and grouped layers), "audio1d" (sequences), "training" (the dilated layers of
+    the networks in perf/models.py, at their training batch), "batch1" (quick and deeplab, one image each), "classic" (made up: 3x3, 256 channels on
+    64x64, dilation 1 to 64) or "all" (297).
 
     Raises ValueError for an unknown name.
     """
     if name not in SUITES:
         raise ValueError(f"unknown suite {name!r}: use one of {', '.join(SUITES)}")
-    return [w for w in load(dtype, layout) if SUITES[name](w)]
+    if name == "classic":
+        return [Workload("classic", f"3x3 d{d}", 1, Problem(8, 256, 64, 64, 256, 3, 3, (1, 1), ((d, d), (d, d)), (d, d), 1, dtype, layout),
+                         "made up: only the dilation changes") for d in DILATIONS]
+    chosen = [w for w in load(dtype, layout) if SUITES[name](w)]
+    if name == "batch1":
+        chosen = [replace(w, layer=f"{w.layer} (batch 1)", problem=replace(w.problem, n=1)) for w in chosen]
+        chosen = list({w.problem: w for w in reversed(chosen)}.values())[::-1]          # the first of equal ones
+    return chosen

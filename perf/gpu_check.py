@@ -1,0 +1,130 @@
+"""Everything that needs a GPU, in one command of less than nine minutes: `python perf/gpu_check.py FOLDER`.
+
+Steps: what is there, the kernel tests natively, the quick sweep against cuDNN, the cost model against the clock, tuning of the deeplab suite, a few
+launches under compute-sanitizer. Each has its share of the time and is stopped at its end; what one leaves over the next ones get. FOLDER receives
+at most eight files: check.log, verdict.md, results.csv, results.md, report.html, model.csv, tuned.json. Exit status 1 when a step failed.
+"""
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+GRACE = 10                                # seconds that an interrupted step has to report
+SANITIZED = """
+import torch
+from tridil import launch, cost_model, dispatch, testing
+from tridil.problem import PASSES, Problem
+for p in (Problem(2, 64, 17, 19, 64, 3, 3, padding=((6, 6), (6, 6)), dilation=(6, 6)), Problem(1, 3, 16, 16, 8, 3, 3, dilation=(2, 2)),
+          Problem(2, 32, 15, 15, 32, 3, 3, padding=((2, 2), (2, 2)), dilation=(2, 2), groups=32)):
+    x, w, bias, dy = testing.random_tensors(p, "cuda")
+    for pass_, operands in zip(PASSES, ((x, w, bias), (dy, w), (dy, x))):
+        getattr(launch, pass_)(p, *operands, cost_model.best(p, pass_, dispatch.target()))
+torch.cuda.synchronize()
+"""
+
+
+@dataclass
+class Step:
+    """One command. seconds: its share; words: those of the lines that sum up what it printed; files: what it leaves in its folder."""
+    name: str
+    command: list[str]
+    seconds: float
+    words: tuple[str, ...]
+    files: tuple[str, ...] = ()
+
+
+def lines_with(output: str, *words: str) -> str:
+    """The last three lines with one of the words, else the last line."""
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    return "; ".join([line for line in lines if any(word in line for word in words)][-3:] or lines[-1:] or ["no output"])[:600]
+
+
+def steps(work: Path) -> list[Step]:
+    python, sweep = sys.executable, str(ROOT / "perf" / "sweep.py")
+    found = [
+        Step("machine", [python, "-m", "tridil", "info"], 30, ("cuda:0",)),
+        Step("tests", [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--maxfail", "20", "tests/test_kernels.py"], 150,
+             (" passed", " failed", " error")),
+        Step("sweep", [python, sweep, "--suite", "quick", "--out", str(work)], 120, ("x the best cuDNN", "FAILED tridil", "BROKEN BUDGET tridil"),
+             ("results.csv", "results.md", "report.html")),
+        Step("validate", [python, sweep, "--suite", "quick", "--validate-model", "--out", str(work)], 90, ("rank correlation",), ("model.csv",)),
+        Step("tune", [python, "-m", "tridil", "tune", "--suite", "deeplab", "--budget", "60s"], 90, ("measured, kept",)),
+        Step("export", [python, "-m", "tridil", "cache", "export", str(work / "tuned.json")], 20, ("written",), ("tuned.json",)),
+    ]
+    if tool := shutil.which("compute-sanitizer"):
+        found.append(Step("sanitizer", [tool, "--tool", "memcheck", "--error-exitcode", "1", python, "-c", SANITIZED], 60, ("ERROR SUMMARY",)))
+    return found
+
+
+def run(command: list[str], seconds: float, env: dict) -> tuple[int | None, str]:
+    """(exit status, output) of a command; status None when its time ended: it is interrupted, and after ten seconds killed with all it started."""
+    process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
+                               start_new_session=True)
+    try:
+        text, _ = process.communicate(timeout=max(seconds - GRACE, 1))
+        return process.returncode, text
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGINT)                       # the sweep still reports what it has
+        with suppress(subprocess.TimeoutExpired):
+            return None, process.communicate(timeout=GRACE)[0]
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        return None, process.communicate()[0]
+    finally:
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def main(argv=None, has_gpu: bool | None = None, run=run, steps=steps) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="receives the results")
+    parser.add_argument("--seconds", type=float, default=510, help="of all steps together (default: 510)")
+    args = parser.parse_args(argv)
+    if has_gpu is None:
+        import torch
+        has_gpu = torch.cuda.is_available()
+    if not has_gpu:
+        print("gpu_check: there is no GPU here (torch.cuda.is_available() is False); nothing was checked", file=sys.stderr)
+        return 2
+    args.folder.mkdir(parents=True, exist_ok=True)
+    begin, lines, failed = time.monotonic(), [], False
+    with tempfile.TemporaryDirectory() as temporary, open(args.folder / "check.log", "w", encoding="utf-8") as log:
+        work = Path(temporary)
+        switches = ("TRITON_INTERPRET", "TRIDIL_TARGET", "TRIDIL_BACKEND", "TRIDIL_TUNE")
+        env = {name: value for name, value in os.environ.items() if name not in switches}
+        env |= {"PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), env.get("PYTHONPATH")])), "PYTHONUNBUFFERED": "1"}
+        env |= {"TRIDIL_CACHE": str(work / "cache")}                          # what this run measured, and nothing else
+        todo = steps(work)
+        for i, step in enumerate(todo):
+            left, ahead = args.seconds - (time.monotonic() - begin), sum(later.seconds for later in todo[i:])
+            limit = min(left, step.seconds * max(1.0, left / ahead))
+            since = time.monotonic()
+            status, text = run(step.command, limit, env) if left > 1 else (None, "no time was left")
+            took = time.monotonic() - since
+            word = "ok" if status == 0 else f"stopped after {limit:.0f} s" if status is None else f"FAILED (status {status})"
+            failed |= status != 0
+            lines.append(f"{step.name}: {word}, {took:.0f} s: {lines_with(text, *step.words)}")
+            log.write(f"==== {step.name}: {' '.join(step.command)[:300]}\n{text}\n==== {word}, {took:.1f} s\n\n")
+            log.flush()
+            for name in step.files:
+                if (work / name).exists():
+                    shutil.copy(work / name, args.folder / name)
+    verdict = "FAILED" if failed else "passed"
+    page = ["# GPU check: " + verdict, "", *(f"- {line}" for line in lines), ""]
+    (args.folder / "verdict.md").write_text("\n".join(page), encoding="utf-8")
+    print("\n".join([*lines, f"gpu_check {verdict}, {time.monotonic() - begin:.0f} s, results in {args.folder}"]))
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

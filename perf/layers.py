@@ -1,0 +1,155 @@
+"""Rows of single layers: timed on a GPU; without one, interpreted on a reduced copy and compiled for the target."""
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from itertools import groupby
+
+import torch
+from providers import Gpu, provider
+
+from tridil import config as cfg
+from tridil import cost_model, dispatch, ops, reference, testing, tuner
+from tridil.problem import Problem
+
+FORMATS = {"nhwc": torch.channels_last, "nchw": torch.contiguous_format}
+
+
+def precision_of(problem: Problem) -> str:
+    return ops.fp32_precision(dispatch.target()) if problem.dtype == "float32" else "ieee"
+
+
+def attempt(row: dict, measure) -> dict:
+    """The row with what `measure()` found, or with its failure."""
+    try:
+        return row | measure()
+    except Exception as e:                                      # one row that fails must not end the sweep: it says why
+        return row | {"failure": f"{type(e).__name__}: {e}".replace("\n", " ")[:300]}
+
+
+def sizes(problem: Problem) -> dict:
+    """The columns that describe a convolution."""
+    p = problem
+    return dict(problem=p.key(), n=p.n, c=p.c, h=p.h, w=p.w, k=p.k, r=p.r, s=p.s, stride=max(p.stride), dilation=max(p.dilation), groups=p.groups,
+                dense_macs=p.dense_macs, useful_macs=p.useful_macs)
+
+
+def part_of(problem: Problem, pass_: str, limit: int = 2**32):
+    """(part, slices of both operands, slices of the result) whose float64 reference takes about `limit` bytes: leading images; wgrad: channels."""
+    (top, bottom), (left, right) = problem.padding
+    per_image = 32 * (problem.c * (problem.h + top + bottom) * (problem.w + left + right) + problem.k * problem.p * problem.q)
+    if pass_ != "wgrad":
+        n = min(problem.n, max(1, limit // per_image))
+        return replace(problem, n=n), ((slice(n),), (slice(None),)), (slice(n),)
+    pieces = -(-problem.n * per_image // limit)
+    groups = max(1, problem.groups // pieces)
+    c, k = (max(1, size * groups // problem.groups // (pieces if problem.groups == 1 else 1)) for size in (problem.c, problem.k))
+    return replace(problem, c=c, k=k, groups=groups), ((slice(None), slice(k)), (slice(None), slice(c))), (slice(k), slice(c // groups))
+
+
+def gpu_rows(gpu: Gpu, pending, device, graph: bool = False):
+    """Measured rows: pending is a list of (workload, row); the tensors and float64 references of a layer are made once."""
+    ours = [(w.problem, row) for w, row in pending if row["provider"].startswith("tridil")]
+    chosen = [(row["pass"], *_chosen(gpu, problem, row)) for problem, row in ours]
+    gpu.compile([(problem, pass_, precision, config) for pass_, problem, precision, config in chosen], device.target)
+    for workload, jobs in groupby(pending, key=lambda job: job[0]):
+        tensors = testing.random_tensors(workload.problem, gpu.device)
+        for pass_, rows in groupby((row for _, row in jobs), key=lambda row: row["pass"]):
+            expected = []
+            for row in rows:
+                yield attempt(row, lambda: _on_gpu(gpu, workload.problem, pass_, tensors, expected, row, device, graph))  # noqa: B023 (called at once)
+
+
+def _chosen(gpu, problem: Problem, row: dict):
+    """(problem in the provider's layout, precision, tridil's config)."""
+    problem, precision = replace(problem, layout=provider(row["provider"]).layout), precision_of(problem)
+    return problem, precision, tuner.decide(problem, row["pass"], row["target"], precision, torch.device(gpu.device)).config
+
+
+def _on_gpu(gpu, problem, pass_, tensors, expected, row, device, graph):
+    x, w, _, dy = tensors
+    operands = {"fprop": (x, w), "dgrad": (dy, w), "wgrad": (dy, x)}[pass_]
+    part, cuts, result_cut = part_of(problem, pass_)
+    if not expected:
+        expected.append(getattr(reference, pass_)(part, *(t[cut] for t, cut in zip(operands, cuts))))
+    ours, runs = row["provider"].startswith("tridil"), provider(row["provider"])
+    problem, precision, config = _chosen(gpu, problem, row)
+    # tensors that together exceed the L2 cache take turns
+    count = max(1, min(-(-2 * gpu.l2_bytes // max(problem.bytes, 1)), 64 if graph else 4))
+    operands = [t.contiguous(memory_format=FORMATS[runs.layout]) for t in operands]
+    with runs.setting():
+        calls = [runs.make(problem, pass_, *(t.clone() if i else t for t in operands), config) for i in range(count)]
+        result = calls[0]()
+        error, budget = testing.check(result[result_cut], expected[0], part, pass_, precision)
+        same = torch.equal(result, calls[0]())
+        del result
+        q1, ms, q3 = gpu.quartiles(calls, graph)
+        found = dict(ms=ms, ms_q1=q1, ms_q3=q3, **gpu.state(), tflops_dense=2e-9 * problem.dense_macs / ms,
+                     tflops_useful=2e-9 * problem.useful_macs / ms, gb_s=1e-6 * problem.bytes / ms, extra_mib=gpu.extra_bytes(calls[0]) / 2**20,
+                     bit_identical=same, error=error, budget=budget, checked_on=part.key())
+    return found | (tiles(problem, pass_, config, device, precision) if ours else {})
+
+
+def tiles(problem, pass_, config, device, precision):
+    """What is counted from a config."""
+    moved, requested = cfg.moved_bytes(problem, pass_, config)
+    return dict(config=f"{config['kernel']} {cfg.describe(config)}", executed_macs=cfg.executed_macs(problem, pass_, config),
+                compulsory_bytes=problem.bytes, moved_bytes=moved, requested_bytes=requested,
+                predicted_ms=1e3 * cost_model.predict(problem, pass_, config, device, precision).seconds)
+
+
+def reduced(problem: Problem, config: dict, pixels: int = 2048) -> tuple[Problem, dict]:
+    """A copy of a layer, and of its config, for the interpreter: same filter, stride, padding, dilation and pixel box.
+
+    Channels of a group beyond 32 become 32 plus the remainder mod 32, tiles of them at most 32; at most 8 splits, 2 groups
+    (depthwise stays depthwise) and 2 images; maps of more than `pixels` are halved, down to the filter's extent.
+    """
+    groups = min(problem.groups, 2)
+    c, k = (size if size <= 32 else 32 + size % 32 for size in (problem.c // problem.groups, problem.k // problem.groups))
+    sides, extents = [problem.h, problem.w], [d * (t - 1) + 1 for d, t in zip(problem.dilation, (problem.r, problem.s))]
+    while sides[0] * sides[1] > pixels and (axes := [i for i in (0, 1) if sides[i] > extents[i]]):
+        i = max(axes, key=sides.__getitem__)
+        sides[i] = max(extents[i], -(-sides[i] // 2))
+    n = min(problem.n, 2 if 2 * sides[0] * sides[1] <= pixels else 1)
+    tiles = {name: min(config[name], most) for name, most in (("BLOCK_M", 32), ("BLOCK_N", 32), ("BLOCK_K", 32), ("SPLIT_K", 8)) if name in config}
+    return replace(problem, n=n, c=c * groups, k=k * groups, groups=groups, h=sides[0], w=sides[1]), config | tiles
+
+
+def cpu_rows(pending, device):
+    """Rows without times: a worker compiles the kernels of the real layer while this process interprets them on a reduced copy."""
+    pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _compiling_worker)
+    try:
+        compiled = [pool.submit(_resources, w.problem, row["pass"], row["target"], precision_of(w.problem)) for w, row in pending]
+        for (workload, row), future in zip(pending, compiled):
+            yield attempt(row, lambda: _interpreted(workload.problem, row["pass"], device) | future.result())  # noqa: B023 (called at once)
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _compiling_worker():
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.environ.pop("TRITON_INTERPRET", None)                    # before triton is imported: interpreted kernels cannot be compiled
+
+
+def _resources(problem, pass_, target, precision):
+    from tridil.aot import resources
+    rows = resources(problem, pass_, cost_model.best(problem, pass_, target, precision), target, precision)
+    mma = dict.fromkeys(row["mma"] for row in rows if row["mma"] != "none")
+    return dict(kernels="+".join(dict.fromkeys(row["kernel"] for row in rows)), registers=max(row["registers"] for row in rows),
+                spills=sum(row["spills"] for row in rows), shared_bytes=max(row["shared_bytes"] for row in rows), mma="+".join(mma) or "none",
+                overhead=rows[0]["overhead"])
+
+
+def _interpreted(problem, pass_, device):
+    from tridil import launch
+    precision = precision_of(problem)
+    config = cost_model.best(problem, pass_, device.target, precision)
+    part, part_config = reduced(problem, config)
+    x, w, bias, dy = testing.random_tensors(part)
+    operands = {"fprop": (x, w, bias), "dgrad": (dy, w), "wgrad": (dy, x)}[pass_]
+    result = getattr(launch, pass_)(part, *operands, part_config)
+    error, budget = testing.check(result, getattr(reference, pass_)(part, *operands), part, pass_)
+    return dict(error=error, budget=budget, checked_on=part.key()) | tiles(problem, pass_, config, device, precision)

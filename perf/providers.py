@@ -1,0 +1,229 @@
+"""What a sweep times, and the clock: each provider runs one pass of a convolution on the same tensors.
+
+Beside the names of PROVIDERS, "package.module:function" is a provider: any function with the signature of F.conv2d, its backward through autograd.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, packages_distributions, version
+from importlib.util import find_spec
+from itertools import cycle
+
+import torch
+from report import output, triton_version
+
+import tridil
+from tridil import dispatch, ops
+from tridil.problem import Problem
+
+
+class Gpu:
+    """The device and its clock: all that the sweep asks of hardware."""
+    device = "cuda"
+
+    def describe(self) -> tuple[str, str]:
+        """(device name, driver version)."""
+        return torch.cuda.get_device_name(), self._smi("driver_version") or "unknown"
+
+    def state(self) -> dict:
+        """Clock of the SMs and temperature now; without what cannot be read."""
+        values = dict(zip(("clock_mhz", "temperature_c"), self._smi("clocks.sm,temperature.gpu").split(", ")))
+        return {name: float(value) for name, value in values.items() if value.strip().isdigit()}
+
+    def _smi(self, fields: str) -> str:
+        index = str(getattr(torch.cuda.get_device_properties(torch.cuda.current_device()), "uuid", torch.cuda.current_device()))
+        return output(["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits", "-i", index if "-" not in index else f"GPU-{index}"])
+
+    @property
+    def l2_bytes(self) -> int:
+        return torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
+
+    roof_size = 8192                    # of the square matrices whose product and whose copy are the measured roofs
+
+    def quartiles(self, calls: list, graph: bool = False) -> tuple[float, float, float]:
+        """Milliseconds of a call: first quartile, median, third quartile. Every call has its own tensors; they take turns.
+
+        By CUDA events around each call, after L2 was flushed. graph: by replays of a CUDA graph of all of them, without the host's time.
+        """
+        from triton.testing import do_bench
+        turns, count = cycle(calls), 1
+
+        def run():
+            return next(turns)()
+        if graph:
+            run, count = self._captured(calls), len(calls)
+        return tuple(ms / count for ms in do_bench(run, warmup=25, rep=100, quantiles=(0.25, 0.5, 0.75)))
+
+    def _captured(self, calls: list) -> Callable:
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            for call in calls:                                           # compiled and warmed up outside of the capture
+                call()
+        stream.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            for call in calls:
+                call()
+        return graph.replay
+
+    def compile(self, jobs: list, target: str) -> None:
+        """Compiles the kernels of (problem, pass, precision, config) jobs on all cores, for the launches to come."""
+        from tridil.aot import precompile
+        precompile(jobs, target)
+
+    def extra_bytes(self, fn) -> int:
+        """Peak of allocated bytes during a call, without its result."""
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        result = fn()
+        torch.cuda.synchronize()
+        kept = result.numel() * result.element_size() if isinstance(result, torch.Tensor) else 0
+        return torch.cuda.max_memory_allocated() - before - kept
+
+
+@dataclass(frozen=True)
+class Provider:
+    """One thing to time. make(problem, pass_, a, b, config) gives a function that runs a pass on (x, w), (dy, w) or (dy, x) in `layout`; model makes
+    a plain network run it (None: cannot); setting() is active around both."""
+    make: Callable
+    meaning: str
+    version: Callable[[], str]
+    model: Callable | None = None
+    layout: str = "nhwc"
+    missing: Callable[[], str | None] = lambda: None
+    setting: Callable[[], AbstractContextManager] = nullcontext
+
+
+def _tridil(problem: Problem, pass_: str, a, b, config: dict):
+    from tridil import launch
+    bias = [None] if pass_ == "fprop" else []
+    precision = ops.fp32_precision(dispatch.target()) if problem.dtype == "float32" else "ieee"
+    return lambda: getattr(launch, pass_)(problem, a, b, *bias, config, precision)
+
+
+def _aten(problem: Problem, pass_: str, a, b, config=None):
+    """ATen's operators as autograd calls them, which choose cuDNN."""
+    geometry = (problem.stride, [lo for lo, _ in problem.padding], problem.dilation, False, (0, 0), problem.groups)
+    if pass_ == "fprop":
+        return lambda: torch.ops.aten.convolution(a, b, None, *geometry)
+    mask = [pass_ == "dgrad", pass_ == "wgrad", False]
+    memory_format = torch.channels_last if a.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
+    unread = torch.empty(problem.x_shape if pass_ == "dgrad" else problem.w_shape, dtype=a.dtype, device=a.device, memory_format=memory_format)
+    x, w = (unread, b) if pass_ == "dgrad" else (b, unread)                  # only its shape and format matter
+    return lambda: torch.ops.aten.convolution_backward(a, x, w, None, *geometry, mask)[mask.index(True)]
+
+
+def _inductor(problem: Problem, pass_: str, a, b, config=None):
+    """The same operators through torch.compile(mode="max-autotune-no-cudagraphs"); what Inductor has no template for it leaves to cuDNN."""
+    geometry = (problem.stride, [lo for lo, _ in problem.padding], problem.dilation, False, (0, 0), problem.groups)
+    mask = [pass_ == "dgrad", pass_ == "wgrad", False]
+    torch._dynamo.reset()                                                    # no recompilation limit over layers
+
+    def fprop(x, w):
+        return torch.ops.aten.convolution(x, w, None, *geometry)
+
+    def backward(dy, other):
+        shape = problem.x_shape if pass_ == "dgrad" else problem.w_shape
+        unread = dy.new_empty(shape).to(memory_format=torch.channels_last)
+        x, w = (unread, other) if pass_ == "dgrad" else (other, unread)
+        return torch.ops.aten.convolution_backward(dy, x, w, None, *geometry, mask)[mask.index(True)]
+    compiled = torch.compile(fprop if pass_ == "fprop" else backward, mode="max-autotune-no-cudagraphs", dynamic=False)
+    return lambda: compiled(a, b)
+
+
+def _through_autograd(conv: Callable):
+    """`make` of a function with the signature of F.conv2d."""
+    def make(problem: Problem, pass_: str, a, b, config=None):
+        padding = tuple(lo for lo, _ in problem.padding)
+        if pass_ == "fprop":
+            return lambda: conv(a, b, None, problem.stride, padding, problem.dilation, problem.groups)
+        shape = problem.x_shape if pass_ == "dgrad" else problem.w_shape
+        wanted = torch.zeros(shape, dtype=a.dtype, device=a.device).to(memory_format=torch.channels_last).requires_grad_()
+        x, w = (wanted, b) if pass_ == "dgrad" else (b, wanted)
+        y = conv(x, w, None, problem.stride, padding, problem.dilation, problem.groups)
+        return lambda: torch.autograd.grad(y, wanted, a, retain_graph=True)[0]
+    return make
+
+
+def _peer(path: str, meaning: str) -> Provider:
+    module, _, name = path.partition(":")
+    top = module.partition(".")[0]
+
+    def function():
+        return getattr(import_module(module), name)
+
+    def missing():
+        if find_spec(top) is None:
+            return f"{top} is not installed"
+        try:
+            function()
+        except Exception as e:                                               # a peer may fail to import in any way
+            return f"{path} cannot be imported: {type(e).__name__}: {e}"
+        return None
+
+    def found_version():
+        try:
+            return version(packages_distributions().get(top, [top])[0])
+        except PackageNotFoundError:
+            return "unknown"
+    return Provider(_through_autograd(lambda *arguments: function()(*arguments)), meaning, found_version, missing=missing)
+
+
+@contextmanager
+def _cudnn(deterministic: bool = False):
+    """cuDNN's own search for its fastest algorithm, with or without those whose results vary."""
+    cudnn = torch.backends.cudnn
+    before = cudnn.benchmark, cudnn.deterministic
+    cudnn.benchmark, cudnn.deterministic = True, deterministic
+    try:
+        yield
+    finally:
+        cudnn.benchmark, cudnn.deterministic = before
+
+
+def _cudnn_version() -> str:
+    return str(torch.backends.cudnn.version() or "none")
+
+
+def _converted(model):
+    tridil.convert(model)
+    return model
+
+
+def _compiled(model):
+    return torch.compile(model, mode="max-autotune-no-cudagraphs")
+
+
+def _as_it_is(model):
+    return model
+
+
+PROVIDERS = {
+    "tridil": Provider(_tridil, "the kernels, channels_last; of models, what tridil.convert makes of them", lambda: tridil.__version__, _converted),
+    "tridil_nchw": Provider(_tridil, "the kernels on contiguous tensors, copies included", lambda: tridil.__version__, _converted, "nchw"),
+    "cudnn": Provider(_aten, "what PyTorch runs for channels_last tensors, cudnn.benchmark on", _cudnn_version, _as_it_is, setting=_cudnn),
+    "cudnn_nchw": Provider(_aten, "the same for contiguous tensors", _cudnn_version, _as_it_is, "nchw", setting=_cudnn),
+    "cudnn_deterministic": Provider(_aten, "cudnn with cudnn.deterministic", _cudnn_version, _as_it_is, setting=lambda: _cudnn(True)),
+    "inductor": Provider(_inductor, "torch.compile, max-autotune", triton_version, _compiled, setting=_cudnn),
+    "flaggems": _peer("flag_gems:conv2d", "FlagGems' Triton kernels"),
+}
+DEFAULT = ("tridil", "cudnn", "cudnn_nchw")
+
+
+def provider(name: str) -> Provider:
+    """The provider of a name or of "package.module:function". Raises ValueError for another name."""
+    if name in PROVIDERS:
+        return PROVIDERS[name]
+    if not name.replace(":", ".", 1).replace(".", "").isidentifier() or ":" not in name:
+        raise ValueError(f"unknown provider {name!r}: use {', '.join(PROVIDERS)} or package.module:function")
+    return _peer(name, "a peer")
+
+
+def reason_against(name: str, has_gpu: bool) -> str | None:
+    """Why a provider cannot run here, or None."""
+    missing = provider(name).missing
+    return f"{name} needs a GPU" if not has_gpu and name != "tridil" else missing()

@@ -1,0 +1,101 @@
+"""A GPU that is none: CPU tensors, Triton's interpreter and made-up clocks. `python fake_gpu.py SCRIPT|-m MODULE ...` runs a program on it, with two
+tiny layers in place of every suite and quick tests in place of the kernels'."""
+import os
+import runpy
+import sys
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+
+PERF = Path(__file__).resolve().parents[1] / "perf"
+if __name__ == "__main__":
+    os.environ["TRITON_INTERPRET"] = "1"
+    sys.path[:0] = [str(PERF.parent), str(PERF)]
+
+import providers  # noqa: E402
+import torch  # noqa: E402
+
+from tridil import devices, reference, testing, tuner, workloads  # noqa: E402
+from tridil.problem import Problem  # noqa: E402
+
+NAME = "NVIDIA H100 80GB HBM3"
+TINY = [workloads.Workload("net", "d3", 2, Problem(2, 16, 5, 6, 16, 3, 3, padding=((3, 3), (3, 3)), dilation=(3, 3)), "made up"),
+        workloads.Workload("net", "grouped", 1, Problem(1, 8, 4, 4, 8, 3, 3, padding=((1, 1), (1, 1)), groups=2), "made up")]
+
+
+def suite(name, dtype="float16", layout="nhwc"):
+    return [replace(w, problem=replace(w.problem, dtype=dtype, layout=layout)) for w in TINY]
+
+
+class SweepGpu(providers.Gpu):
+    """A clock that says 1, 2, 3 ms for the three providers of a pass, and 1 ms for the machine's copies and products."""
+    device, l2_bytes, roof_size = "cpu", 2**16, 32
+
+    def __init__(self, name="Fake GPU 9000"):
+        self.name, self.calls, self.compiled, self.turns, self.settings = name, 0, [], [], []
+
+    def describe(self):
+        return self.name, "1.2.3"
+
+    def state(self):
+        return {"clock_mhz": 1755.0, "temperature_c": 41.0}
+
+    def compile(self, jobs, target):
+        self.compiled += jobs
+
+    def quartiles(self, calls, graph=False):
+        self.turns.append((len(calls), graph))
+        self.settings.append((torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic))
+        result = [call() for call in calls[:2]][0]
+        if result is not None and result.dim() == 2:
+            return 1.0, 1.0, 1.0
+        self.calls += 1
+        ms = (self.calls - 1) % 3 + 1
+        return ms - 0.25, ms, ms + 0.25
+
+    def extra_bytes(self, fn):
+        return 3 * 2**20
+
+
+class TunerGpu(tuner.Gpu):
+    """Runs passes through the float64 reference and ATen; every config takes as long as it is predicted to."""
+
+    def __init__(self, device):
+        self.device, self.target, self.name = torch.device("cpu"), "cuda:90", NAME
+        self.spec = devices.of_name(NAME, self.target)
+
+    def tensors(self, problem):
+        return testing.random_tensors(problem)
+
+    def run(self, problem, pass_, config, tensors, precision):
+        x, w, _, dy = tensors
+        self.last = 1.0 if config is None else 0.5
+        return getattr(reference, pass_)(problem, *{"fprop": (x, w), "dgrad": (dy, w), "wgrad": (dy, x)}[pass_]).to(x.dtype)
+
+    def milliseconds(self, fn):
+        fn()
+        return self.last
+
+    def compile(self, jobs):
+        pass
+
+
+def main():
+    os.environ["TRIDIL_TARGET"] = "cuda:90"
+    cuda, workloads.suite, tuner.Gpu, providers.Gpu = torch.cuda, suite, TunerGpu, lambda: SweepGpu(NAME)
+    cuda.is_available, cuda.current_device, cuda.set_device, cuda.device = lambda: True, lambda: 0, lambda i: None, lambda i: nullcontext()
+    sys.argv = ["tests/test_devices.py" if argument == "tests/test_kernels.py" else argument for argument in sys.argv[1:]]
+    if sys.argv[0] == "-m":
+        module = sys.argv.pop(1)
+        if module == "pytest":
+            cuda.is_available = lambda: False                            # its tests have a device of their own
+            sys.argv[1:1] = ["-n", "0"]
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+    elif sys.argv[0] == "-c":
+        print("==== ERROR SUMMARY: 0 errors")
+    else:
+        runpy.run_path(sys.argv[0], run_name="__main__")
+
+
+if __name__ == "__main__":
+    main()
