@@ -15,7 +15,7 @@ STYLE = """
 @media (prefers-color-scheme: dark) { :root { --head: #2a2e35 } }
 body { font: 15px/1.45 system-ui, sans-serif; margin: 0 auto; max-width: 1500px; padding: 1rem }
 figure { margin: 1.5rem 0 } figcaption { font-weight: 600; margin-bottom: .4rem }
-img { max-width: 100%; height: auto; background: #fff; border-radius: 6px }
+figure { overflow-x: auto } img { max-width: max(100%, 48rem); height: auto; background: #fff; border-radius: 6px }
 .machine, li, td:last-child { overflow-wrap: anywhere } .scroll { overflow: auto; max-height: 85vh; border: 1px solid var(--line) }
 table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums }
 td, th { padding: .25rem .5rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap }

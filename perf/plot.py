@@ -54,11 +54,17 @@ def roofs(frame: pd.DataFrame, dtype: str) -> tuple[float, float] | None:
 
 def _styles(frame):
     names = [*PROVIDERS, *sorted(set(layers(frame)["provider"]) - set(PROVIDERS))]
-    return {name: dict(color=COLOURS[i % len(COLOURS)], marker=MARKERS[i % len(MARKERS)]) for i, name in enumerate(names)}
+    return {name: dict(color=COLOURS[i % len(COLOURS)], marker=MARKERS[i % len(MARKERS)], zorder=2 + (i == 0)) for i, name in enumerate(names)}
+
+
+def _by_provider(rows, styles):
+    """(rows, label and style) of each provider, in the order of their colours."""
+    parts = dict(iter(rows.groupby("provider")))
+    return [(parts[name], dict(label=name, **style)) for name, style in styles.items() if name in parts]
 
 
 def _figure(title, machine, width, height, *shape, **options):
-    lines = textwrap.wrap(machine, int(15 * width))
+    lines = textwrap.wrap(machine.replace(" ", "\N{NO-BREAK SPACE}").replace("|\N{NO-BREAK SPACE}", "| "), int(14 * width))
     fig = Figure((width, height + 0.5 + 0.16 * len(lines)), layout="constrained")
     fig.suptitle("\n".join([f"tridil: {title}", *lines]), fontsize=9)
     return fig, fig.subplots(*shape, **options)
@@ -71,7 +77,7 @@ def _panels(rows, title, machine, width, height, by=("dtype", "layout"), **optio
     parts, panels = dict(iter(rows.groupby([*by, "pass"], sort=False))), []
     for kind, line in zip(kinds, axes):
         for pass_, ax in zip(passes, line):
-            ax.set_title(" ".join([pass_, *filter(None, kind)]), fontsize=9)
+            ax.set_title(" ".join([pass_, *filter(None, kind[:2])]), fontsize=9)
             ax.tick_params(labelsize=8)
             ax.set_visible((*kind, pass_) in parts)
             if ax.get_visible():
@@ -81,7 +87,7 @@ def _panels(rows, title, machine, width, height, by=("dtype", "layout"), **optio
 
 def _legend(fig):
     found = {label: handle for ax in fig.axes for handle, label in zip(*ax.get_legend_handles_labels())}
-    fig.legend(found.values(), found, loc="outside lower center", ncols=min(len(found), 4), fontsize=8)
+    fig.legend(found.values(), found, loc="outside lower center", ncols=min(len(found), 6), fontsize=8)
     return fig
 
 
@@ -99,8 +105,8 @@ def overview(frame, machine):
     for ax, part in panels:
         y = names[part.index].map(order.index)
         if timed:
-            for provider, its in part.groupby("provider", sort=False):
-                ax.plot(its["tflops_useful"], y[its.index], ls="", ms=5, alpha=0.8, label=provider, **styles[provider])
+            for its, style in _by_provider(part, styles):
+                ax.plot(its["tflops_useful"], y[its.index], ls="", ms=5, alpha=0.8, **style)
         else:
             dense, executed = (part[column] / part["useful_macs"] for column in ("dense_macs", "executed_macs"))
             ax.hlines(y, dense, executed, color="lightgrey", zorder=0)
@@ -125,9 +131,9 @@ def speedup(frame, machine):
     whole = speedup_cells(rows)
     fig, panels = _panels(rows, "speedup over the fastest cuDNN (geometric mean; in brackets: layers)", machine,
                           0.9 + 0.5 * whole.shape[1], 1.2 + 0.42 * whole.shape[0], sharex=True, sharey=True)
-    most = np.clip(np.exp(np.abs(np.log(whole.to_numpy())[whole.notna()]).max()), 1.25, 4)
-    for ax, part in panels:
-        cells = speedup_cells(part).reindex(index=whole.index, columns=whole.columns)
+    panels = [(ax, part, speedup_cells(part).reindex(index=whole.index, columns=whole.columns)) for ax, part in panels]
+    most = np.clip(np.exp(max(np.nanmax(np.abs(np.log(cells))) for _, _, cells in panels)), 1.25, 4)
+    for ax, part, cells in panels:
         counts = part.groupby([octave(part["dilation"]), octave(part["c"] / part["groups"])]).size()
         image = ax.imshow(cells, cmap="RdBu", norm=LogNorm(1 / most, most), aspect="auto", origin="lower")
         ax.set_facecolor("#EEEEEE")
@@ -139,9 +145,10 @@ def speedup(frame, machine):
             axis.set_ticks(range(len(ticks)), [str(top) if top <= 2 else f"{top // 2 + 1}-{top}" for top in ticks])
             axis.set_label_text(label, fontsize=8)
         ax.tick_params(axis="x", labelrotation=45, labelsize=7)
-    bar = fig.colorbar(image, ax=fig.axes, extend="both", aspect=30, ticks=[1 / most, 1, most], format="{x:.2g}")
+    bar = fig.colorbar(image, ax=fig.axes, extend="both", aspect=8 * fig.get_figheight(), ticks=[1 / most, 1, most], format="{x:.2g}")
     bar.set_label("time of cuDNN / time of tridil (measured)", fontsize=8)
     bar.minorticks_off()
+    bar.ax.tick_params(labelsize=8)
     return fig
 
 
@@ -152,19 +159,21 @@ def roofline(frame, machine):
         return _time_over_roof(rows.dropna(subset=["predicted_ms", "roof_ms", "kind"]), machine)
     moved = rows["compulsory_bytes"].astype(float).groupby([rows[key] for key in LAYER]).transform("max")
     rows = rows.assign(intensity=2 * rows["useful_macs"] / moved).dropna(subset=["intensity", "tflops_useful"])
-    rows = rows[[roofs(frame, dtype) is not None for dtype in rows["dtype"]]]
+    known = {dtype: found for dtype in set(rows["dtype"]) if (found := roofs(frame, dtype))}
+    rows = rows[rows["dtype"].isin(known)]
     if rows.empty:
         return None
+    styles = _styles(frame)
     fig, panels = _panels(rows, "layers under the roofs of this machine", machine, 3.4, 3.2, sharex=True, sharey=True)
     for ax, part in panels:
-        gb_s, peak = roofs(frame, part["dtype"].iloc[0])
+        gb_s, peak = known[part["dtype"].iloc[0]]
         ends = rows["intensity"].min() / 2, max(rows["intensity"].max(), 1e3 * peak / gb_s) * 2
         x = np.geomspace(*ends, 200)
         ax.plot(x, np.minimum(1e-3 * gb_s * x, peak), color=ROOF, label="measured roof: copy, then matrix product")
         reached = f"copy {gb_s:.4g} GB/s\nmatmul {peak:.4g} TFLOP/s\n(measured)"
         ax.text(0.97, 0.04, reached, transform=ax.transAxes, ha="right", fontsize=7, color=ROOF)
-        for provider, its in part.groupby("provider", sort=False):
-            ax.plot(its["intensity"], its["tflops_useful"], ls="", ms=4, alpha=0.7, label=provider, **_styles(frame)[provider])
+        for its, style in _by_provider(part, styles):
+            ax.plot(its["intensity"], its["tflops_useful"], ls="", ms=5, alpha=0.7, mew=0, **style)
         ax.set(xscale="log", yscale="log")
         ax.set_xlabel("useful FLOPs / compulsory byte (predicted)", fontsize=8)
         ax.set_ylabel("useful TFLOP/s (measured)", fontsize=8)
@@ -180,12 +189,15 @@ def _time_over_roof(rows, machine):
     fig, panels = _panels(rows, "predicted time over roof, by kind of layer (cost model, not timed)", machine, 3, 2.6, sharex=True, sharey=True)
     for ax, part in panels:
         means = part.groupby("kind")["over"].apply(geometric_mean).reindex(kinds)
-        ax.bar(range(len(kinds)), means, color=OURS, alpha=0.5, label="geometric mean")
+        ax.bar(range(len(kinds)), means - 1, bottom=1, color=OURS, alpha=0.5, label="geometric mean (number)")
         ax.plot(part["kind"].map(kinds.index), part["over"], "o", ms=3, alpha=0.4, color="black", mew=0, label="a layer")
         for x, mean in enumerate(means):
             if np.isfinite(mean):
-                ax.text(x, 0.1, f"{mean:.2f}", ha="center", fontsize=8)
+                ax.text(x, 0.93, f"{mean:.2f}", ha="center", fontsize=8, transform=ax.get_xaxis_transform())
         ax.axhline(1, color=ROOF, lw=1, label="roof")
+        ax.set_yscale("log", base=2)
+        ax.set_ylim(0.9, 1.6 * rows["over"].max())
+        ax.yaxis.set_major_formatter("{x:g}")
         ax.set_xticks(range(len(kinds)), kinds, rotation=45, ha="right")
         ax.set_ylabel("predicted time / roof time", fontsize=8)
         ax.set_xlabel("kind", fontsize=8)
@@ -206,9 +218,9 @@ def dilation(frame, machine):
     for ax, part in panels:
         quantity, x = part["quantity"].iloc[0], part["dilation"]
         if timed:
-            for provider, its in part.groupby("provider"):
-                ax.plot(its["dilation"], its["ms"], ms=4, lw=1, label=provider, **styles[provider])
-                ax.fill_between(its["dilation"].astype(float), its["ms_q1"], its["ms_q3"], color=styles[provider]["color"], alpha=0.2, lw=0)
+            for its, style in _by_provider(part, styles):
+                ax.plot(its["dilation"], its["ms"], ms=4, lw=1, **style)
+                ax.fill_between(its["dilation"].astype(float), its["ms_q1"], its["ms_q3"], color=style["color"], alpha=0.2, lw=0)
         elif quantity == "MACs":
             ax.plot(x, part["dense_macs"] / part["useful_macs"], "o-", color=DENSE, ms=4, lw=1, label="dense (padding multiplied)")
             ax.plot(x, part["executed_macs"] / part["useful_macs"], "D-", color=OURS, ms=4, lw=1, label="tridil")
@@ -218,10 +230,11 @@ def dilation(frame, machine):
         ax.set_xscale("log", base=2)
         ax.set_xticks(sorted(set(x)), [f"{d:.0f}" for d in sorted(set(x))])
         ax.minorticks_off()
-        ax.set_ylim(bottom=0)
         ax.set_xlabel("dilation", fontsize=8)
         ax.set_ylabel("ms (measured)" if timed else "MACs / useful MACs (predicted)" if quantity == "MACs" else "ms (predicted)", fontsize=8)
         ax.grid(alpha=0.25)
+    for ax, _ in panels:                                                                    # of shared axes only when all is drawn
+        ax.set_ylim(bottom=0)
     return _legend(fig)
 
 
@@ -239,6 +252,7 @@ def macs(frame, machine):
             bars = ax.bar(np.arange(len(kinds)) + x, sums[f"{name}_macs"] / sums["useful_macs"], 0.4, color=colour, label=label)
             ax.bar_label(bars, fmt="%.2f", fontsize=6, padding=1)
         ax.axhline(1, color=ROOF, lw=1, label="useful")
+        ax.margins(y=0.12)
         ax.set_xticks(range(len(kinds)), kinds, rotation=45, ha="right")
         ax.set_ylabel("MACs / useful MACs (predicted)", fontsize=8)
         ax.set_xlabel("kind", fontsize=8)
@@ -252,9 +266,9 @@ def memory(frame, machine, most: int = 16):
         return None
     cells = rows.assign(extra_mib=rows["extra_mib"].astype(float)).pivot_table(index=LAYER, columns="provider", values="extra_mib")
     cells = cells.loc[cells.max(axis=1).sort_values(ascending=False, kind="stable").index[:most]]
-    fig, ax = _figure("extra memory, the layers with most of it", machine, 9, 1 + len(cells) * (0.1 + 0.13 * cells.shape[1]))
+    fig, ax = _figure("extra memory, the layers with most of it", machine, 9, 1 + len(cells) * (0.12 + 0.1 * cells.shape[1]))
     styles = _styles(frame)
-    for i, provider in enumerate(sorted(cells, key=list(styles).index)):
+    for i, provider in enumerate(name for name in styles if name in cells):
         y = np.arange(len(cells)) + (i - (cells.shape[1] - 1) / 2) * 0.8 / cells.shape[1]
         bars = ax.barh(y, cells[provider], 0.8 / cells.shape[1], color=styles[provider]["color"], label=provider)
         ax.bar_label(bars, fmt="%.0f", fontsize=6, padding=1)
@@ -288,10 +302,10 @@ def main(argv=None) -> int:
     frame, out = read(args.csv), args.out or args.csv.parent
     if frame.empty:
         parser.error(f"no rows in {args.csv}: perf/sweep.py writes them")
-    frame = frame[frame["target"] == frame["target"].iloc[-1]].drop_duplicates([key for key in (*IDENTITY, "layout") if key != "code"], keep="last")
-    versions = dict.fromkeys(zip(frame["provider"], frame["version"].astype(object).fillna("")))
+    frame = frame[frame["target"] == frame["target"].iloc[-1]].drop_duplicates([*{*IDENTITY, "layout"} - {"code"}], keep="last")
+    providers = dict.fromkeys(frame["provider"] + " " + frame["version"].astype(object).fillna("").astype(str))
     out.mkdir(parents=True, exist_ok=True)
-    for path in write(frame, out, f"target {frame['target'].iloc[-1]} | {', '.join(' '.join(pair).strip() for pair in versions)} | {args.csv.name}"):
+    for path in write(frame, out, f"target {frame['target'].iloc[-1]} | {', '.join(map(str.strip, providers))} | {args.csv.name}"):
         print(path)
     return 0
 
