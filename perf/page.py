@@ -19,7 +19,7 @@ figure { overflow-x: auto } img { max-width: max(100%, 48rem); height: auto; bac
 .machine, li, td:last-child { overflow-wrap: anywhere } .scroll { overflow: auto; max-height: 85vh; border: 1px solid var(--line) }
 table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums }
 td, th { padding: .25rem .5rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap }
-td:first-child, td:last-child, th:first-child, th:last-child { text-align: left } tr.bad { background: var(--bad) }
+td:nth-child(-n+4), td:last-child, th:nth-child(-n+4), th:last-child { text-align: left } tr.bad { background: var(--bad) }
 th { position: sticky; top: 0; background: var(--head); vertical-align: bottom; padding: 0 }
 th button { all: unset; box-sizing: border-box; width: 100%; padding: .4rem .5rem; cursor: pointer; white-space: pre-line }
 th button:focus-visible { outline: 2px solid } [aria-sort=ascending] button::after { content: " \\25B2" }

@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 from report import IDENTITY, read
 
 PROVIDERS = ("tridil", "cudnn", "cudnn_nchw", "inductor", "flaggems")                       # each has its colour in every picture
@@ -117,6 +118,7 @@ def overview(frame, machine):
         ax.set_yticklabels(order, fontsize=7)
         ax.set_xlabel("useful TFLOP/s (measured)" if timed else "MACs / useful MACs (predicted)", fontsize=8)
         ax.grid(which="both", alpha=0.25)
+        ax.xaxis.set_major_locator(LogLocator(subs=(1,) if timed else (1, 1.5, 2, 3, 5)))
         ax.xaxis.set_major_formatter("{x:g}")
         ax.xaxis.set_minor_formatter("")
     return _legend(fig)

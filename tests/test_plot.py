@@ -27,7 +27,7 @@ def made_up(folder: Path, measured: bool, machine_rows: bool = True) -> pd.DataF
     """Random rows of 6 layers in 2 dtypes and all passes, of the machine and of a whole model, through a CSV: `folder`/results.csv."""
     random, rows = np.random.default_rng(), []
     sizes = [("classic", f"d{d}", "ASPP" if d > 9 else "dense", 64, d, 1) for d in (1, 8, 64)]
-    sizes += [("net <b>&\"'", "a_$x$", "dense", 48, 8, 1), ("net <b>&\"'", "b", "grouped", 128, 2, 2), ("net <b>&\"'", "c", "1D", 64, 64, 1)]
+    sizes += [("net <b>&\"'", "a_x", "dense", 48, 8, 1), ("net <b>&\"'", "b", "grouped", 128, 2, 2), ("net <b>&\"'", "c", "1D", 64, 64, 1)]
     common = {"version": "1", "target": "cuda:90", "code": "abc", "layout": "nhwc", "error": 0.5, "budget": 1.0}
     for dtype in ("float16", "float32"):
         for model, layer, kind, c, dilation, groups in sizes:
