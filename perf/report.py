@@ -1,19 +1,15 @@
-"""What people see of a sweep: the columns, the table, the Markdown page, the picture."""
+"""What people see of a sweep: the columns, the table, the Markdown page."""
 from __future__ import annotations
 
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import pandas as pd
 import torch
 from rich.console import Console
 from rich.markup import escape
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 IDENTITY = ("model", "layer", "pass", "dtype", "layout", "provider", "target", "code")
@@ -153,7 +149,9 @@ def table(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def report(frame: pd.DataFrame, machine: str, notes: list[str], out: Path, console: Console) -> None:
-    """Terminal table (a heading per layer), results.md, results.png."""
+    """Terminal table (a heading per layer), results.md, the pictures of plot.py, report.html."""
+    import page  # both read this module
+    import plot
     view, lines = table(frame), notes + summary(frame)
     titles = frame["model"] + " " + frame["layer"] + (" | " + frame["problem"].astype(object)).fillna("")
     heads = [column.split("\n") for column in view]
@@ -171,41 +169,7 @@ def report(frame: pd.DataFrame, machine: str, notes: list[str], out: Path, conso
     cells = [["layer", *(column.replace("/\n", "/").replace("\n", " ") for column in view)], ["---"] * (1 + view.shape[1]),
              *([title.replace(" | ", ": "), *row] for title, row in zip(titles, view.itertuples(index=False)))]
     legend = [f"- `{name}`{f' ({kind})' if kind else ''}: {meaning}" for name, (kind, meaning) in COLUMNS.items()]
-    page = ["# Sweep", "", machine, "", *(f"- {item}" for item in lines), "", *("| " + " | ".join(row) + " |" for row in cells), "",
+    text = ["# Sweep", "", machine, "", *(f"- {item}" for item in lines), "", *("| " + " | ".join(row) + " |" for row in cells), "",
             "Columns of results.csv:", "", *legend, ""]
-    (out / "results.md").write_text("\n".join(page), encoding="utf-8")
-    plot(frame, out / "results.png", machine)
-
-
-def plot(frame: pd.DataFrame, path: Path, machine: str) -> None:
-    """Writes a PNG of a sweep's rows to `path`; `machine` is printed below the title."""
-    timed = frame["ms"].notna().any()
-    dtypes, passes = (list(dict.fromkeys(frame[column])) for column in ("dtype", "pass"))
-    layers = list(dict.fromkeys(zip(frame["model"], frame["layer"])))
-    fig, axes = plt.subplots(len(dtypes), len(passes), sharex=True, sharey=True, squeeze=False, layout="constrained",
-                             figsize=(4 + 3 * len(passes), 1.8 + 0.3 * len(layers) * len(dtypes)))
-    for (dtype, pass_), part in frame.groupby(["dtype", "pass"]):
-        ax = axes[dtypes.index(dtype)][passes.index(pass_)]
-        y = pd.Series([layers.index(key) for key in zip(part["model"], part["layer"])], index=part.index)
-        ax.set_title(f"{pass_} {dtype}", fontsize=9)
-        if timed:
-            for provider, rows in part.groupby("provider", sort=False):
-                ax.plot(rows["tflops_useful"], y[rows.index], "o", ms=5, alpha=0.8, label=provider)
-            ax.set_xlabel("useful TFLOP/s (measured)", fontsize=8)
-        else:
-            dense, executed = (part[column] / part["useful_macs"] for column in ("dense_macs", "executed_macs"))
-            ax.hlines(y, dense, executed, color="lightgrey", zorder=0)
-            ax.plot(dense, y, "o", ms=5, color="grey", label="dense (padding multiplied)")
-            ax.plot(executed, y, "D", ms=4, color="tab:blue", label="executed by the default tiles")
-            ax.axvline(1, color="tab:green", lw=1, label="useful")
-            ax.set_xlabel("MACs / useful MACs (predicted)", fontsize=8)
-        ax.set_xscale("log")
-        ax.grid(axis="x", which="both", alpha=0.25)
-        ax.tick_params(labelsize=7)
-        ax.xaxis.set_major_formatter("{x:g}")
-    axes[0][0].set_yticks(range(len(layers)), [" ".join(key) for key in layers])
-    axes[0][0].set_ylim(len(layers) - 0.5, -0.5)
-    fig.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
-    fig.suptitle(f"tridil: {'throughput' if timed else 'multiply-accumulates'} by layer\n{machine}", fontsize=9)
-    fig.savefig(path, dpi=120)
-    plt.close(fig)
+    (out / "results.md").write_text("\n".join(text), encoding="utf-8")
+    page.write(frame, out, machine, notes, plot.write(frame, out, machine))
