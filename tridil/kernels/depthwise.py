@@ -203,7 +203,7 @@ def wgrad_depthwise(x_ptr, dy_ptr, part_ptr, N, H, W, P, Q, K, R, stride_h, stri
         acc = acc + (tl.zeros((PIXELS, BLOCK_N), ACC),)
     q = grid_points(a0 + bq, grid_w, COLS)
     for _ in range(tl.minimum(share, boxes - box)):
-        in_lane = (i < tl.minimum(N - img, BLOCK_IMG)) & (bp < p_hi - p0)
+        in_lane = (i < tl.minimum(N - img, BLOCK_IMG)) & (bp < p_hi - p0) & (q < Q)
         h = (p0 + bp) * stride_h + off_h + r0 * dil_h
         v = q * stride_w + off_w + s0 * dil_w
         y_lanes = address((i * sy_n + bp * sy_p + q * sy_q) * ALIGN, INT64)[:, None] + address(n * sy_k, INT64)[None, :]
