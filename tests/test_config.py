@@ -3,7 +3,7 @@ from dataclasses import replace
 
 import pytest
 
-from tridil import config, cost_model, devices
+from tridil import config, cost_model, devices, workloads
 from tridil.problem import PASSES, problem_of
 
 P = problem_of((4, 64, 41, 41), (96, 64, 3, 3), None, 1, 12, 12, 1, "float16", "nhwc")
@@ -124,3 +124,18 @@ def test_fits_knows_pass_and_grid():
     huge = replace(P, n=2**30, h=64, w=64, padding=((1, 1), (1, 1)), dilation=(1, 1))
     small = dict(good, BLOCK_IMG=1, BLOCK_P=1, BLOCK_Q=16, BLOCK_N=16)
     assert "2**31" in config.fits(small, huge, "fprop", "cuda:80")
+
+
+@pytest.mark.parametrize("target", ["cuda:80", "cuda:90", "cuda:100"])
+def test_sequences_and_groups_waste_no_rows(target):
+    """1D layers: tiles lie along W. Groups: at most twice the useful work from 16 channels a group on, four times at 8 (no packing is needed)."""
+    layers = [w.problem for w in workloads.load() if w.kind == "1D" or w.kind == "grouped"]
+    layers += [problem_of((8, 32 * width, 28, 28), (32 * width, width, 3, 3), None, 1, 2, 2, 32, "float16", "nhwc") for width in (8, 16, 24, 40, 64)]
+    layers += [replace(p, dtype="float32") for p in layers[-5:]]
+    for p in layers:
+        for pass_ in PASSES:
+            cfg = cost_model.best(p, pass_, target)
+            assert p.h > 1 or cfg["BLOCK_P"] == 1, (p.key(), pass_, cfg)
+            if p.groups > 1:
+                most = 2 if p.c // p.groups >= 16 else 4
+                assert config.executed_macs(p, pass_, cfg) <= most * p.useful_macs, (p.key(), pass_, cfg)

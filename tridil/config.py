@@ -247,7 +247,11 @@ def candidates(problem: Problem, pass_: str, target: str, precision: str = "tf32
     if direct.is_depthwise(problem):
         return [cfg for cfg in direct.options(problem, pass_, target) if fits(cfg, problem, pass_, target) is None]
     options = [*_gather_options(problem, pass_, target, precision), *tma_options(problem, pass_, target, precision)]
-    return [cfg for cfg in options if fits(cfg, problem, pass_, target) is None]
+    options = [cfg for cfg in options if fits(cfg, problem, pass_, target) is None]
+    if problem.groups > 1:                                    # tiles that are mostly masked: only where there are no others
+        most = (2 if min(problem.c, problem.k) >= 16 * problem.groups else 4) * problem.useful_macs
+        options = [cfg for cfg in options if executed_macs(problem, pass_, cfg) <= most] or options
+    return options
 
 
 def _gather_options(problem: Problem, pass_: str, target: str, precision: str):
