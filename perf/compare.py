@@ -28,13 +28,12 @@ import torch
 
 KEY = ["model", "layer", "pass", "dtype", "layout", "provider"]
 COUNTED = ["spills", "registers", "overhead", "executed_macs", "extra_mib"]
-NUMBERS = ["ms", "ms_q1", "ms_q3", *COUNTED]
+FIGURES = ["ms", "ms_q1", "ms_q3", *COUNTED]
 # figure -> how much of it may be added or lost without a word
 TIME, HOST = 0.03, 0.15
 STATIC = {"spills": 0, "overhead": 0.02, "per_fma": 0.02, "executed_macs": 0.005}
 OCCUPANCY = ("registers", "shared_bytes")               # growth is worse only where fewer programs fit on an SM, or spills appear
-TESTS = ("tests/test_problem.py tests/test_config.py tests/test_launch.py tests/test_kernels.py "
-         "-k 'test_problem or test_config or test_launch or bit_identical or split_k'")
+TESTS = "tests/test_problem.py tests/test_config.py tests/test_launch.py"
 
 
 class Unusable(Exception):
@@ -56,28 +55,31 @@ def failure(what: str, base: str, head: str) -> list[dict]:
     return [{"what": what, "figure": "failure", "base": base[:60], "head": head[:60], "change": "", "worse": bool(head)}]
 
 
-def only_in(base, head, name=" ".join) -> list[str]:
+def name(key: tuple[str, ...]) -> str:
+    return " ".join(filter(None, key))
+
+
+def only_in(base: dict, head: dict) -> list[str]:
     """What one side alone has, a line each."""
     return [f"only in {side}: {name(key)}" for side, here, there in (("BASE", base, head), ("HEAD", head, base)) for key in here if key not in there]
 
 
 def read(path: Path) -> pd.DataFrame:
     """Rows of tridil in a results.csv, by KEY, with `broken`: why the row is no result, or "". Raises Unusable."""
+    numbers = [*FIGURES, "error", "budget"]
     try:
-        frame = pd.read_csv(path, dtype={"failure": object})
-    except (OSError, ValueError) as e:                  # pandas: EmptyDataError, ParserError and UnicodeDecodeError are ValueErrors
+        frame = pd.read_csv(path, dtype=dict.fromkeys((*KEY, "failure"), str))
+        missing = [column for column in (*KEY, "target", "failure", *numbers) if column not in frame]
+        if missing:
+            raise Unusable(f"{path} lacks the columns {', '.join(missing)}: write it again with perf/sweep.py --fresh")
+        frame[numbers] = frame[numbers].astype(float)
+    except (OSError, ValueError) as e:                  # pandas' errors of reading are ValueErrors
         raise Unusable(f"{path}: {e}") from None
-    missing = [name for name in (*KEY, "target", *NUMBERS, "error", "budget", "failure") if name not in frame]
-    if missing:
-        raise Unusable(f"{path} lacks the columns {', '.join(missing)}: write it again with perf/sweep.py --fresh")
-    words = [name for name in (*NUMBERS, "error", "budget") if not pd.api.types.is_numeric_dtype(frame[name])]
-    if words:
-        raise Unusable(f"{path} has something else than numbers in the columns {', '.join(words)}")
-    frame[KEY] = frame[KEY].fillna("").astype(str)
+    frame[KEY] = frame[KEY].fillna("")
     frame = frame[frame["provider"].str.startswith("tridil")].drop_duplicates(KEY, keep="last")
     frame["broken"] = [row["failure"] if pd.notna(row["failure"]) else "" if pd.isna(row["budget"]) or row["error"] <= row["budget"] else
                        f"error {row['error']:.3g} > budget {row['budget']:.3g}" for row in frame.to_dict("records")]
-    return frame.set_index(KEY)[["target", "broken", *NUMBERS]]
+    return frame.set_index(KEY)[["target", "broken", *FIGURES]]
 
 
 def merged(rounds: list[pd.DataFrame]) -> pd.DataFrame:
@@ -102,7 +104,7 @@ def compare_sweeps(base: pd.DataFrame, head: pd.DataFrame) -> tuple[list[dict], 
     base, head = base.to_dict("index"), head.to_dict("index")
     findings, logs = [], []
     for key in common:
-        a, b, what = base[key], head[key], " ".join(filter(None, key))
+        a, b, what = base[key], head[key], name(key)
         findings += failure(what, a["broken"], b["broken"])
         if a["broken"] or b["broken"]:
             continue
@@ -115,13 +117,14 @@ def compare_sweeps(base: pd.DataFrame, head: pd.DataFrame) -> tuple[list[dict], 
             findings += [f for f in found if not (f["worse"] and faster)]
         if pd.notna(a["ms"]) and pd.notna(b["ms"]):
             logs.append(math.log(b["ms"] / a["ms"]))
-    lines = only_in(base, head, lambda key: " ".join(filter(None, key))) + [f"{len(common)} rows compared"]
+    lines = only_in(base, head) + [f"{len(common)} rows compared"]
     if logs:
         lines.append(f"time of HEAD / time of BASE: {math.exp(sum(logs) / len(logs)):.3f} (geometric mean of {len(logs)} rows, measured)")
     return findings, lines
 
 
-def grouped(rows: list[dict], names) -> dict[tuple, list[dict]]:
+def grouped(rows: list[dict], *names) -> dict[tuple, list[dict]]:
+    """The rows by the text of some of their columns, in order."""
     found = {}
     for row in rows:
         found.setdefault(tuple(str(row[name]) for name in names), []).append(row)
@@ -137,7 +140,7 @@ def whole(rows: list[dict]) -> dict:
 
 def compare_kernels(base: list[dict], head: list[dict]) -> tuple[list[dict], list[str]]:
     """(findings, lines to print) of the rows that `python -m tridil aot --json` wrote."""
-    base, head = (grouped(rows, ("layer", "pass", "target")) for rows in (base, head))
+    base, head = (grouped(rows, "layer", "pass", "target") for rows in (base, head))
     common = [key for key in base if key in head]
     findings, changed = [], 0
     for key in common:
@@ -145,25 +148,24 @@ def compare_kernels(base: list[dict], head: list[dict]) -> tuple[list[dict], lis
         same = [(row["kernel"], row.get("config")) for row in before] == [(row["kernel"], row.get("config")) for row in after]
         changed += not same
         for a, b in zip(before, after) if same else [(whole(before), whole(after))]:
-            names = a["kernel"] if a["kernel"] == b["kernel"] else f"{a['kernel']} -> {b['kernel']}"
-            what = f"{' '.join(key)} {names}"
+            kernels = a["kernel"] if a["kernel"] == b["kernel"] else f"{a['kernel']} -> {b['kernel']}"
+            what = f"{name(key)} {kernels}"
             findings += failure(what, a.get("failure") or "", b.get("failure") or "")
             if a.get("failure") or b.get("failure"):
                 continue
             for figure, tolerance in STATIC.items():
                 findings += judge(what, figure, a.get(figure), b.get(figure), tolerance)
-            programs = [row.get("ctas_per_sm") or 0 for row in (a, b)]
-            grew, shrank = (sign * (programs[0] - programs[1]) > 0 or sign * (b["spills"] - a["spills"]) > 0 for sign in (1, -1))
+            fewer, spilled = (a.get("ctas_per_sm") or 0) - (b.get("ctas_per_sm") or 0), b["spills"] - a["spills"]
             for figure in OCCUPANCY:
-                findings += [f for f in judge(f"{what}, {programs[0]} -> {programs[1]} programs per SM" if any(programs) else what, figure,
-                                              a.get(figure), b.get(figure)) if (grew if f["worse"] else shrank)]
+                findings += [f for f in judge(what, figure, a.get(figure), b.get(figure))
+                             if (max(fewer, spilled) > 0 if f["worse"] else min(fewer, spilled) < 0)]
     return findings, [*only_in(base, head), f"kernels: {len(common)} passes of layers compared, {changed} with other kernels or tiles (static)"]
 
 
 def compare_figure(base: list[dict], head: list[dict], names, figure: str, tolerance: float) -> tuple[list[dict], list[str]]:
     """(findings, lines to print) of one figure, by the columns `names`; of several rounds the median."""
-    base, head = ({key: median(row[figure] for row in part) for key, part in grouped(rows, names).items()} for rows in (base, head))
-    return [f for key in base if key in head for f in judge(" ".join(key), figure, base[key], head[key], tolerance)], only_in(base, head)
+    base, head = ({key: median(row[figure] for row in part) for key, part in grouped(rows, *names).items()} for rows in (base, head))
+    return [f for key in base if key in head for f in judge(name(key), figure, base[key], head[key], tolerance)], only_in(base, head)
 
 
 def git(*arguments, cwd=None) -> str:
@@ -205,25 +207,23 @@ def worktrees(repository: Path, commits: dict):
         git("worktree", "prune", cwd=repository)
 
 
-def execute(command: list[str], tree: Path, env: dict) -> subprocess.CompletedProcess:
-    return subprocess.run(command, cwd=tree, env=env, capture_output=True, text=True)
-
-
 def compare_trees(args, trees: dict, folder: Path, run) -> tuple[list[dict], list[str]]:
-    """(findings, lines to print) of two trees; run(command, tree, env) is like `execute`. Raises Unusable."""
+    """(findings, lines to print) of two trees; run as in `main`. Raises Unusable."""
     def call(side, *arguments, out=None):
         """(finished process, its last lines); Unusable when it did not write `out`."""
         print(f"{side} {getattr(args, side.lower())}: python {' '.join(map(str, arguments))}", flush=True)
         env = {name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "TRIDIL_TARGET")}
         path = os.pathsep.join(filter(None, (str(trees[side]), env.get("PYTHONPATH"))))
-        done = run([sys.executable, *map(str, arguments)], trees[side],
-                   env | {"PYTHONPATH": path, "TRITON_CACHE_DIR": str(folder / "triton"), "TRIDIL_CACHE": str(folder / "tuned")})
+        env |= {"PYTHONPATH": path, "TRITON_CACHE_DIR": str(folder / "triton"), "TRIDIL_CACHE": str(folder / "tuned")}
+        done = run([sys.executable, *map(str, arguments)], cwd=trees[side], env=env, capture_output=True, text=True)
         last = "\n".join((done.stdout + done.stderr).strip().splitlines()[-5:])
+        words = " ".join(arguments[:3] if arguments[0] == "-m" else arguments[:1])
         if out and not out.exists():
-            raise Unusable(f"{side}: python {arguments[0]} ended with status {done.returncode} and no result:\n{last}")
+            raise Unusable(f"{side}: python {words} ended with status {done.returncode} and no result:\n{last}")
         return done, last
 
     def rows(side, *arguments):
+        """The rows that a command writes with --json."""
         out = folder / f"{side}.json"
         out.unlink(missing_ok=True)
         call(side, *arguments, "--json", out, out=out)
@@ -262,7 +262,8 @@ def compare_trees(args, trees: dict, folder: Path, run) -> tuple[list[dict], lis
     return findings, lines
 
 
-def main(argv=None, run=execute) -> int:
+def main(argv=None, run=subprocess.run) -> int:
+    """run stands for subprocess.run of what happens in a tree."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("base", metavar="BASE", help="a revision, '.' or a .csv file")
     parser.add_argument("head", metavar="HEAD", help="a revision, '.' or a .csv file")
@@ -286,9 +287,9 @@ def main(argv=None, run=execute) -> int:
         print("interrupted")
         return 130
     for title, worse in (("worse", True), ("better", False)):
-        rows = [{name: value for name, value in f.items() if name != "worse"} for f in findings if f["worse"] == worse]
+        rows = [f for f in findings if f["worse"] == worse]
         if rows:
-            print(f"\n{title}:\n{pd.DataFrame(rows).to_string(index=False)}")
+            print(f"\n{title}:\n{pd.DataFrame(rows).drop(columns='worse').to_string(index=False)}")
     print("", *lines, sep="\n")
     worse = sum(f["worse"] for f in findings)
     print(f"verdict: {'REGRESSION' if worse else 'no regression'} ({worse} worse, {len(findings) - worse} better)")
