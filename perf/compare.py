@@ -16,6 +16,7 @@ import json
 import math
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import tempfile
@@ -207,15 +208,26 @@ def worktrees(repository: Path, commits: dict):
         git("worktree", "prune", cwd=repository)
 
 
+def execute(command: list[str], cwd: Path, env: dict) -> subprocess.CompletedProcess:
+    """Runs a command with its output captured; interrupted, it ends all processes that the command started, which write to its folders."""
+    with subprocess.Popen(command, cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
+        try:
+            out, err = process.communicate()
+            return subprocess.CompletedProcess(command, process.returncode, out, err)
+        except BaseException:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
+
+
 def compare_trees(args, trees: dict, folder: Path, run) -> tuple[list[dict], list[str]]:
-    """(findings, lines to print) of two trees; run as in `main`. Raises Unusable."""
+    """(findings, lines to print) of two trees; run is like `execute`. Raises Unusable."""
     def call(side, *arguments, out=None):
         """(finished process, its last lines); Unusable when it did not write `out`."""
         print(f"{side} {getattr(args, side.lower())}: python {' '.join(map(str, arguments))}", flush=True)
         env = {name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "TRIDIL_TARGET")}
         path = os.pathsep.join(filter(None, (str(trees[side]), env.get("PYTHONPATH"))))
         env |= {"PYTHONPATH": path, "TRITON_CACHE_DIR": str(folder / "triton"), "TRIDIL_CACHE": str(folder / "tuned")}
-        done = run([sys.executable, *map(str, arguments)], cwd=trees[side], env=env, capture_output=True, text=True)
+        done = run([sys.executable, *map(str, arguments)], trees[side], env)
         last = "\n".join((done.stdout + done.stderr).strip().splitlines()[-5:])
         words = " ".join(arguments[:3] if arguments[0] == "-m" else arguments[:1])
         if out and not out.exists():
@@ -262,8 +274,7 @@ def compare_trees(args, trees: dict, folder: Path, run) -> tuple[list[dict], lis
     return findings, lines
 
 
-def main(argv=None, run=subprocess.run) -> int:
-    """run stands for subprocess.run of what happens in a tree."""
+def main(argv=None, run=execute) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("base", metavar="BASE", help="a revision, '.' or a .csv file")
     parser.add_argument("head", metavar="HEAD", help="a revision, '.' or a .csv file")

@@ -1,9 +1,12 @@
 """perf/compare.py: verdicts and exit statuses on made-up rows; revisions of a tiny repository, a fake runner; compiled once for real."""
 import json
 import os
+import select
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,7 +21,7 @@ ROW = {"model": "net", "layer": "l", "pass": "fprop", "dtype": "float16", "layou
        "ms": 1.0, "ms_q1": 0.999, "ms_q3": 1.001, "spills": 0, "registers": 100, "overhead": 2.0, "executed_macs": 1000, "extra_mib": 4.0,
        "error": 1e-3, "budget": 1e-2, "failure": None}
 KERNEL = {"layer": "net l", "pass": "fprop", "kernel": "correlate", "target": "cuda:80", "config": {"BLOCK_N": 64}, "registers": 100, "spills": 0,
-          "shared_bytes": 4096, "ctas_per_sm": 3, "overhead": 2.0, "per_fma": None, "executed_macs": 1000}
+          "shared_bytes": 4096, "ctas_per_sm": 3, "overhead": 2.0, "per_fma": 4.0, "executed_macs": 1000}
 
 
 def exact(ms):
@@ -112,7 +115,7 @@ class Runner:
     def __init__(self, **rows):
         self.rows, self.calls, self.status, self.sweeps = rows, [], 0, {"BASE": 0, "HEAD": 0}
 
-    def __call__(self, command, cwd, env, **_):
+    def __call__(self, command, cwd, env):
         side = (cwd / "side.txt").read_text()
         assert command[0] == sys.executable and env["PYTHONPATH"].split(os.pathsep)[0] == str(cwd) and "TRITON_INTERPRET" not in env
         self.calls.append((side, cwd, command[1:]))
@@ -196,6 +199,25 @@ def test_worktrees_are_removed_when_a_command_raises(repository, error):
     assert gone(runner)
 
 
+def test_an_interrupted_command_ends_with_all_it_started(tmp_path):
+    """What the command started holds a FIFO open; Ctrl-C comes when the FIFO says that it runs."""
+    os.mkfifo(fifo := tmp_path / "fifo")
+    child = f"import time; file = open({str(fifo)!r}, 'wb', buffering=0); file.write(b'x'); time.sleep(100)"
+    code = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
+    read, opened = [], []
+
+    def interrupt():
+        opened.append(file := open(fifo, "rb", buffering=0))
+        read.append(file.read(1))
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+    threading.Thread(target=interrupt, daemon=True).start()
+    with pytest.raises(KeyboardInterrupt):
+        compare.execute([sys.executable, "-c", code], tmp_path, dict(os.environ))
+    file, = opened
+    with file:
+        assert read == [b"x"] and select.select([file], [], [], 20)[0] and file.read(1) == b""          # its last holder is gone
+
+
 def test_red_tests_refuse(repository, capsys):
     runner = Runner(BASE=side(), HEAD=side())
     runner.status = 1
@@ -209,8 +231,8 @@ def test_red_tests_refuse(repository, capsys):
 
 def test_with_a_gpu_sweeps_take_turns(repository, monkeypatch, capsys):
     monkeypatch.setattr(compare.torch.cuda, "is_available", lambda: True)
-    # l0 within the spread of rounds, l1 slower in both, l2 faster in both, l3 fails in one round of head
-    rounds = {"BASE": [[exact(1.0), exact(1.0), exact(1.0), {}], [exact(1.2), exact(1.02), exact(1.02), {}]],
+    # l0 within the spread of rounds, l1 slower in both, l2 faster in both though its quartiles overlap, l3 fails in one round of head
+    rounds = {"BASE": [[exact(1.0), exact(1.0), exact(1.0) | {"ms_q1": 0.7}, {}], [exact(1.2), exact(1.02), exact(1.02), {}]],
               "HEAD": [[exact(1.15), exact(1.2), exact(0.8), {}], [exact(1.25), exact(1.22), exact(0.82), {"failure": "OutOfResources"}]]}
     runner = Runner(**{name: {"sweep": found} for name, found in rounds.items()})
     assert compare.main(["base", "head", "--no-tests", "--args=--filter net"], runner) == 1 and gone(runner)
@@ -228,6 +250,7 @@ def test_with_a_gpu_sweeps_take_turns(repository, monkeypatch, capsys):
 @pytest.mark.parametrize("change, worse, better", [
     ({"spills": 1}, ["spills 0 1"], []), ({"overhead": 2.039}, [], []), ({"overhead": 2.041}, ["overhead 2 2.041 +2.0%"], []),
     ({"overhead": 1.961}, [], []), ({"overhead": 1.959}, [], ["overhead 2 1.959 -2.0%"]), ({"overhead": None}, [], []),
+    ({"per_fma": 4.07}, [], []), ({"per_fma": 4.09}, ["per_fma 4 4.09 +2.2%"], []),
     ({"executed_macs": 1005}, [], []), ({"executed_macs": 1006}, ["executed_macs 1000 1006 +0.6%"], []),
     ({"executed_macs": 994}, [], ["executed_macs 1000 994 -0.6%"]), ({"registers": 150}, [], []), ({"registers": 50}, [], []),
     ({"registers": 150, "ctas_per_sm": 2}, ["registers 100 150 +50.0%"], []), ({"registers": 50, "ctas_per_sm": 4}, [], ["registers 100 50 -50.0%"]),
@@ -248,11 +271,11 @@ def test_what_counts_in_a_kernel(repository, change, worse, better, capsys):
 
 def test_other_kernels_of_a_pass_are_compared_as_a_whole(repository, capsys):
     sum_splits = KERNEL | {"kernel": "sum_splits", "registers": 180, "spills": 2, "overhead": 9.0}
-    status, _ = static(side([KERNEL, sum_splits]))                   # a second kernel: sum of spills, largest registers, the first one's overhead
+    status, _ = static(side([KERNEL | {"spills": 1}, sum_splits]))  # a second kernel: sum of spills, largest registers, the first one's overhead
     assert status == 1
     out = capsys.readouterr().out
     what = "net l fprop cuda:80 correlate -> correlate+sum_splits"
-    assert table(out, "worse") == [f"{what} spills 0 2", f"{what} registers 100 180 +80.0%"]
+    assert table(out, "worse") == [f"{what} spills 0 3", f"{what} registers 100 180 +80.0%"]
     assert "1 passes of layers compared, 1 with other kernels or tiles" in out
     status, _ = static(side([KERNEL | {"layer": "net new"}, KERNEL]), base=side([KERNEL | {"layer": "net lost"}, KERNEL]))
     out = capsys.readouterr().out
@@ -308,10 +331,10 @@ def test_the_compilers_part_for_real(repository, capsys):
     git("commit", "-q", "-m", "the package")
     host, counts = [], []
 
-    def run(command, **how):
+    def run(command, cwd, env):
         out, name = Path(command[command.index("--json") + 1]), command[1]
         if name != "perf/host_overhead.py" or not host:
-            done = subprocess.run(["20" if word == "500" else word for word in command], **how)
+            done = compare.execute(["20" if word == "500" else word for word in command], cwd, env)
             assert done.returncode == 0, done.stderr
             counts.append(len(rows := json.loads(out.read_text())))
             if name != "perf/host_overhead.py":
