@@ -109,11 +109,15 @@ def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--targets", default="cuda:80,cuda:90,cuda:100")
     parser.add_argument("--count", action="store_true", help="count kernels, compile none")
+    parser.add_argument("--json", help="write the rows to this file")
     args = parser.parse_args(argv)
     import pandas as pd
     workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    rows = [measure(name, target, not args.count and name == "dilated", workers) for target in args.targets.split(",") for name in LAYERS]
-    print(pd.DataFrame(rows).round(1).to_string(index=False, na_rep=""))
+    targets = args.targets.split(",")
+    table = pd.DataFrame([measure(name, target, not args.count and name == "dilated", workers) for target in targets for name in LAYERS])
+    print(table.round(1).to_string(index=False, na_rep=""))
+    if args.json:
+        table.to_json(args.json, orient="records", indent=1)
     if not args.count:
         torch, tridil = import_seconds()
         print(f"parallel: {workers} processes, their start included\nimport torch {torch:.2f} s, import tridil after it {tridil:.3f} s")

@@ -153,6 +153,7 @@ def main(argv=None) -> int:
     parser.add_argument("--targets", default="cuda:80,cuda:90")
     parser.add_argument("--repetitions", type=int, default=2000)
     parser.add_argument("--check", action="store_true", help="exit with 1 when a ratio is above its target")
+    parser.add_argument("--json", help="write the rows to this file")
     args = parser.parse_args(argv)
     import pandas as pd
     if dispatch.interpreted():
@@ -161,6 +162,8 @@ def main(argv=None) -> int:
     gc.disable()
     table = pd.DataFrame([row for target in args.targets.split(",") for row in measure(target, args.repetitions)])
     print(table.round(2).to_string(index=False, na_rep=""))
+    if args.json:
+        table.to_json(args.json, orient="records", indent=1)
     return int(args.check and bool((table["ratio"] > table["at_most"]).any()))
 
 
