@@ -296,7 +296,7 @@ def _measure(problem: Problem, pass_: str, precision: str, configs: list[dict], 
         if aten_ms is None:
             raise
         expected, share = aten.double(), 2                               # both err
-    allowed = share * budget(expected, getattr(torch, problem.dtype), reduction_depth(problem, pass_), precision)
+    allowed = share * budget(expected, getattr(torch, problem.dtype), reduction_depth(problem, pass_), precision, pass_)
     queue = list(configs)
     while queue and (best is None or time.monotonic() < deadline):
         config = queue.pop(0)
