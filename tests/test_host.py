@@ -282,7 +282,7 @@ item(tensors()), item(tensors())
 out["another device"] = len(jit) - before
 print(json.dumps(out))
 """).replace("TARGET", str(target)).replace("KERNEL", repr(kernel)))
-    name = "correlate_tma" if kernel == "tma" else "correlate"
+    name = "fprop n1 c64 9x9 k64 3x3 dil2x2"
     # descriptors take part in no specialisation, pointers do
     assert found == {"aligned": 1, "misaligned": 1 if kernel == "tma" else 2, "same": True, "hooks": [name, name], "another device": 1}
 
@@ -346,6 +346,30 @@ print(json.dumps(out))
     kernels = {"correlate", "correlate_flat", "wgrad", "sum_splits", "correlate_depthwise", "wgrad_depthwise", "sum_partials"}
     assert found.keys() == kernels | ({"correlate_tma", "wgrad_tma"} if target == 90 else set())
     assert all(map(all, found.values())), found
+
+
+def test_launch_hooks_see_the_convolution():
+    """What Proton shows: a name, dense FLOPs and compulsory bytes, of every kernel that multiplies."""
+    found = child("""
+import json, torch, triton
+from triton.runtime import driver
+from host_overhead import stub_driver
+from tridil import ops
+from tridil.problem import Problem
+driver.set_active(stub_driver(90))
+seen = []
+triton.knobs.runtime.launch_enter_hook.add(lambda metadata: seen.append(metadata.get()))
+for p in (Problem(8, 256, 32, 32, 128, 3, 3, padding=((2, 2), (2, 2)), dilation=(2, 2)), Problem(2, 16, 9, 9, 16, 3, 3, dilation=(2, 2), groups=16)):
+    x, w, dy = (torch.empty(s, dtype=torch.half).to(memory_format=torch.channels_last).requires_grad_() for s in (p.x_shape, p.w_shape, p.y_shape))
+    ops.convolve(x, w, None, p).backward(dy.detach())
+    seen.append(dict(dense=p.dense_macs, bytes=p.bytes))
+shown = ("name", "flops16", "bytes", "dense")
+print(json.dumps([{k: v for k, v in item.items() if k in shown} for item in seen if item.keys() & {"flops16", "dense"}]))
+""")
+    for i in (0, 4):
+        *launches, expected = found[i:i + 4]
+        assert [launch["name"].split()[0] for launch in launches] == ["fprop", "dgrad", "wgrad"]
+        assert all(launch["flops16"] == 2 * expected["dense"] and launch["bytes"] == expected["bytes"] for launch in launches)
 
 
 def test_host_overhead_reports(tmp_path):

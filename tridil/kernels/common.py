@@ -10,6 +10,20 @@ RUNTIME = ("N H W P Q K off_h off_w dil_h dil_w tap_r tap_s step_r SPLIT_K total
 STEP_1 = "G stride_h stride_w step_s sy_k sw_c".split()
 
 
+def launch_metadata(grid, kernel, args):
+    """What Triton's launch hooks (Proton) show of a launch: the convolution in its name, dense FLOPs by the width of the type, compulsory bytes."""
+    x = args.get("x_ptr", args.get("x"))
+    nbytes = getattr(x, "base", x).element_size()
+    n, h, w, p, q, k, r, s = (args[name] for name in ("N", "H", "W", "P", "Q", "K", "R", "S"))
+    depthwise = "MULT" in args
+    c, g = (1, k) if depthwise else (args["C"], args["G"])
+    k = 1 if depthwise else k
+    pass_ = "wgrad" if "TRANSPOSED" not in args else "dgrad" if args["TRANSPOSED"] else "fprop"
+    macs = n * (h * w if pass_ == "dgrad" else p * q) * k * c * g * r * s * (args["MULT"] if depthwise and pass_ == "dgrad" else 1)
+    name = f"{pass_} n{n} c{c * g} {h}x{w} k{k * g} {r}x{s} dil{args['dil_h']}x{args['dil_w']}" + (f" g{g}" if g > 1 else "")
+    return {"name": name, f"flops{8 * nbytes}": 2 * macs, "bytes": nbytes * (n * g * (h * w * c + p * q * k) + k * c * g * r * s)}
+
+
 @triton.jit
 def cdiv_pos(a, b):
     """ceil(max(a, 0) / b): the numerator stays non-negative, since compiled `//` truncates toward zero."""

@@ -13,7 +13,7 @@ Loads that are masked off issue no address (no cp.async here), so none is clampe
 import triton
 import triton.language as tl
 
-from .common import address, below, box_pixels, live_outputs, live_taps
+from .common import address, below, box_pixels, launch_metadata, live_outputs, live_taps
 
 
 @triton.jit
@@ -62,7 +62,7 @@ def tap_products(acc, dy, x, BASE: tl.constexpr, COLUMN: tl.constexpr, SHIFT: tl
 
 @triton.jit(do_not_specialize=["N", "H", "W", "P", "Q", "K", "R", "stride_h", "stride_w", "off_h", "off_w", "dil_h", "dil_w", "grid_h", "grid_w",
                                "tap_r", "tap_s", "step_r", "sx_n", "sx_h", "sx_w", "sx_k", "sy_n", "sy_p", "sy_q", "sy_k", "y0", "size_h", "size_w",
-                               "step_p", "step_q"])
+                               "step_p", "step_q"], launch_metadata=launch_metadata)
 def correlate_depthwise(x_ptr, w_ptr, bias_ptr, y_ptr, N, H, W, P, Q, K, R, stride_h, stride_w, off_h, off_w, dil_h, dil_w, grid_h, grid_w,
                         tap_r, tap_s, step_r, sx_n, sx_h, sx_w, sx_k, sy_n, sy_p, sy_q, sy_k, y0, size_h, size_w, step_p, step_q,
                         S: tl.constexpr, SHIFT: tl.constexpr, STEP_S: tl.constexpr, FILTER_R: tl.constexpr, FILTER_S: tl.constexpr,
@@ -155,7 +155,8 @@ def correlate_depthwise(x_ptr, w_ptr, bias_ptr, y_ptr, N, H, W, P, Q, K, R, stri
 
 
 @triton.jit(do_not_specialize=["N", "H", "W", "P", "Q", "K", "R", "stride_h", "stride_w", "off_h", "off_w", "dil_h", "dil_w", "grid_w",
-                               "sx_n", "sx_h", "sx_w", "sx_k", "sy_n", "sy_p", "sy_q", "sy_k", "splits"])
+                               "sx_n", "sx_h", "sx_w", "sx_k", "sy_n", "sy_p", "sy_q", "sy_k", "splits"],
+            launch_metadata=launch_metadata)
 def wgrad_depthwise(x_ptr, dy_ptr, part_ptr, N, H, W, P, Q, K, R, stride_h, stride_w, off_h, off_w, dil_h, dil_w, grid_w,
                     sx_n, sx_h, sx_w, sx_k, sy_n, sy_p, sy_q, sy_k, splits,
                     S: tl.constexpr, SHIFT: tl.constexpr, MULT: tl.constexpr, CHANNELS_LAST: tl.constexpr, ALIGN: tl.constexpr,

@@ -7,10 +7,24 @@ its reduced and its output channels per group. dgrad is the correlation of dy, o
 import triton
 import triton.language as tl
 
-from .common import RUNTIME, STEP_1, address, below, box_pixels, dot, live_taps, load_masked, output_tile, split_steps, store_tile, wgrad_boxes
+from .common import (
+    RUNTIME,
+    STEP_1,
+    address,
+    below,
+    box_pixels,
+    dot,
+    launch_metadata,
+    live_taps,
+    load_masked,
+    output_tile,
+    split_steps,
+    store_tile,
+    wgrad_boxes,
+)
 
 
-@triton.jit(do_not_specialize=RUNTIME, do_not_specialize_on_alignment=STEP_1)
+@triton.jit(do_not_specialize=RUNTIME, do_not_specialize_on_alignment=STEP_1, launch_metadata=launch_metadata)
 def correlate(x_ptr, w_ptr, bias_ptr, y_ptr, N, H, W, P, Q, K, G, stride_h, stride_w, off_h, off_w, dil_h, dil_w,
               tap_r, tap_s, step_r, step_s, sy_split, sy_n, sy_p, sy_q, sy_k, y0, SPLIT_K,
               C: tl.constexpr, CW: tl.constexpr, R: tl.constexpr, S: tl.constexpr, FILTER_R: tl.constexpr, FILTER_S: tl.constexpr,
@@ -110,7 +124,7 @@ def correlate(x_ptr, w_ptr, bias_ptr, y_ptr, N, H, W, P, Q, K, G, stride_h, stri
                BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_N, PIXELS, ALIGN_Y, HAS_BIAS, INT64)
 
 
-@triton.jit(do_not_specialize=RUNTIME, do_not_specialize_on_alignment=STEP_1)
+@triton.jit(do_not_specialize=RUNTIME, do_not_specialize_on_alignment=STEP_1, launch_metadata=launch_metadata)
 def correlate_flat(x_ptr, w_ptr, bias_ptr, y_ptr, N, H, W, P, Q, K, G, stride_h, stride_w, off_h, off_w, dil_h, dil_w,
                    tap_r, tap_s, step_r, step_s, sy_split, sy_n, sy_p, sy_q, sy_k, y0, SPLIT_K,
                    C: tl.constexpr, CW: tl.constexpr, R: tl.constexpr, S: tl.constexpr, FILTER_R: tl.constexpr, FILTER_S: tl.constexpr,
@@ -161,7 +175,7 @@ def correlate_flat(x_ptr, w_ptr, bias_ptr, y_ptr, N, H, W, P, Q, K, G, stride_h,
                BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_N, PIXELS, ALIGN_Y, HAS_BIAS, INT64)
 
 
-@triton.jit(do_not_specialize=[*RUNTIME, "C"], do_not_specialize_on_alignment=STEP_1)
+@triton.jit(do_not_specialize=[*RUNTIME, "C"], do_not_specialize_on_alignment=STEP_1, launch_metadata=launch_metadata)
 def wgrad(x_ptr, dy_ptr, dw_ptr, N, H, W, P, Q, K, G, stride_h, stride_w, off_h, off_w, dil_h, dil_w,
           sw_split, sw_k, sw_r, sw_s, sw_c, SPLIT_K, C,
           R: tl.constexpr, S: tl.constexpr, FLAT: tl.constexpr, ALIGN_C: tl.constexpr, ALIGN_K: tl.constexpr,

@@ -8,12 +8,12 @@ sm_90 it then stays in shared memory, since it is a 2D box. WARP_SPECIALIZE (sm_
 import triton
 import triton.language as tl
 
-from .common import RUNTIME, STEP_1, dot, live_taps, output_tile, split_steps, store_tile, wgrad_boxes
+from .common import RUNTIME, STEP_1, dot, launch_metadata, live_taps, output_tile, split_steps, store_tile, wgrad_boxes
 
 RUNTIME = RUNTIME + "C G CW R S FILTER_S step_s".split()                      # here coordinates, which need no alignment
 
 
-@triton.jit(do_not_specialize=RUNTIME, do_not_specialize_on_alignment=STEP_1)
+@triton.jit(do_not_specialize=RUNTIME, do_not_specialize_on_alignment=STEP_1, launch_metadata=launch_metadata)
 def correlate_tma(x, w, bias_ptr, y, N, H, W, P, Q, C, K, G, CW, R, S, FILTER_S, off_h, off_w, dil_h, dil_w, tap_r, tap_s, step_r, step_s,
                   sy_split, sy_n, sy_p, sy_q, sy_k, y0, SPLIT_K,
                   TRANSPOSED: tl.constexpr, HAS_BIAS: tl.constexpr, ALIGN_Y: tl.constexpr, TMA_STORE: tl.constexpr, INT64: tl.constexpr,
@@ -77,7 +77,7 @@ def correlate_tma(x, w, bias_ptr, y, N, H, W, P, Q, C, K, G, CW, R, S, FILTER_S,
                    BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_N, PIXELS, ALIGN_Y, HAS_BIAS, INT64)
 
 
-@triton.jit(do_not_specialize=RUNTIME, do_not_specialize_on_alignment=STEP_1)
+@triton.jit(do_not_specialize=RUNTIME, do_not_specialize_on_alignment=STEP_1, launch_metadata=launch_metadata)
 def wgrad_tma(x, dy, dw, N, H, W, P, Q, C, K, G, R, S, off_h, off_w, dil_h, dil_w, SPLIT_K,
               PRECISION: tl.constexpr, WARP_SPECIALIZE: tl.constexpr,
               BLOCK_IMG: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):

@@ -1,0 +1,91 @@
+"""What the compiler, scalers and precision switches of PyTorch make of the public function, beside F.conv2d."""
+import shutil
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounter
+from torch.nn import functional as F
+
+from tridil import DilatedConv2d, dilated_conv2d
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("what", ["dilation", "shape"])
+def test_no_recompilation_storm(what, backend, device, seed):
+    """A dozen dilations, or sizes, take at most two graphs: the first, and one for any."""
+    counter, w = CompileCounter(), torch.randn(4, 3, 3, 3, device=device)
+    compiled = torch.compile(lambda x, w, d: dilated_conv2d(x, w, None, 1, d, d, backend=backend), backend=counter, fullgraph=True)
+    for i in range(1, 13):
+        x, d = (torch.randn(1, 3, 9, 10, device=device), i) if what == "dilation" else (torch.randn(2 + i % 3, 3, 4 + i, 16 - i, device=device), 2)
+        torch.testing.assert_close(compiled(x, w, d), F.conv2d(x, w, None, 1, d, d), rtol=1e-3, atol=1e-3)
+    assert counter.frame_count <= 2
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("mode", ["default", "max-autotune"])
+def test_inductor(mode, backend, device, seed):
+    """Forward and backward through Inductor; strides as in eager."""
+    if device.type == "cpu" and not (shutil.which("g++") or shutil.which("clang++")):
+        pytest.skip("Inductor needs a C++ compiler on the CPU")
+    layer = DilatedConv2d(4, 6, 3, padding=2, dilation=2, backend=backend).to(device)
+    x = torch.randn(2, 4, 7, 8, device=device).to(memory_format=torch.channels_last).requires_grad_()
+    found, expected = [], []
+    for f, out in ((torch.compile(layer, mode=mode, fullgraph=True), found), (layer, expected)):
+        layer.zero_grad()
+        y = f(x)
+        y.square().sum().backward()
+        out += [y.detach(), x.grad, layer.weight.grad, layer.bias.grad]
+        x.grad = None
+    for a, b in zip(found, expected):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
+        assert a.stride() == b.stride()
+
+
+@pytest.mark.filterwarnings("ignore:invalid value")
+def test_grad_scaler_skips_steps_that_overflow(backend, device, seed):
+    """A scale too large for fp16 gradients is halved and the step left out, as with nn.Conv2d."""
+    layer = DilatedConv2d(3, 4, 3, padding=2, dilation=2, backend=backend).to(device)
+    before = layer.weight.detach().clone()
+    optimizer = torch.optim.SGD(layer.parameters(), 0.1)
+    scaler, x = torch.amp.GradScaler(device.type, init_scale=2.0**40), torch.randn(2, 3, 6, 7, device=device)
+
+    def step():
+        optimizer.zero_grad()
+        with torch.autocast(device.type, torch.float16):
+            loss = layer(x).float().square().mean()
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+    step()
+    assert scaler.get_scale() == 2.0**39 and torch.equal(layer.weight, before)
+    scaler.update(8.0)                                                   # a scale that fits
+    step()
+    assert scaler.get_scale() == 8 and not torch.equal(layer.weight, before) and layer.weight.isfinite().all()
+
+
+def test_both_tf32_switches(monkeypatch):
+    """The older allow_tf32 and the newer fp32_precision say the same."""
+    from tridil.ops import fp32_precision
+    cudnn = torch.backends.cudnn
+    before = cudnn.conv.fp32_precision
+    try:
+        for allowed in (True, False, True):
+            cudnn.allow_tf32 = allowed
+            assert fp32_precision("cuda:80") == ("tf32" if allowed else "ieee")
+        for precision in ("ieee", "tf32"):
+            cudnn.conv.fp32_precision = precision
+            assert fp32_precision("cuda:80") == precision
+    finally:
+        cudnn.conv.fp32_precision = before
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_torchscript_is_refused_with_a_message():
+    with pytest.raises(Exception, match="TorchScript"):
+        torch.jit.script(DilatedConv2d(3, 4, 3, dilation=2))
