@@ -4,7 +4,7 @@ from __future__ import annotations
 import os
 import sys
 from contextlib import nullcontext
-from functools import lru_cache, partial
+from functools import lru_cache, partial, reduce
 from importlib.abc import MetaPathFinder
 from importlib.util import find_spec
 
@@ -182,13 +182,15 @@ def is_plain(a, b, bias=None) -> bool:
     """Whether nothing but autograd may watch an eager call on these tensors, so that no operator needs to be dispatched: no compiler, tracer,
     transform, mode, profiler or dual level is active, and the tensors are ordinary."""
     return (not torch.compiler.is_compiling() and type(a) in _ORDINARY and type(b) in _ORDINARY and (bias is None or type(bias) in _ORDINARY)
-            and not (a.is_neg() or b.is_neg() or bias is not None and bias.is_neg() or _is_wrapped(a) or _is_wrapped(b))
+            and not (a.is_neg() or b.is_neg() or bias is not None and bias.is_neg() or _is_wrapped(a) or _is_wrapped(b)
+                     or _is_batched(a) or _is_batched(b))
             and not (torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack() or torch._C._are_functorch_transforms_active()
                      or torch._C._get_tracing_state() or profiler._is_profiler_enabled or forward_ad._current_level >= 0))
 
 
 _ORDINARY = (torch.Tensor, torch.nn.Parameter)
 _is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor          # left over from a transform
+_is_batched = torch._C._functorch.is_legacy_batchedtensor              # of torch.autograd.grad(is_grads_batched=True)
 
 
 def _fprop(x, w, bias, geometry, channels_last, auto):
@@ -210,10 +212,12 @@ def _wgrad(dy, x, w_shape, geometry, channels_last, auto):
 
 
 def _apply(function, a, b, *rest):
-    """function.apply; its forward where no graph is recorded."""
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+    """function.apply, with its rules where a transform or a dual level may ask for them; its forward where no graph is recorded."""
+    if torch.compiler.is_compiling():
         return function.apply(a, b, *rest)
-    return function.forward(a, b, *rest)
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return _RULED[function].apply(a, b, *rest)
+    return function.apply(a, b, *rest) if torch.is_grad_enabled() else function.forward(a, b, *rest)
 
 
 class Fprop(torch.autograd.Function):
@@ -281,6 +285,78 @@ class Wgrad(torch.autograd.Function):
         return ddy, dx, None, None, None, None
 
 
+# The operand that has no vmap batch, if any -> the axis of each other tensor that takes the batch, so that one convolution computes all: images of x
+# and y, output channels of each group, input channels of each group, or groups.
+_PLACES = {"w": {"x": 0, "y": 0}, "x": {"w": 0, "y": 1}, "y": {"w": 1, "x": 1}, "": {"x": 1, "w": 0, "y": 1}}
+
+
+def _vmap(function, roles, info, in_dims, a, b, third, geometry, channels_last, auto):
+    """(result, its batch axis) of `function` under vmap; roles of a, b and the result, third: the bias or the shape of the result."""
+    size, (*steps, groups), bias = info.batch_size, geometry, None
+    unbatched = "".join(role for role, dim in zip(roles, in_dims[:2]) if dim is None)
+    places = _PLACES.get(unbatched, {})
+
+    def parts(role):                                        # an axis of all channels consists of those of each group
+        return groups if unbatched in ("x", "y") and (role, places[role]) != ("w", 1) else 1
+
+    a, b = (t if dim is None else _fold(t, dim, places[role], parts(role)) for role, dim, t in zip(roles, in_dims, (a, b)))
+    at = places.get(roles[2], 0)
+    if roles[2] != "y":
+        third = tuple(n * size if i == at else n for i, n in enumerate(third))
+    elif third is not None and (unbatched != "w" or in_dims[2] is not None):
+        bias, third = third, None
+    out = _apply(function, a, b, third, (*steps, groups if unbatched else groups * size), channels_last, auto)
+    if places:
+        out = _unfold(out, at, size, parts(roles[2]))
+    if bias is not None:                                    # (B, N, K, P, Q), or (N, B, K, P, Q)
+        out = out + (bias if in_dims[2] is None else bias.movedim(in_dims[2], 0).unsqueeze(1 - at))[..., None, None]
+    return out, at
+
+
+def _fold(t, dim, at, groups):
+    """t without axis `dim`, which its axis `at` takes in, within each of so many groups."""
+    t = t.movedim(dim, at)
+    return t.flatten(at, at + 1) if groups == 1 else t.unflatten(at + 1, (groups, -1)).transpose(at, at + 1).flatten(at, at + 2)
+
+
+def _unfold(t, at, size, groups):
+    """The inverse: the batch becomes axis `at`."""
+    return t.unflatten(at, (size, -1)) if groups == 1 else t.unflatten(at, (groups, size, -1)).transpose(at, at + 1).flatten(at + 1, at + 2)
+
+
+def _with_rules(function, roles):
+    """`function` with what torch.func and forward-mode AD need. Apart, since torch.compile takes no Function that has a jvp."""
+    class Ruled(function):
+        vmap = staticmethod(partial(_vmap, function, roles))
+
+        @staticmethod
+        def setup_context(ctx, inputs, output):
+            function.setup_context(ctx, inputs, output)
+            ctx.save_for_forward(*inputs[:2])
+            ctx.set_materialize_grads(False)
+            ctx.shape, ctx.rest = output.shape, inputs[3:]
+
+        @staticmethod
+        def backward(ctx, grad):
+            return (None,) * 6 if grad is None else function.backward(ctx, grad)
+
+        @staticmethod
+        def jvp(ctx, da, db, dbias, *_):
+            with forward_ad._set_fwd_grad_enabled(True):        # off here by default, which makes forward-over-forward lose terms in silence
+                a, b = (forward_ad.unpack_dual(t).primal for t in ctx.saved_tensors)
+                terms = [] if da is None else [_apply(function, da, b, dbias if roles[2] == "y" else ctx.shape, *ctx.rest)]
+                if db is not None:
+                    terms.append(_apply(function, a, db, None if roles[2] == "y" else ctx.shape, *ctx.rest))
+                if da is None and dbias is not None:
+                    terms.append(dbias.view(-1, 1, 1).expand(ctx.shape))
+                return reduce(torch.add, terms)
+    Ruled.__name__ = function.__name__
+    return Ruled
+
+
+_RULED = {function: _with_rules(function, roles) for function, roles in ((Fprop, "xwy"), (Dgrad, "ywx"), (Wgrad, "yxw"))}
+
+
 def convolve(x, w, bias, problem: Problem, auto: bool = False) -> torch.Tensor:
     """y (N, K, P, Q) of 4D tensors that `problem` describes, differentiable twice: through the Triton kernels, with auto also through ATen."""
     geometry, nhwc = (problem.stride, (*problem.padding[0], *problem.padding[1]), problem.dilation, problem.groups), problem.layout == "nhwc"
@@ -291,7 +367,7 @@ def convolve(x, w, bias, problem: Problem, auto: bool = False) -> torch.Tensor:
             return torch.conv2d(x, w, bias, problem.stride, [lo for lo, _ in problem.padding], problem.dilation, problem.groups)
         # Function.apply without its look at the signature of forward, which takes longer than a launch
         return super(torch.autograd.Function, Fprop).apply(x, w, bias, geometry, nhwc, auto)
-    return Fprop.apply(x, w, bias, geometry, nhwc, auto)
+    return _apply(Fprop, x, w, bias, geometry, nhwc, auto)
 
 
 def _register_flops():
