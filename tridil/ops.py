@@ -9,6 +9,7 @@ from importlib.abc import MetaPathFinder
 from importlib.util import find_spec
 
 import torch
+from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad, profiler
 
 from . import dispatch, tuner
@@ -153,7 +154,8 @@ def _impl_fprop(x, w, bias, stride, padding, dilation, groups, channels_last, au
 
 
 def _impl_dgrad(dy, w, x_shape, stride, padding, dilation, groups, channels_last, auto=False):
-    return _run("dgrad", dy, w, None, tuple(x_shape), w.shape, (tuple(stride), tuple(padding), tuple(dilation), groups), channels_last, auto)
+    x_shape = dy.shape[0], *x_shape[1:]                     # of a DTensor, x_shape has the images of all processes
+    return _run("dgrad", dy, w, None, x_shape, w.shape, (tuple(stride), tuple(padding), tuple(dilation), groups), channels_last, auto)
 
 
 def _impl_wgrad(dy, x, w_shape, stride, padding, dilation, groups, channels_last, auto=False):
@@ -171,11 +173,6 @@ def _fake_dgrad(dy, w, x_shape, stride, padding, dilation, groups, channels_last
 
 def _fake_wgrad(dy, x, w_shape, stride, padding, dilation, groups, channels_last, auto=False):
     return _empty(x, w_shape, channels_last)
-
-
-for _name, _impl, _fake in (("fprop", _impl_fprop, _fake_fprop), ("dgrad", _impl_dgrad, _fake_dgrad), ("wgrad", _impl_wgrad, _fake_wgrad)):
-    lib.impl(_name, _impl, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"tridil::{_name}", _fake, lib=lib)
 
 
 def is_plain(a, b, bias=None) -> bool:
@@ -196,45 +193,73 @@ _is_batched = torch._C._functorch.is_legacy_batchedtensor              # of torc
 def _fprop(x, w, bias, geometry, channels_last, auto):
     if is_plain(x, w, bias):
         return _run("fprop", x, w, bias, x.shape, w.shape, geometry, channels_last, auto)
-    return torch.ops.tridil.fprop(x, w, bias, *geometry, channels_last, auto)
+    return _below(Fprop, x, w, bias, geometry, channels_last, auto)
 
 
 def _dgrad(dy, w, x_shape, geometry, channels_last, auto):
     if is_plain(dy, w):
         return _run("dgrad", dy, w, None, x_shape, w.shape, geometry, channels_last, auto)
-    return torch.ops.tridil.dgrad(dy, w, x_shape, *geometry, channels_last, auto)
+    return _below(Dgrad, dy, w, x_shape, geometry, channels_last, auto)
 
 
 def _wgrad(dy, x, w_shape, geometry, channels_last, auto):
     if is_plain(dy, x):
         return _run("wgrad", dy, x, None, x.shape, w_shape, geometry, channels_last, auto)
-    return torch.ops.tridil.wgrad(dy, x, w_shape, *geometry, channels_last, auto)
+    return _below(Wgrad, dy, x, w_shape, geometry, channels_last, auto)
 
 
-def _apply(function, a, b, *rest):
-    """function.apply, with its rules where a transform or a dual level may ask for them; its forward where no graph is recorded."""
-    if torch.compiler.is_compiling():
-        return function.apply(a, b, *rest)
-    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
-        return _RULED[function].apply(a, b, *rest)
-    return function.apply(a, b, *rest) if torch.is_grad_enabled() else function.forward(a, b, *rest)
+def _below(function, a, b, third, geometry, channels_last, auto):
+    """The operator for whoever watches below autograd: modes, subclasses, and the derivatives of an enclosing transform."""
+    with torch._C._AutoDispatchBelowAutograd(), torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
+        return function.op(a, b, third, *geometry, channels_last, auto)
 
 
-class Fprop(torch.autograd.Function):
+def _apply(function, a, b, third, geometry, channels_last, auto):
+    """One pass, differentiable; its forward where no graph is recorded."""
+    if not (torch.is_grad_enabled() or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0):
+        return function.forward(a, b, third, geometry, channels_last, auto)
+    if is_plain(a, b):
+        return super(torch.autograd.Function, function).apply(a, b, third, geometry, channels_last, auto)
+    return function.op(a, b, third, *geometry, channels_last, auto)
+
+
+class _Pass(torch.autograd.Function):
+    """What the passes have in common: each is linear in its two tensors a and b. `op` is the operator; `roles` names a, b and the result."""
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        a, b, _, ctx.geometry, ctx.channels_last, ctx.auto = inputs
+        ctx.save_for_backward(a, b)
+        ctx.save_for_forward(a, b)
+        ctx.set_materialize_grads(False)
+        ctx.shape = output.shape
+
+    @staticmethod
+    def jvp(ctx, da, db, dbias, *_):
+        op, shape, rest = ctx._forward_cls.op, None if ctx._forward_cls is Fprop else ctx.shape, (*ctx.geometry, ctx.channels_last, ctx.auto)
+        with forward_ad._set_fwd_grad_enabled(True):        # off here by default, which makes forward-over-forward lose terms in silence
+            a, b = (forward_ad.unpack_dual(t).primal for t in ctx.saved_tensors)
+            terms = [] if da is None else [op(da, b, dbias if shape is None else shape, *rest)]
+            if db is not None:
+                terms.append(op(a, db, shape, *rest))
+            if da is None and dbias is not None:
+                terms.append(dbias.view(-1, 1, 1).expand(ctx.shape))
+            return reduce(torch.add, terms)
+
+
+class Fprop(_Pass):
     """y of (x, w, bias); geometry is (stride, padding (h_lo, h_hi, w_lo, w_hi), dilation, groups), channels_last the format of y and dx, auto whether
     ATen may run it."""
+    roles = "xwy"
 
     @staticmethod
     def forward(x, w, bias, geometry, channels_last, auto):
         return _fprop(x, w, bias, geometry, channels_last, auto)
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
-        x, w, _, ctx.geometry, ctx.channels_last, ctx.auto = inputs
-        ctx.save_for_backward(x, w)
-
-    @staticmethod
     def backward(ctx, dy):
+        if dy is None:
+            return (None,) * 6
         x, w = ctx.saved_tensors
         need_x, need_w, need_bias, *_ = ctx.needs_input_grad
         dx = _apply(Dgrad, dy, w, x.shape, ctx.geometry, ctx.channels_last, ctx.auto) if need_x else None
@@ -243,20 +268,18 @@ class Fprop(torch.autograd.Function):
         return dx, dw, db, None, None, None
 
 
-class Dgrad(torch.autograd.Function):
+class Dgrad(_Pass):
     """dx of (dy, w); channels_last is the format of dx."""
+    roles = "ywx"
 
     @staticmethod
     def forward(dy, w, x_shape, geometry, channels_last, auto):
         return _dgrad(dy, w, x_shape, geometry, channels_last, auto)
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
-        dy, w, _, ctx.geometry, ctx.channels_last, ctx.auto = inputs
-        ctx.save_for_backward(dy, w)
-
-    @staticmethod
     def backward(ctx, ddx):
+        if ddx is None:
+            return (None,) * 6
         dy, w = ctx.saved_tensors
         need_dy, need_w, *_ = ctx.needs_input_grad
         ddy = _apply(Fprop, ddx, w, None, ctx.geometry, ctx.channels_last, ctx.auto) if need_dy else None
@@ -264,20 +287,18 @@ class Dgrad(torch.autograd.Function):
         return ddy, dw, None, None, None, None
 
 
-class Wgrad(torch.autograd.Function):
+class Wgrad(_Pass):
     """dw of (dy, x); channels_last is the format of dw."""
+    roles = "yxw"
 
     @staticmethod
     def forward(dy, x, w_shape, geometry, channels_last, auto):
         return _wgrad(dy, x, w_shape, geometry, channels_last, auto)
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
-        dy, x, _, ctx.geometry, _, ctx.auto = inputs
-        ctx.save_for_backward(dy, x)
-
-    @staticmethod
     def backward(ctx, ddw):
+        if ddw is None:
+            return (None,) * 6
         dy, x = ctx.saved_tensors
         need_dy, need_x, *_ = ctx.needs_input_grad
         ddy = _apply(Fprop, x, ddw, None, ctx.geometry, is_channels_last(dy.shape, dy.stride()), ctx.auto) if need_dy else None
@@ -290,9 +311,9 @@ class Wgrad(torch.autograd.Function):
 _PLACES = {"w": {"x": 0, "y": 0}, "x": {"w": 0, "y": 1}, "y": {"w": 1, "x": 1}, "": {"x": 1, "w": 0, "y": 1}}
 
 
-def _vmap(function, roles, info, in_dims, a, b, third, geometry, channels_last, auto):
-    """(result, its batch axis) of `function` under vmap; roles of a, b and the result, third: the bias or the shape of the result."""
-    size, (*steps, groups), bias = info.batch_size, geometry, None
+def _vmap(function, info, in_dims, a, b, third, stride, padding, dilation, groups, channels_last, auto=False):
+    """(result, its batch axis) of an operator under vmap."""
+    size, roles, bias, bias_dim = info.batch_size, function.roles, None, in_dims[2]
     unbatched = "".join(role for role, dim in zip(roles, in_dims[:2]) if dim is None)
     places = _PLACES.get(unbatched, {})
 
@@ -301,15 +322,15 @@ def _vmap(function, roles, info, in_dims, a, b, third, geometry, channels_last, 
 
     a, b = (t if dim is None else _fold(t, dim, places[role], parts(role)) for role, dim, t in zip(roles, in_dims, (a, b)))
     at = places.get(roles[2], 0)
-    if roles[2] != "y":
-        third = tuple(n * size if i == at else n for i, n in enumerate(third))
-    elif third is not None and (unbatched != "w" or in_dims[2] is not None):
+    if function is not Fprop:
+        third = [n * size if i == at else n for i, n in enumerate(third)]
+    elif third is not None and (unbatched != "w" or bias_dim is not None):
         bias, third = third, None
-    out = _apply(function, a, b, third, (*steps, groups if unbatched else groups * size), channels_last, auto)
+    out = function.op(a, b, third, stride, padding, dilation, groups if unbatched else groups * size, channels_last, auto)
     if places:
         out = _unfold(out, at, size, parts(roles[2]))
     if bias is not None:                                    # (B, N, K, P, Q), or (N, B, K, P, Q)
-        out = out + (bias if in_dims[2] is None else bias.movedim(in_dims[2], 0).unsqueeze(1 - at))[..., None, None]
+        out = out + (bias if bias_dim is None else bias.movedim(bias_dim, 0).unsqueeze(1 - at))[..., None, None]
     return out, at
 
 
@@ -324,37 +345,23 @@ def _unfold(t, at, size, groups):
     return t.unflatten(at, (size, -1)) if groups == 1 else t.unflatten(at, (groups, size, -1)).transpose(at, at + 1).flatten(at + 1, at + 2)
 
 
-def _with_rules(function, roles):
-    """`function` with what torch.func and forward-mode AD need. Apart, since torch.compile takes no Function that has a jvp."""
-    class Ruled(function):
-        vmap = staticmethod(partial(_vmap, function, roles))
-
-        @staticmethod
-        def setup_context(ctx, inputs, output):
-            function.setup_context(ctx, inputs, output)
-            ctx.save_for_forward(*inputs[:2])
-            ctx.set_materialize_grads(False)
-            ctx.shape, ctx.rest = output.shape, inputs[3:]
-
-        @staticmethod
-        def backward(ctx, grad):
-            return (None,) * 6 if grad is None else function.backward(ctx, grad)
-
-        @staticmethod
-        def jvp(ctx, da, db, dbias, *_):
-            with forward_ad._set_fwd_grad_enabled(True):        # off here by default, which makes forward-over-forward lose terms in silence
-                a, b = (forward_ad.unpack_dual(t).primal for t in ctx.saved_tensors)
-                terms = [] if da is None else [_apply(function, da, b, dbias if roles[2] == "y" else ctx.shape, *ctx.rest)]
-                if db is not None:
-                    terms.append(_apply(function, a, db, None if roles[2] == "y" else ctx.shape, *ctx.rest))
-                if da is None and dbias is not None:
-                    terms.append(dbias.view(-1, 1, 1).expand(ctx.shape))
-                return reduce(torch.add, terms)
-    Ruled.__name__ = function.__name__
-    return Ruled
+def _register(function, name, impl, fake):
+    """The operator of a Function: what runs it, its shape, its derivatives (also those of a transform) and its rule under vmap."""
+    def autograd(a, b, third, stride, padding, dilation, groups, channels_last, auto=False):
+        third = tuple(third) if isinstance(third, list) else third
+        with enable_single_level_autograd_function():
+            return super(torch.autograd.Function, function).apply(a, b, third, (tuple(stride), tuple(padding), tuple(dilation), groups),
+                                                                  channels_last, auto)
+    function.op = getattr(torch.ops.tridil, name).default
+    lib.impl(name, impl, "CompositeExplicitAutograd")
+    lib.impl(name, autograd, "Autograd")
+    torch.library.register_fake(f"tridil::{name}", fake, lib=lib)
+    torch.library.register_vmap(f"tridil::{name}", partial(_vmap, function), lib=lib)
 
 
-_RULED = {function: _with_rules(function, roles) for function, roles in ((Fprop, "xwy"), (Dgrad, "ywx"), (Wgrad, "yxw"))}
+_register(Fprop, "fprop", _impl_fprop, _fake_fprop)
+_register(Dgrad, "dgrad", _impl_dgrad, _fake_dgrad)
+_register(Wgrad, "wgrad", _impl_wgrad, _fake_wgrad)
 
 
 def convolve(x, w, bias, problem: Problem, auto: bool = False) -> torch.Tensor:
@@ -367,7 +374,7 @@ def convolve(x, w, bias, problem: Problem, auto: bool = False) -> torch.Tensor:
             return torch.conv2d(x, w, bias, problem.stride, [lo for lo, _ in problem.padding], problem.dilation, problem.groups)
         # Function.apply without its look at the signature of forward, which takes longer than a launch
         return super(torch.autograd.Function, Fprop).apply(x, w, bias, geometry, nhwc, auto)
-    return _apply(Fprop, x, w, bias, geometry, nhwc, auto)
+    return torch.ops.tridil.fprop(x, w, bias, *geometry, nhwc, auto)
 
 
 def _register_flops():
