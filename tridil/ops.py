@@ -149,26 +149,13 @@ def _empty(like, shape, channels_last):
                        memory_format=torch.channels_last if channels_last else torch.contiguous_format)
 
 
-def _impl_fprop(x, w, bias, stride, padding, dilation, groups, channels_last, auto=False):
-    return _run("fprop", x, w, bias, x.shape, w.shape, (tuple(stride), tuple(padding), tuple(dilation), groups), channels_last, auto)
-
-
-def _impl_dgrad(dy, w, x_shape, stride, padding, dilation, groups, channels_last, auto=False):
-    x_shape = dy.shape[0], *x_shape[1:]                     # of a DTensor, x_shape has the images of all processes
-    return _run("dgrad", dy, w, None, x_shape, w.shape, (tuple(stride), tuple(padding), tuple(dilation), groups), channels_last, auto)
-
-
-def _impl_wgrad(dy, x, w_shape, stride, padding, dilation, groups, channels_last, auto=False):
-    return _run("wgrad", dy, x, None, x.shape, tuple(w_shape), (tuple(stride), tuple(padding), tuple(dilation), groups), channels_last, auto)
-
-
 def _fake_fprop(x, w, bias, stride, padding, dilation, groups, channels_last, auto=False):
     sizes = [(x.shape[2 + i] + padding[2 * i] + padding[2 * i + 1] - dilation[i] * (w.shape[2 + i] - 1) - 1) // stride[i] + 1 for i in (0, 1)]
     return _empty(x, (x.shape[0], w.shape[0], *sizes), channels_last)
 
 
 def _fake_dgrad(dy, w, x_shape, stride, padding, dilation, groups, channels_last, auto=False):
-    return _empty(dy, x_shape, channels_last)
+    return _empty(dy, (dy.shape[0], *x_shape[1:]), channels_last)
 
 
 def _fake_wgrad(dy, x, w_shape, stride, padding, dilation, groups, channels_last, auto=False):
@@ -179,8 +166,7 @@ def is_plain(a, b, bias=None) -> bool:
     """Whether nothing but autograd may watch an eager call on these tensors, so that no operator needs to be dispatched: no compiler, tracer,
     transform, mode, profiler or dual level is active, and the tensors are ordinary."""
     return (not torch.compiler.is_compiling() and type(a) in _ORDINARY and type(b) in _ORDINARY and (bias is None or type(bias) in _ORDINARY)
-            and not (a.is_neg() or b.is_neg() or bias is not None and bias.is_neg() or _is_wrapped(a) or _is_wrapped(b)
-                     or _is_batched(a) or _is_batched(b))
+            and not (a.is_neg() or b.is_neg() or bias is not None and bias.is_neg() or _is_wrapped(a) or _is_wrapped(b))
             and not (torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack() or torch._C._are_functorch_transforms_active()
                      or torch._C._get_tracing_state() or profiler._is_profiler_enabled or forward_ad._current_level >= 0))
 
@@ -190,24 +176,6 @@ _is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor          # left ov
 _is_batched = torch._C._functorch.is_legacy_batchedtensor              # of torch.autograd.grad(is_grads_batched=True)
 
 
-def _fprop(x, w, bias, geometry, channels_last, auto):
-    if is_plain(x, w, bias):
-        return _run("fprop", x, w, bias, x.shape, w.shape, geometry, channels_last, auto)
-    return _below(Fprop, x, w, bias, geometry, channels_last, auto)
-
-
-def _dgrad(dy, w, x_shape, geometry, channels_last, auto):
-    if is_plain(dy, w):
-        return _run("dgrad", dy, w, None, x_shape, w.shape, geometry, channels_last, auto)
-    return _below(Dgrad, dy, w, x_shape, geometry, channels_last, auto)
-
-
-def _wgrad(dy, x, w_shape, geometry, channels_last, auto):
-    if is_plain(dy, x):
-        return _run("wgrad", dy, x, None, x.shape, w_shape, geometry, channels_last, auto)
-    return _below(Wgrad, dy, x, w_shape, geometry, channels_last, auto)
-
-
 def _below(function, a, b, third, geometry, channels_last, auto):
     """The operator for whoever watches below autograd: modes, subclasses, and the derivatives of an enclosing transform."""
     with torch._C._AutoDispatchBelowAutograd(), torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
@@ -215,12 +183,12 @@ def _below(function, a, b, third, geometry, channels_last, auto):
 
 
 def _apply(function, a, b, third, geometry, channels_last, auto):
-    """One pass, differentiable; its forward where no graph is recorded."""
-    if not (torch.is_grad_enabled() or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0):
-        return function.forward(a, b, third, geometry, channels_last, auto)
-    if is_plain(a, b):
+    """One pass that a derivative needs, differentiable."""
+    if not is_plain(a, b) or _is_batched(a) or _is_batched(b):
+        return function.op(a, b, third, *geometry, channels_last, auto)
+    if torch.is_grad_enabled():
         return super(torch.autograd.Function, function).apply(a, b, third, geometry, channels_last, auto)
-    return function.op(a, b, third, *geometry, channels_last, auto)
+    return function.run(a, b, third, geometry, channels_last, auto)
 
 
 class _Pass(torch.autograd.Function):
@@ -253,8 +221,12 @@ class Fprop(_Pass):
     roles = "xwy"
 
     @staticmethod
+    def run(x, w, bias, geometry, channels_last, auto):
+        return _run("fprop", x, w, bias, x.shape, w.shape, geometry, channels_last, auto)
+
+    @staticmethod
     def forward(x, w, bias, geometry, channels_last, auto):
-        return _fprop(x, w, bias, geometry, channels_last, auto)
+        return (Fprop.run if is_plain(x, w, bias) else partial(_below, Fprop))(x, w, bias, geometry, channels_last, auto)
 
     @staticmethod
     def backward(ctx, dy):
@@ -273,8 +245,12 @@ class Dgrad(_Pass):
     roles = "ywx"
 
     @staticmethod
+    def run(dy, w, x_shape, geometry, channels_last, auto):
+        return _run("dgrad", dy, w, None, x_shape, w.shape, geometry, channels_last, auto)
+
+    @staticmethod
     def forward(dy, w, x_shape, geometry, channels_last, auto):
-        return _dgrad(dy, w, x_shape, geometry, channels_last, auto)
+        return (Dgrad.run if is_plain(dy, w) else partial(_below, Dgrad))(dy, w, x_shape, geometry, channels_last, auto)
 
     @staticmethod
     def backward(ctx, ddx):
@@ -292,8 +268,12 @@ class Wgrad(_Pass):
     roles = "yxw"
 
     @staticmethod
+    def run(dy, x, w_shape, geometry, channels_last, auto):
+        return _run("wgrad", dy, x, None, x.shape, w_shape, geometry, channels_last, auto)
+
+    @staticmethod
     def forward(dy, x, w_shape, geometry, channels_last, auto):
-        return _wgrad(dy, x, w_shape, geometry, channels_last, auto)
+        return (Wgrad.run if is_plain(dy, x) else partial(_below, Wgrad))(dy, x, w_shape, geometry, channels_last, auto)
 
     @staticmethod
     def backward(ctx, ddw):
@@ -345,23 +325,26 @@ def _unfold(t, at, size, groups):
     return t.unflatten(at, (size, -1)) if groups == 1 else t.unflatten(at, (groups, size, -1)).transpose(at, at + 1).flatten(at + 1, at + 2)
 
 
-def _register(function, name, impl, fake):
-    """The operator of a Function: what runs it, its shape, its derivatives (also those of a transform) and its rule under vmap."""
-    def autograd(a, b, third, stride, padding, dilation, groups, channels_last, auto=False):
-        third = tuple(third) if isinstance(third, list) else third
+def _register(function, name, fake):
+    """The operator of a Function: what runs it, its shape, its derivatives (also those that a transform takes) and its rule under vmap."""
+    def arguments(a, b, third, stride, padding, dilation, groups, channels_last, auto=False):
+        if function is Dgrad:                               # of a DTensor, x_shape has the images of all processes
+            third = a.shape[0], *third[1:]
+        return a, b, tuple(third) if isinstance(third, list) else third, (tuple(stride), tuple(padding), tuple(dilation), groups), channels_last, auto
+
+    def derive(*args):
         with enable_single_level_autograd_function():
-            return super(torch.autograd.Function, function).apply(a, b, third, (tuple(stride), tuple(padding), tuple(dilation), groups),
-                                                                  channels_last, auto)
+            return super(torch.autograd.Function, function).apply(*arguments(*args))
     function.op = getattr(torch.ops.tridil, name).default
-    lib.impl(name, impl, "CompositeExplicitAutograd")
-    lib.impl(name, autograd, "Autograd")
+    lib.impl(name, lambda *args: function.run(*arguments(*args)), "CompositeExplicitAutograd")
+    lib.impl(name, derive, "Autograd")
     torch.library.register_fake(f"tridil::{name}", fake, lib=lib)
     torch.library.register_vmap(f"tridil::{name}", partial(_vmap, function), lib=lib)
 
 
-_register(Fprop, "fprop", _impl_fprop, _fake_fprop)
-_register(Dgrad, "dgrad", _impl_dgrad, _fake_dgrad)
-_register(Wgrad, "wgrad", _impl_wgrad, _fake_wgrad)
+_register(Fprop, "fprop", _fake_fprop)
+_register(Dgrad, "dgrad", _fake_dgrad)
+_register(Wgrad, "wgrad", _fake_wgrad)
 
 
 def convolve(x, w, bias, problem: Problem, auto: bool = False) -> torch.Tensor:
