@@ -226,7 +226,7 @@ class Fprop(_Pass):
 
     @staticmethod
     def forward(x, w, bias, geometry, channels_last, auto):
-        return (Fprop.run if is_plain(x, w, bias) else partial(_below, Fprop))(x, w, bias, geometry, channels_last, auto)
+        return Fprop.run(x, w, bias, geometry, channels_last, auto) if is_plain(x, w, bias) else _below(Fprop, x, w, bias, geometry, channels_last, auto)
 
     @staticmethod
     def backward(ctx, dy):
@@ -250,7 +250,7 @@ class Dgrad(_Pass):
 
     @staticmethod
     def forward(dy, w, x_shape, geometry, channels_last, auto):
-        return (Dgrad.run if is_plain(dy, w) else partial(_below, Dgrad))(dy, w, x_shape, geometry, channels_last, auto)
+        return Dgrad.run(dy, w, x_shape, geometry, channels_last, auto) if is_plain(dy, w) else _below(Dgrad, dy, w, x_shape, geometry, channels_last, auto)
 
     @staticmethod
     def backward(ctx, ddx):
@@ -273,7 +273,7 @@ class Wgrad(_Pass):
 
     @staticmethod
     def forward(dy, x, w_shape, geometry, channels_last, auto):
-        return (Wgrad.run if is_plain(dy, x) else partial(_below, Wgrad))(dy, x, w_shape, geometry, channels_last, auto)
+        return Wgrad.run(dy, x, w_shape, geometry, channels_last, auto) if is_plain(dy, x) else _below(Wgrad, dy, x, w_shape, geometry, channels_last, auto)
 
     @staticmethod
     def backward(ctx, ddw):
@@ -372,20 +372,36 @@ def _register_flops():
         flop_counter.register_flop_formula(packet)(formula)
 
 
-class _AfterFlopCounter(MetaPathFinder):
-    """Registers when somebody imports torch.utils.flop_counter: it imports Triton, which `import tridil` must leave to be configured."""
+def _register_sharding():
+    """How DTensors are split over processes: by images, with whole weights, whose gradients are then summed."""
+    from torch.distributed.tensor import Partial, Replicate, Shard
+    from torch.distributed.tensor.experimental import register_sharding
+    for op, out, a, b in ((Fprop.op, Shard(0), Shard(0), Replicate()), (Dgrad.op, Shard(0), Shard(0), Replicate()),
+                          (Wgrad.op, Partial(), Shard(0), Shard(0))):
+        @register_sharding(op)
+        def rule(a_spec, b_spec, third, *rest, split=(out, a, b)):
+            bias = None if third is None or isinstance(third, (list, tuple)) else Replicate()
+            return [([y], [a, b, bias, *(None for _ in rest)]) for y, a, b in (split, (Replicate(),) * 3)]
+
+
+class _After(MetaPathFinder):
+    """Registers when somebody imports a module that `import tridil` does not: it takes long, or imports Triton, which is left to be configured."""
+
+    def __init__(self, name, register):
+        self.name, self.register = name, register
 
     def find_spec(self, name, path, target=None):
-        if name != "torch.utils.flop_counter":
+        if name != self.name:
             return None
         sys.meta_path.remove(self)
         spec = find_spec(name)
         run = spec.loader.exec_module
-        spec.loader.exec_module = lambda module: (run(module), _register_flops())
+        spec.loader.exec_module = lambda module: (run(module), self.register())
         return spec
 
 
-if "torch.utils.flop_counter" in sys.modules:
-    _register_flops()
-else:
-    sys.meta_path.insert(0, _AfterFlopCounter())
+for _name, _act in (("torch.utils.flop_counter", _register_flops), ("torch.distributed.tensor", _register_sharding)):
+    if _name in sys.modules:
+        _act()
+    else:
+        sys.meta_path.insert(0, _After(_name, _act))
