@@ -374,14 +374,21 @@ def _register_flops():
 
 def _register_sharding():
     """How DTensors are split over processes: by images, with whole weights, whose gradients are then summed."""
-    from torch.distributed.tensor import Partial, Replicate, Shard
+    from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+    from torch.distributed.tensor._op_schema import RuntimeSchemaInfo
     from torch.distributed.tensor.experimental import register_sharding
-    for op, out, a, b in ((Fprop.op, Shard(0), Shard(0), Replicate()), (Dgrad.op, Shard(0), Shard(0), Replicate()),
-                          (Wgrad.op, Partial(), Shard(0), Shard(0))):
-        @register_sharding(op)
-        def rule(a_spec, b_spec, third, *rest, split=(out, a, b)):
+    propagator = DTensor._op_dispatcher.sharding_propagator
+
+    def register(op, *split):
+        def rule(a, b, third, *rest):
             bias = None if third is None or isinstance(third, (list, tuple)) else Replicate()
             return [([y], [a, b, bias, *(None for _ in rest)]) for y, a, b in (split, (Replicate(),) * 3)]
+        register_sharding(op)(rule)
+        # what is not a tensor belongs to the key of DTensor's cache, too: the shape of the result depends on it
+        propagator.register_op_strategy(op, propagator.op_strategy_funcs[op], RuntimeSchemaInfo(2, needs_pytree=True))
+    register(Fprop.op, Shard(0), Shard(0), Replicate())
+    register(Dgrad.op, Shard(0), Shard(0), Replicate())
+    register(Wgrad.op, Partial(), Shard(0), Shard(0))
 
 
 class _After(MetaPathFinder):
