@@ -19,7 +19,7 @@ from tridil import DilatedConv2d, dilated_conv1d, dilated_conv2d, launch, ops, r
 from tridil.problem import PASSES, Problem
 
 conv2d = partial(dilated_conv2d, backend="triton")
-GEOMETRY = {"dilated": (1, 2, 2, 1), "groups": (1, (1, 2), (2, 1), 2), "strided": ((2, 1), 1, (1, 2), 1)}
+GEOMETRY = {"dilated": (1, (0, 2), 2, 1), "groups": (1, (0, 1), 1, 2), "strided": ((1, 2), (0, 1), (1, 2), 1)}         # stride, padding, dilation, groups
 BATCHED = [batched for batched in product((False, True), repeat=3) if any(batched)]
 pytestmark = [pytest.mark.usefixtures("poisoned"), pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")]
 
@@ -41,9 +41,9 @@ def draw(*shape, device, dtype=torch.float64):
     return torch.randn(shape, dtype=dtype, device=device)
 
 
-def tensors(device, groups=1, size=(3, 4), dtype=torch.float64):
+def tensors(device, groups=1, size=(2, 3), dtype=torch.float64):
     """x, w, bias"""
-    return draw(2, 2, *size, device=device, dtype=dtype), draw(4, 2 // groups, 2, 2, device=device, dtype=dtype), draw(4, device=device, dtype=dtype)
+    return tuple(torch.randn(shape, device=device, dtype=dtype) for shape in ((2, 2, *size), (2, 2 // groups, 1, 2), (2,)))
 
 
 def same(f, *args, strides=False, **tolerance):
@@ -63,11 +63,11 @@ def same(f, *args, strides=False, **tolerance):
 @pytest.mark.parametrize("pass_", PASSES)
 def test_operators_under_vmap(pass_, groups, batched, launches, device, seed):
     """One convolution, whichever tensors are batched."""
-    p = Problem(2, 4, 3, 4, 8, 2, 2, (2, 1), ((1, 0), (1, 2)), (1, 2), groups, "float64", "nchw")
+    p = Problem(2, 4, 2, 3, 8, 1, 2, (2, 1), ((1, 0), (1, 2)), (1, 2), groups, "float64", "nchw")
     x, w, _, dy = testing.random_tensors(p, device, seed)
     a, b = {"fprop": (x, w), "dgrad": (dy, w), "wgrad": (dy, x)}[pass_]
     shape = {"fprop": None, "dgrad": p.x_shape, "wgrad": p.w_shape}[pass_]
-    dims = [random.randrange(5) if yes else None for yes in batched]
+    dims = tuple(random.randrange(5) if yes else None for yes in batched)
     a, b = (t if dim is None else torch.stack([t, t.flip(0), -t.roll(1, 3)], dim) for t, dim in zip((a, b), dims))
     op, geometry = getattr(torch.ops.tridil, pass_), (p.stride, (1, 0, 1, 2), p.dilation, groups, False)
     got = vmap(lambda a, b: op(a, b, shape, *geometry), dims, out_dims=1)(a, b)
@@ -78,10 +78,9 @@ def test_operators_under_vmap(pass_, groups, batched, launches, device, seed):
 
 
 @pytest.mark.parametrize("batched", BATCHED, ids=str)
-@pytest.mark.parametrize("name", GEOMETRY)
-def test_vmap(name, batched, device, seed):
+def test_vmap(batched, device, seed):
     """Values, gradients of all, gradients per sample; batches at any axis."""
-    *geometry, groups = GEOMETRY[name]
+    *geometry, groups = random.choice(list(GEOMETRY.values()))
     args, dims = [], []
     for t, yes in zip(tensors(device, groups), batched):
         dims.append(random.randrange(t.dim() + 1) if yes else None)
@@ -100,34 +99,33 @@ def test_vmap(name, batched, device, seed):
 
 def test_the_batch_of_a_shared_filter_is_summed_in_one_pass(launches, device, seed):
     """No gradient of w per sample that would be summed afterwards."""
-    x, w, bias = draw(3, 2, 2, 3, 4, device=device), *tensors(device)[1:]
-    grad(lambda w: vmap(lambda x: conv2d(x, w, bias, 1, 2, 2))(x).sum())(w)
+    x, w, bias = draw(3, 2, 2, 2, 3, device=device), *tensors(device)[1:]
+    grad(lambda w: vmap(lambda x: conv2d(x, w, bias, 1, (0, 2), 2))(x).sum())(w)
     assert launches == {"fprop": 1, "wgrad": 1}
 
 
 def test_nested_and_chunked(device, seed):
-    xs, ws, bias = draw(2, 3, 1, 2, 3, 3, device=device), draw(3, 2, 2, 2, 2, device=device), draw(2, device=device)
+    xs, ws, bias = draw(2, 3, 1, 2, 2, 3, device=device), draw(3, 2, 2, 1, 2, device=device), draw(2, device=device)
     same(lambda conv: vmap(vmap(lambda x, w: conv(x, w, bias), (0, None)), (1, 0), 2)(xs, ws))
     same(lambda conv: vmap(vmap(lambda x, w: conv(x, w, bias), (None, 0)), (0, None))(xs[:, 0], ws))
-    same(lambda conv: vmap(lambda x, w: conv(x, w, bias), (1, 0), chunk_size=2)(xs[0].unsqueeze(0), ws))
+    same(lambda conv: vmap(lambda x, w: conv(x, w, bias), (1, 0), chunk_size=2)(xs[0].transpose(0, 1), ws))
     same(lambda conv: vmap(lambda x: conv(x, ws[0], bias))(xs[0, :, 0]))                          # unbatched images, (C, H, W)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_formats_and_dtypes_of_a_layer_per_sample(dtype, device, seed):
-    layer = DilatedConv2d(4, 8, 3, padding=2, dilation=2, backend="triton", dtype=dtype, device=device).to(memory_format=torch.channels_last)
-    x = draw(3, 4, 4, 5, device=device, dtype=dtype).contiguous(memory_format=torch.channels_last)
+    layer = DilatedConv2d(4, 8, (1, 3), padding=(0, 2), dilation=2, backend="triton", dtype=dtype, device=device).to(memory_format=torch.channels_last)
+    x = draw(6, 4, 2, 3, device=device, dtype=dtype).contiguous(memory_format=torch.channels_last).unflatten(0, (3, 2))
     parameters = dict(layer.named_parameters())
 
     def per_sample(backend):
         layer.backend = backend
-        return vmap(grad(lambda p, x: functional_call(layer, p, x[None]).float().square().mean()), (None, 0))(parameters, x)
-    got, expected = per_sample("triton"), per_sample("aten")
+        return vmap(grad(lambda p, x: functional_call(layer, p, x).float().square().mean()), (None, 0))(parameters, x)
+    expected, got = per_sample("aten"), per_sample("triton")
+    assert ops.is_channels_last(x.shape[1:], vmap(layer)(x).stride()[1:])
     for name, value in expected.items():
         assert got[name].dtype == dtype
         torch.testing.assert_close(got[name], value, rtol=1e-2, atol=1e-2 if dtype == torch.float16 else 1e-5)
-    layer.backend = "triton"
-    assert ops.is_channels_last(*(lambda y: (y[0].shape, y[0].stride()))(vmap(layer)(x.unsqueeze(1))))
 
 
 def test_a_causal_conv1d(device, seed):
@@ -149,29 +147,30 @@ def test_tangents(which, launches, device, seed):
     def dual(conv):
         with forward_ad.dual_level():
             args = [forward_ad.make_dual(t, dt) if yes else t for t, dt, yes in zip(inputs, steps, which)]
-            return tuple(forward_ad.unpack_dual(conv(*args, 1, 2, 2)))
+            return tuple(forward_ad.unpack_dual(conv(*args, 1, (0, 2), 2)))
     same(dual, strides=True)
     assert launches == {"fprop": 1 + sum(which[:2])}
 
     def direction(conv):
         def f(*some):
             some = iter(some)
-            return conv(*(next(some) if yes else t for t, yes in zip(inputs, which)), 1, 2, 2)
+            return conv(*(next(some) if yes else t for t, yes in zip(inputs, which)), 1, (0, 2), 2)
         return jvp(f, *(tuple(t for t, yes in zip(ts, which) if yes) for ts in (inputs, steps)))
     same(direction, strides=True)
     with torch.no_grad():
         same(direction)
 
 
-@pytest.mark.parametrize("name", GEOMETRY)
+@pytest.mark.parametrize("name", ["groups", "strided"])
 def test_gradcheck_in_forward_mode(name, device, seed):
     *geometry, groups = GEOMETRY[name]
-    inputs = [t.requires_grad_() for t in tensors(device, groups)]
+    inputs = [t.requires_grad_() for t in tensors(device, groups, (1, 2))]
 
     def f(*args):
         return conv2d(*args, *geometry, groups)
-    assert gradcheck(f, inputs, check_forward_ad=True, check_batched_grad=True, check_batched_forward_grad=True, check_undefined_grad=True)
-    assert gradgradcheck(f, inputs, check_fwd_over_rev=True, fast_mode=True)
+    assert gradcheck(f, inputs, check_forward_ad=True, check_batched_grad=True, check_batched_forward_grad=True, fast_mode=True)
+    if name == "strided":
+        assert gradgradcheck(f, inputs, check_fwd_over_rev=True, fast_mode=True)
 
 
 COMPOSED = {
@@ -193,9 +192,9 @@ COMPOSED = {
 
 @pytest.mark.parametrize("name", COMPOSED)
 def test_compositions(name, device, seed):
-    x, w, bias = tensors(device, size=(2, 3))
-    args, steps = (x[:1], w[:2]), (torch.randn_like(x[:1]), torch.randn_like(w[:2]))
-    same(lambda conv: COMPOSED[name](lambda x, w: conv(x, w, bias[:2], 1, 1, 2).pow(3).sum(), args, steps))
+    x, w, bias = tensors(device, size=(1, 3))
+    args, steps = (x[:1, :1], w[:, :1]), (torch.randn_like(x[:1, :1]), torch.randn_like(w[:, :1]))
+    same(lambda conv: COMPOSED[name](lambda x, w: conv(x, w, bias, 1, (0, 2), 2).pow(3).sum(), args, steps))
 
 
 def test_dual_numbers_and_backward(device, seed):
@@ -206,7 +205,7 @@ def test_dual_numbers_and_backward(device, seed):
         inputs = [t.clone().requires_grad_() for t in saved]
         with forward_ad.dual_level():
             duals = [forward_ad.make_dual(t, dt) for t, dt in zip(inputs, steps)]
-            y = conv(*duals, 1, 2, 2).pow(3).sum()
+            y = conv(*duals, 1, (0, 2), 2).pow(3).sum()
             reverse = torch.autograd.grad(forward_ad.unpack_dual(y).tangent, inputs, retain_graph=True)
             forward = [tuple(forward_ad.unpack_dual(g)) for g in torch.autograd.grad(y, duals)]
         return reverse, forward
@@ -220,11 +219,11 @@ def test_dual_numbers_and_backward(device, seed):
 def test_compiled_in_one_graph(name, requires_grad, device, seed):
     def build(conv):
         def f(w, x):
-            return conv(x, w, None, 1, 2, 2).pow(2)
+            return conv(x, w, None, 1, (0, 2), 2).pow(2)
         return {"vmap": lambda w, x: vmap(f, (None, 0))(w, x), "jvp": lambda w, x: jvp(lambda w: f(w, x[0]), (w,), (w,)),
                 "per sample": lambda w, x: vmap(grad(lambda w, x: f(w, x).sum()), (None, 0))(w, x)}[name]
     torch._dynamo.reset()
-    args = [t.requires_grad_(requires_grad) for t in (tensors(device)[1], draw(2, 1, 2, 3, 3, device=device))]
+    args = [t.requires_grad_(requires_grad) for t in (tensors(device)[1], draw(2, 1, 2, 2, 3, device=device))]
     got, expected = torch.compile(build(conv2d), backend="aot_eager", fullgraph=True)(*args), build(F.conv2d)(*args)
     torch.testing.assert_close(got, expected)
     if requires_grad:
@@ -238,7 +237,7 @@ def test_checkpointing_runs_forward_again(use_reentrant, launches, device, seed)
     x, w, bias = (t.requires_grad_() for t in tensors(device))
 
     def block(x):
-        return conv2d(conv2d(x, w[:2], None, 1, "same", 2).relu(), w, bias, 1, 2, 2)
+        return conv2d(conv2d(x, w, None, 1, "same", 2).relu(), w, bias, 1, (0, 2), 2)
     expected = torch.autograd.grad(block(x).square().sum(), (x, w, bias))
     assert launches == {"fprop": 2, "dgrad": 2, "wgrad": 2}
     for t in (x, w, bias):

@@ -192,7 +192,8 @@ def _apply(function, a, b, third, geometry, channels_last, auto):
 
 
 class _Pass(torch.autograd.Function):
-    """What the passes have in common: each is linear in its two tensors a and b. `op` is the operator; `roles` names a, b and the result."""
+    """What the passes have in common: each is linear in its two tensors a and b. `roles` names a, b and the result; `run` computes, `op` is the
+    operator, for whoever watches: its autograd kernel applies the Function, which is the only one that knows derivatives."""
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -226,7 +227,9 @@ class Fprop(_Pass):
 
     @staticmethod
     def forward(x, w, bias, geometry, channels_last, auto):
-        return Fprop.run(x, w, bias, geometry, channels_last, auto) if is_plain(x, w, bias) else _below(Fprop, x, w, bias, geometry, channels_last, auto)
+        if is_plain(x, w, bias):
+            return Fprop.run(x, w, bias, geometry, channels_last, auto)
+        return _below(Fprop, x, w, bias, geometry, channels_last, auto)
 
     @staticmethod
     def backward(ctx, dy):
@@ -250,7 +253,9 @@ class Dgrad(_Pass):
 
     @staticmethod
     def forward(dy, w, x_shape, geometry, channels_last, auto):
-        return Dgrad.run(dy, w, x_shape, geometry, channels_last, auto) if is_plain(dy, w) else _below(Dgrad, dy, w, x_shape, geometry, channels_last, auto)
+        if is_plain(dy, w):
+            return Dgrad.run(dy, w, x_shape, geometry, channels_last, auto)
+        return _below(Dgrad, dy, w, x_shape, geometry, channels_last, auto)
 
     @staticmethod
     def backward(ctx, ddx):
@@ -273,7 +278,9 @@ class Wgrad(_Pass):
 
     @staticmethod
     def forward(dy, x, w_shape, geometry, channels_last, auto):
-        return Wgrad.run(dy, x, w_shape, geometry, channels_last, auto) if is_plain(dy, x) else _below(Wgrad, dy, x, w_shape, geometry, channels_last, auto)
+        if is_plain(dy, x):
+            return Wgrad.run(dy, x, w_shape, geometry, channels_last, auto)
+        return _below(Wgrad, dy, x, w_shape, geometry, channels_last, auto)
 
     @staticmethod
     def backward(ctx, ddw):
