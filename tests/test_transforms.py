@@ -19,7 +19,8 @@ from tridil import DilatedConv2d, dilated_conv1d, dilated_conv2d, launch, ops, r
 from tridil.problem import PASSES, Problem
 
 conv2d = partial(dilated_conv2d, backend="triton")
-GEOMETRY = {"dilated": (1, (0, 2), 2, 1), "groups": (1, (0, 1), 1, 2), "strided": ((1, 2), (0, 1), (1, 2), 1)}         # stride, padding, dilation, groups
+# stride, padding, dilation, groups
+GEOMETRY = {"dilated": (1, (0, 2), 2, 1), "groups": (1, (0, 1), 1, 2), "strided": ((1, 2), (0, 1), (1, 2), 1)}
 BATCHED = [batched for batched in product((False, True), repeat=3) if any(batched)]
 pytestmark = [pytest.mark.usefixtures("poisoned"), pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")]
 
@@ -114,7 +115,7 @@ def test_nested_and_chunked(device, seed):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_formats_and_dtypes_of_a_layer_per_sample(dtype, device, seed):
-    layer = DilatedConv2d(4, 8, (1, 3), padding=(0, 2), dilation=2, backend="triton", dtype=dtype, device=device).to(memory_format=torch.channels_last)
+    layer = DilatedConv2d(4, 8, (1, 3), padding=(0, 2), dilation=2, dtype=dtype, device=device).to(memory_format=torch.channels_last)
     x = draw(6, 4, 2, 3, device=device, dtype=dtype).contiguous(memory_format=torch.channels_last).unflatten(0, (3, 2))
     parameters = dict(layer.named_parameters())
 
