@@ -4,11 +4,12 @@ from __future__ import annotations
 import os
 import sys
 from contextlib import nullcontext
-from functools import lru_cache, partial
+from functools import lru_cache, partial, reduce
 from importlib.abc import MetaPathFinder
 from importlib.util import find_spec
 
 import torch
+from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad, profiler
 
 from . import dispatch, tuner
@@ -148,34 +149,17 @@ def _empty(like, shape, channels_last):
                        memory_format=torch.channels_last if channels_last else torch.contiguous_format)
 
 
-def _impl_fprop(x, w, bias, stride, padding, dilation, groups, channels_last, auto=False):
-    return _run("fprop", x, w, bias, x.shape, w.shape, (tuple(stride), tuple(padding), tuple(dilation), groups), channels_last, auto)
-
-
-def _impl_dgrad(dy, w, x_shape, stride, padding, dilation, groups, channels_last, auto=False):
-    return _run("dgrad", dy, w, None, tuple(x_shape), w.shape, (tuple(stride), tuple(padding), tuple(dilation), groups), channels_last, auto)
-
-
-def _impl_wgrad(dy, x, w_shape, stride, padding, dilation, groups, channels_last, auto=False):
-    return _run("wgrad", dy, x, None, x.shape, tuple(w_shape), (tuple(stride), tuple(padding), tuple(dilation), groups), channels_last, auto)
-
-
 def _fake_fprop(x, w, bias, stride, padding, dilation, groups, channels_last, auto=False):
     sizes = [(x.shape[2 + i] + padding[2 * i] + padding[2 * i + 1] - dilation[i] * (w.shape[2 + i] - 1) - 1) // stride[i] + 1 for i in (0, 1)]
     return _empty(x, (x.shape[0], w.shape[0], *sizes), channels_last)
 
 
 def _fake_dgrad(dy, w, x_shape, stride, padding, dilation, groups, channels_last, auto=False):
-    return _empty(dy, x_shape, channels_last)
+    return _empty(dy, (dy.shape[0], *x_shape[1:]), channels_last)
 
 
 def _fake_wgrad(dy, x, w_shape, stride, padding, dilation, groups, channels_last, auto=False):
     return _empty(x, w_shape, channels_last)
-
-
-for _name, _impl, _fake in (("fprop", _impl_fprop, _fake_fprop), ("dgrad", _impl_dgrad, _fake_dgrad), ("wgrad", _impl_wgrad, _fake_wgrad)):
-    lib.impl(_name, _impl, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"tridil::{_name}", _fake, lib=lib)
 
 
 def is_plain(a, b, bias=None) -> bool:
@@ -189,48 +173,68 @@ def is_plain(a, b, bias=None) -> bool:
 
 _ORDINARY = (torch.Tensor, torch.nn.Parameter)
 _is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor          # left over from a transform
+_is_batched = torch._C._functorch.is_legacy_batchedtensor              # of torch.autograd.grad(is_grads_batched=True)
 
 
-def _fprop(x, w, bias, geometry, channels_last, auto):
-    if is_plain(x, w, bias):
-        return _run("fprop", x, w, bias, x.shape, w.shape, geometry, channels_last, auto)
-    return torch.ops.tridil.fprop(x, w, bias, *geometry, channels_last, auto)
+def _below(function, a, b, third, geometry, channels_last, auto):
+    """The operator for whoever watches below autograd: modes, subclasses, and the derivatives of an enclosing transform."""
+    with torch._C._AutoDispatchBelowAutograd(), torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
+        return function.op(a, b, third, *geometry, channels_last, auto)
 
 
-def _dgrad(dy, w, x_shape, geometry, channels_last, auto):
-    if is_plain(dy, w):
-        return _run("dgrad", dy, w, None, x_shape, w.shape, geometry, channels_last, auto)
-    return torch.ops.tridil.dgrad(dy, w, x_shape, *geometry, channels_last, auto)
+def _apply(function, a, b, third, geometry, channels_last, auto):
+    """One pass that a derivative needs, differentiable."""
+    if not is_plain(a, b) or _is_batched(a) or _is_batched(b):
+        return function.op(a, b, third, *geometry, channels_last, auto)
+    if torch.is_grad_enabled():
+        return super(torch.autograd.Function, function).apply(a, b, third, geometry, channels_last, auto)
+    return function.run(a, b, third, geometry, channels_last, auto)
 
 
-def _wgrad(dy, x, w_shape, geometry, channels_last, auto):
-    if is_plain(dy, x):
-        return _run("wgrad", dy, x, None, x.shape, w_shape, geometry, channels_last, auto)
-    return torch.ops.tridil.wgrad(dy, x, w_shape, *geometry, channels_last, auto)
-
-
-def _apply(function, a, b, *rest):
-    """function.apply; its forward where no graph is recorded."""
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
-        return function.apply(a, b, *rest)
-    return function.forward(a, b, *rest)
-
-
-class Fprop(torch.autograd.Function):
-    """y of (x, w, bias); geometry is (stride, padding (h_lo, h_hi, w_lo, w_hi), dilation, groups), channels_last the format of y and dx, auto whether
-    ATen may run it."""
-
-    @staticmethod
-    def forward(x, w, bias, geometry, channels_last, auto):
-        return _fprop(x, w, bias, geometry, channels_last, auto)
+class _Pass(torch.autograd.Function):
+    """What the passes have in common: each is linear in its two tensors a and b. `roles` names a, b and the result; `run` computes, `op` is the
+    operator, for whoever watches: its autograd kernel applies the Function, which is the only one that knows derivatives."""
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        x, w, _, ctx.geometry, ctx.channels_last, ctx.auto = inputs
-        ctx.save_for_backward(x, w)
+        a, b, _, ctx.geometry, ctx.channels_last, ctx.auto = inputs
+        ctx.save_for_backward(a, b)
+        ctx.save_for_forward(a, b)
+        ctx.set_materialize_grads(False)
+        ctx.shape = output.shape
+
+    @staticmethod
+    def jvp(ctx, da, db, dbias, *_):
+        op, shape, rest = ctx._forward_cls.op, None if ctx._forward_cls is Fprop else ctx.shape, (*ctx.geometry, ctx.channels_last, ctx.auto)
+        with forward_ad._set_fwd_grad_enabled(True):        # off here by default, which makes forward-over-forward lose terms in silence
+            a, b = (forward_ad.unpack_dual(t).primal for t in ctx.saved_tensors)
+            terms = [] if da is None else [op(da, b, dbias if shape is None else shape, *rest)]
+            if db is not None:
+                terms.append(op(a, db, shape, *rest))
+            if da is None and dbias is not None:
+                terms.append(dbias.view(-1, 1, 1).expand(ctx.shape))
+            return reduce(torch.add, terms)
+
+
+class Fprop(_Pass):
+    """y of (x, w, bias); geometry is (stride, padding (h_lo, h_hi, w_lo, w_hi), dilation, groups), channels_last the format of y and dx, auto whether
+    ATen may run it."""
+    roles = "xwy"
+
+    @staticmethod
+    def run(x, w, bias, geometry, channels_last, auto):
+        return _run("fprop", x, w, bias, x.shape, w.shape, geometry, channels_last, auto)
+
+    @staticmethod
+    def forward(x, w, bias, geometry, channels_last, auto):
+        if is_plain(x, w, bias):
+            return Fprop.run(x, w, bias, geometry, channels_last, auto)
+        return _below(Fprop, x, w, bias, geometry, channels_last, auto)
 
     @staticmethod
     def backward(ctx, dy):
+        if dy is None:
+            return (None,) * 6
         x, w = ctx.saved_tensors
         need_x, need_w, need_bias, *_ = ctx.needs_input_grad
         dx = _apply(Dgrad, dy, w, x.shape, ctx.geometry, ctx.channels_last, ctx.auto) if need_x else None
@@ -239,20 +243,24 @@ class Fprop(torch.autograd.Function):
         return dx, dw, db, None, None, None
 
 
-class Dgrad(torch.autograd.Function):
+class Dgrad(_Pass):
     """dx of (dy, w); channels_last is the format of dx."""
+    roles = "ywx"
+
+    @staticmethod
+    def run(dy, w, x_shape, geometry, channels_last, auto):
+        return _run("dgrad", dy, w, None, x_shape, w.shape, geometry, channels_last, auto)
 
     @staticmethod
     def forward(dy, w, x_shape, geometry, channels_last, auto):
-        return _dgrad(dy, w, x_shape, geometry, channels_last, auto)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        dy, w, _, ctx.geometry, ctx.channels_last, ctx.auto = inputs
-        ctx.save_for_backward(dy, w)
+        if is_plain(dy, w):
+            return Dgrad.run(dy, w, x_shape, geometry, channels_last, auto)
+        return _below(Dgrad, dy, w, x_shape, geometry, channels_last, auto)
 
     @staticmethod
     def backward(ctx, ddx):
+        if ddx is None:
+            return (None,) * 6
         dy, w = ctx.saved_tensors
         need_dy, need_w, *_ = ctx.needs_input_grad
         ddy = _apply(Fprop, ddx, w, None, ctx.geometry, ctx.channels_last, ctx.auto) if need_dy else None
@@ -260,25 +268,90 @@ class Dgrad(torch.autograd.Function):
         return ddy, dw, None, None, None, None
 
 
-class Wgrad(torch.autograd.Function):
+class Wgrad(_Pass):
     """dw of (dy, x); channels_last is the format of dw."""
+    roles = "yxw"
+
+    @staticmethod
+    def run(dy, x, w_shape, geometry, channels_last, auto):
+        return _run("wgrad", dy, x, None, x.shape, w_shape, geometry, channels_last, auto)
 
     @staticmethod
     def forward(dy, x, w_shape, geometry, channels_last, auto):
-        return _wgrad(dy, x, w_shape, geometry, channels_last, auto)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        dy, x, _, ctx.geometry, _, ctx.auto = inputs
-        ctx.save_for_backward(dy, x)
+        if is_plain(dy, x):
+            return Wgrad.run(dy, x, w_shape, geometry, channels_last, auto)
+        return _below(Wgrad, dy, x, w_shape, geometry, channels_last, auto)
 
     @staticmethod
     def backward(ctx, ddw):
+        if ddw is None:
+            return (None,) * 6
         dy, x = ctx.saved_tensors
         need_dy, need_x, *_ = ctx.needs_input_grad
         ddy = _apply(Fprop, x, ddw, None, ctx.geometry, is_channels_last(dy.shape, dy.stride()), ctx.auto) if need_dy else None
         dx = _apply(Dgrad, dy, ddw, x.shape, ctx.geometry, is_channels_last(x.shape, x.stride()), ctx.auto) if need_x else None
         return ddy, dx, None, None, None, None
+
+
+# The operand that has no vmap batch, if any -> the axis of each other tensor that takes the batch, so that one convolution computes all: images of x
+# and y, output channels of each group, input channels of each group, or groups.
+_PLACES = {"w": {"x": 0, "y": 0}, "x": {"w": 0, "y": 1}, "y": {"w": 1, "x": 1}, "": {"x": 1, "w": 0, "y": 1}}
+
+
+def _vmap(function, info, in_dims, a, b, third, stride, padding, dilation, groups, channels_last, auto=False):
+    """(result, its batch axis) of an operator under vmap."""
+    size, roles, bias, bias_dim = info.batch_size, function.roles, None, in_dims[2]
+    unbatched = "".join(role for role, dim in zip(roles, in_dims[:2]) if dim is None)
+    places = _PLACES.get(unbatched, {})
+
+    def parts(role):                                        # an axis of all channels consists of those of each group
+        return groups if unbatched in ("x", "y") and (role, places[role]) != ("w", 1) else 1
+
+    a, b = (t if dim is None else _fold(t, dim, places[role], parts(role)) for role, dim, t in zip(roles, in_dims, (a, b)))
+    at = places.get(roles[2], 0)
+    if function is not Fprop:
+        third = [n * size if i == at else n for i, n in enumerate(third)]
+    elif third is not None and (unbatched != "w" or bias_dim is not None):
+        bias, third = third, None
+    out = function.op(a, b, third, stride, padding, dilation, groups if unbatched else groups * size, channels_last, auto)
+    if places:
+        out = _unfold(out, at, size, parts(roles[2]))
+    if bias is not None:                                    # (B, N, K, P, Q), or (N, B, K, P, Q)
+        out = out + (bias if bias_dim is None else bias.movedim(bias_dim, 0).unsqueeze(1 - at))[..., None, None]
+    return out, at
+
+
+def _fold(t, dim, at, groups):
+    """t without axis `dim`, which its axis `at` takes in, within each of so many groups."""
+    t = t.movedim(dim, at)
+    return t.flatten(at, at + 1) if groups == 1 else t.unflatten(at + 1, (groups, -1)).transpose(at, at + 1).flatten(at, at + 2)
+
+
+def _unfold(t, at, size, groups):
+    """The inverse: the batch becomes axis `at`."""
+    return t.unflatten(at, (size, -1)) if groups == 1 else t.unflatten(at, (groups, size, -1)).transpose(at, at + 1).flatten(at + 1, at + 2)
+
+
+def _register(function, name, fake):
+    """The operator of a Function: what runs it, its shape, its derivatives (also those that a transform takes) and its rule under vmap."""
+    def arguments(a, b, third, stride, padding, dilation, groups, channels_last, auto=False):
+        if function is Dgrad:                               # of a DTensor, x_shape has the images of all processes
+            third = a.shape[0], *third[1:]
+        return a, b, tuple(third) if isinstance(third, list) else third, (tuple(stride), tuple(padding), tuple(dilation), groups), channels_last, auto
+
+    def derive(*args):
+        with enable_single_level_autograd_function():
+            return super(torch.autograd.Function, function).apply(*arguments(*args))
+    function.op = getattr(torch.ops.tridil, name).default
+    lib.impl(name, lambda *args: function.run(*arguments(*args)), "CompositeExplicitAutograd")
+    lib.impl(name, derive, "Autograd")
+    torch.library.register_fake(f"tridil::{name}", fake, lib=lib)
+    torch.library.register_vmap(f"tridil::{name}", partial(_vmap, function), lib=lib)
+
+
+_register(Fprop, "fprop", _fake_fprop)
+_register(Dgrad, "dgrad", _fake_dgrad)
+_register(Wgrad, "wgrad", _fake_wgrad)
 
 
 def convolve(x, w, bias, problem: Problem, auto: bool = False) -> torch.Tensor:
@@ -291,7 +364,7 @@ def convolve(x, w, bias, problem: Problem, auto: bool = False) -> torch.Tensor:
             return torch.conv2d(x, w, bias, problem.stride, [lo for lo, _ in problem.padding], problem.dilation, problem.groups)
         # Function.apply without its look at the signature of forward, which takes longer than a launch
         return super(torch.autograd.Function, Fprop).apply(x, w, bias, geometry, nhwc, auto)
-    return Fprop.apply(x, w, bias, geometry, nhwc, auto)
+    return torch.ops.tridil.fprop(x, w, bias, *geometry, nhwc, auto)
 
 
 def _register_flops():
@@ -306,20 +379,43 @@ def _register_flops():
         flop_counter.register_flop_formula(packet)(formula)
 
 
-class _AfterFlopCounter(MetaPathFinder):
-    """Registers when somebody imports torch.utils.flop_counter: it imports Triton, which `import tridil` must leave to be configured."""
+def _register_sharding():
+    """How DTensors are split over processes: by images, with whole weights, whose gradients are then summed."""
+    from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+    from torch.distributed.tensor._op_schema import RuntimeSchemaInfo
+    from torch.distributed.tensor.experimental import register_sharding
+    propagator = DTensor._op_dispatcher.sharding_propagator
+
+    def register(op, *split):
+        def rule(a, b, third, *rest):
+            bias = None if third is None or isinstance(third, (list, tuple)) else Replicate()
+            return [([y], [a, b, bias, *(None for _ in rest)]) for y, a, b in (split, (Replicate(),) * 3)]
+        register_sharding(op)(rule)
+        # what is not a tensor belongs to the key of DTensor's cache, too: the shape of the result depends on it
+        propagator.register_op_strategy(op, propagator.op_strategy_funcs[op], RuntimeSchemaInfo(2, needs_pytree=True))
+    register(Fprop.op, Shard(0), Shard(0), Replicate())
+    register(Dgrad.op, Shard(0), Shard(0), Replicate())
+    register(Wgrad.op, Partial(), Shard(0), Shard(0))
+
+
+class _After(MetaPathFinder):
+    """Registers when somebody imports a module that `import tridil` does not: it takes long, or imports Triton, which is left to be configured."""
+
+    def __init__(self, name, register):
+        self.name, self.register = name, register
 
     def find_spec(self, name, path, target=None):
-        if name != "torch.utils.flop_counter":
+        if name != self.name:
             return None
         sys.meta_path.remove(self)
         spec = find_spec(name)
         run = spec.loader.exec_module
-        spec.loader.exec_module = lambda module: (run(module), _register_flops())
+        spec.loader.exec_module = lambda module: (run(module), self.register())
         return spec
 
 
-if "torch.utils.flop_counter" in sys.modules:
-    _register_flops()
-else:
-    sys.meta_path.insert(0, _AfterFlopCounter())
+for _name, _act in (("torch.utils.flop_counter", _register_flops), ("torch.distributed.tensor", _register_sharding)):
+    if _name in sys.modules:
+        _act()
+    else:
+        sys.meta_path.insert(0, _After(_name, _act))
