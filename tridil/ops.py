@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import os
 import sys
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from functools import lru_cache, partial, reduce
 from importlib.abc import MetaPathFinder
 from importlib.util import find_spec
@@ -414,7 +414,12 @@ class _After(MetaPathFinder):
         return spec
 
 
-for _name, _act in (("torch.utils.flop_counter", _register_flops), ("torch.distributed.tensor", _register_sharding)):
+def _try_to_register_sharding():
+    with suppress(ImportError, AttributeError):             # parts of it are private to PyTorch: without them DTensors find no rule, and say so
+        _register_sharding()
+
+
+for _name, _act in (("torch.utils.flop_counter", _register_flops), ("torch.distributed.tensor", _try_to_register_sharding)):
     if _name in sys.modules:
         _act()
     else:
