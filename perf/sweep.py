@@ -58,7 +58,12 @@ def _machine(gpu, row):
     a = torch.randn((n, n), device=gpu.device).to(getattr(torch, row["dtype"]))
     out = torch.empty_like(a)
     run = (lambda: torch.mm(a, a, out=out)) if row["pass"] == "matmul" else (lambda: out.copy_(a))
-    q1, ms, q3 = gpu.quartiles([run])
+    matmul = torch.backends.cuda.matmul
+    before, matmul.fp32_precision = matmul.fp32_precision, torch.backends.cudnn.conv.fp32_precision        # the roof of what convolutions use
+    try:
+        q1, ms, q3 = gpu.quartiles([run])
+    finally:
+        matmul.fp32_precision = before
     speed = dict(tflops_dense=2e-9 * n**3 / ms) if row["pass"] == "matmul" else dict(gb_s=2e-6 * a.numel() * a.element_size() / ms)
     return dict(ms=ms, ms_q1=q1, ms_q3=q3, **gpu.state(), **speed)
 

@@ -1,6 +1,7 @@
 """The cost model against the clock, and what it predicts where there is none: `python perf/sweep.py --validate-model`."""
 from __future__ import annotations
 
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -41,17 +42,18 @@ def by_kind(frame: pd.DataFrame) -> pd.DataFrame:
 
 def measured(gpu, layers, passes, device, most: int = 10) -> pd.DataFrame:
     """Predicted and measured milliseconds of up to `most` candidates per layer and pass, the pick among them, spread evenly over the ranking."""
-    rows = []
+    rows, chosen = [], {}
+    for w, pass_ in product(layers, passes):
+        ranking = cost_model.rank(w.problem, pass_, device, precision_of(w.problem))
+        chosen[w, pass_] = [ranking[i] for i in dict.fromkeys(np.linspace(0, len(ranking) - 1, most).astype(int))]
+    gpu.compile([(w.problem, pass_, precision_of(w.problem), config) for (w, pass_), configs in chosen.items() for config in configs], device.target)
     for w in layers:
         x, weight, _, dy = testing.random_tensors(w.problem, gpu.device)
         for pass_ in passes:
             precision = precision_of(w.problem)
-            ranking = cost_model.rank(w.problem, pass_, device, precision)
-            chosen = [ranking[i] for i in dict.fromkeys(np.linspace(0, len(ranking) - 1, most).astype(int))]
-            gpu.compile([(w.problem, pass_, precision, config) for config in chosen], device.target)
             operands = [t.contiguous(memory_format=torch.channels_last)
                         for t in {"fprop": (x, weight), "dgrad": (dy, weight), "wgrad": (dy, x)}[pass_]]
-            for config in chosen:
+            for config in chosen[w, pass_]:
                 row = {"model": w.model, "layer": w.layer, "kind": w.kind, "pass": pass_, "dtype": w.problem.dtype,
                        "config": f"{config['kernel']} {cfg.describe(config)}",
                        "predicted_ms": 1e3 * cost_model.predict(w.problem, pass_, config, device, precision).seconds, "ms": float("nan")}

@@ -232,7 +232,7 @@ def tune(subject, *args, passes=PASSES, top: int = 8, budget: float | None = Non
             log.warning("tridil: the budget of %g s ended after %d of %d measurements: the same command goes on from there", budget, i, len(jobs))
             break
         if job not in picks:                                             # compiled some jobs at a time, on all cores
-            picks = {other: cost_model.rank(*other[:2], gpu.spec, other[2])[:top] for other in jobs[i:i + 8]}
+            picks = {other: cost_model.rank(*other[:2], gpu.spec, other[2])[:top] for other in jobs[i:i + 32]}
             gpu.compile([(*other, config) for other, configs in picks.items() for config in configs])
         rows.append(row := _measure(*job, picks[job], gpu, deadline))
         _keep(row)
