@@ -34,7 +34,8 @@ FIGURES = ["ms", "ms_q1", "ms_q3", *COUNTED]
 TIME, HOST = 0.03, 0.15
 STATIC = {"spills": 0, "overhead": 0.02, "per_fma": 0.02, "executed_macs": 0.005}
 OCCUPANCY = ("registers", "shared_bytes")               # growth is worse only where fewer programs fit on an SM, or spills appear
-TESTS = "tests/test_problem.py tests/test_config.py tests/test_launch.py"
+TESTS = "tests/test_problem.py tests/test_config.py tests/test_launch.py"        # in the interpreter the kernels' own take many minutes
+GPU_TESTS = "tests/test_kernels.py"
 
 
 class Unusable(Exception):
@@ -241,12 +242,13 @@ def compare_trees(args, trees: dict, folder: Path, run) -> tuple[list[dict], lis
         call(side, *arguments, "--json", out, out=out)
         return json.loads(out.read_text())
 
+    has_gpu = torch.cuda.is_available() and not args.static
     if not args.no_tests:
-        done, last = call("HEAD", "-m", "pytest", "-q", *shlex.split(args.tests))
+        done, last = call("HEAD", "-m", "pytest", "-q", *shlex.split(args.tests or (GPU_TESTS if has_gpu else TESTS)))
         if done.returncode:
             return failure("tests of HEAD", "", f"pytest ended with status {done.returncode}"), [f"{last}\nnothing is compared: HEAD's tests fail"]
     more = shlex.split(args.args)
-    if torch.cuda.is_available() and not args.static:
+    if has_gpu:
         rounds = {"BASE": [], "HEAD": []}
         for i, side in enumerate(("BASE", "HEAD", "HEAD", "BASE")):
             out = folder / f"sweep{i}"
@@ -281,7 +283,7 @@ def main(argv=None, run=execute) -> int:
     parser.add_argument("--static", action="store_true", help="no times, also with a GPU")
     parser.add_argument("--suite", default="quick", help="suite of tridil.workloads")
     parser.add_argument("--targets", default="cuda:80,cuda:90", help="what kernels are compiled for (default: %(default)s); with times, the GPU")
-    parser.add_argument("--tests", default=TESTS, help="arguments of pytest (default: %(default)s)")
+    parser.add_argument("--tests", help=f"arguments of pytest (default: {TESTS}; with a GPU {GPU_TESTS})")
     parser.add_argument("--no-tests", action="store_true", help="do not run HEAD's tests: they passed already")
     parser.add_argument("--args", default="", help='more arguments of perf/sweep.py, or of tridil aot, like --args="--passes fprop"')
     args = parser.parse_args(argv)
