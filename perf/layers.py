@@ -101,12 +101,13 @@ def tiles(problem, pass_, config, device, precision):
                 predicted_ms=1e3 * cost_model.predict(problem, pass_, config, device, precision).seconds)
 
 
-def reduced(problem: Problem, config: dict, pixels: int = 2048) -> tuple[Problem, dict]:
+def reduced(problem: Problem, config: dict, pixels: int | None = None) -> tuple[Problem, dict]:
     """A copy of a layer, and of its config, for the interpreter: same filter, stride, padding, dilation and pixel box.
 
     Channels of a group beyond 32 become 32 plus the remainder mod 32, tiles of them at most 32; at most 8 splits, 2 groups
-    (depthwise stays depthwise) and 2 images; maps of more than `pixels` are halved, down to the filter's extent.
+    (depthwise stays depthwise) and 2 images; maps of more than `pixels` (2048, depthwise 256) are halved, down to the filter's extent.
     """
+    pixels = pixels or (256 if problem.groups == problem.c else 2048)
     groups = min(problem.groups, 2)
     c, k = (size if size <= 32 else 32 + size % 32 for size in (problem.c // problem.groups, problem.k // problem.groups))
     sides, extents = [problem.h, problem.w], [d * (t - 1) + 1 for d, t in zip(problem.dilation, (problem.r, problem.s))]

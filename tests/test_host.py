@@ -349,6 +349,36 @@ print(json.dumps(out))
     assert all(map(all, found.values())), found
 
 
+def test_calls_can_be_captured_in_a_graph():
+    """Forward and backward through the public function read no value back and allocate through torch alone: what capture in a CUDA graph forbids is
+    absent from everything that PyTorch runs between the launches."""
+    names, launches = child("""
+import json, torch
+from torch.profiler import ProfilerActivity, profile
+from triton.runtime import driver
+from host_overhead import stub_driver
+from tridil import dilated_conv2d, launch
+driver.set_active(stub_driver(90))
+count, call = [], launch.Launch.__call__
+launch.Launch.__call__ = lambda self, tensors: count.append(self.kernel) or call(self, tensors)
+names = set()
+for n, c, size, k, kwargs in ((2, 64, 20, 64, dict(padding=4, dilation=4)), (1, 512, 4, 512, dict(padding=2, dilation=2)),
+                              (1, 3, 9, 5, dict(stride=2)), (2, 32, 9, 32, dict(padding=2, dilation=2, groups=32))):
+    for memory_format in (torch.channels_last, torch.contiguous_format):
+        x = torch.zeros(n, c, size, size, dtype=torch.half).to(memory_format=memory_format).requires_grad_()
+        w = torch.zeros(k, c // kwargs.get("groups", 1), 3, 3, dtype=torch.half, requires_grad=True)
+        bias = torch.zeros(k, dtype=torch.half, requires_grad=True)
+        dy = torch.zeros_like(dilated_conv2d(x, w, None, backend="triton", **kwargs))
+        with profile(activities=[ProfilerActivity.CPU]) as seen:
+            dilated_conv2d(x, w, bias, backend="triton", **kwargs).backward(dy)
+        names |= {event.key for event in seen.key_averages()}
+print(json.dumps([sorted(names), len(count)]))
+""")
+    assert launches > 3 * 8 and "tridil::wgrad" in names
+    forbidden = ("item", "_local_scalar_dense", "is_nonzero", "nonzero", "equal", "cpu", "pin_memory")
+    assert not {f"aten::{name}" for name in forbidden} & set(names), names
+
+
 def test_launch_hooks_see_the_convolution():
     """What Proton shows: a name, dense FLOPs and compulsory bytes, of every kernel that multiplies."""
     found = child("""
