@@ -54,7 +54,7 @@ def write(frame: pd.DataFrame, out: Path, machine: str, notes: list[str], images
     """Writes report.html: machine, notes, summary, the pictures inline, the table of report.table with the layers' names."""
     view = table(frame)
     view.insert(0, "layer", frame["model"] + " " + frame["layer"])
-    view["problem"] = frame["problem"].fillna("")
+    view["problem"] = frame["problem"].astype(object).fillna("")
     heads = "".join(f'<th scope="col"><button type="button">{escape(column)}</button></th>' for column in view)
     rows = "\n".join(f"<tr{' class=bad' * bad}>" + "".join(f"<td>{escape(str(cell))}</td>" for cell in cells) + "</tr>"
                      for cells, bad in zip(view.itertuples(index=False), is_broken(frame)))
