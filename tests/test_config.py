@@ -139,3 +139,13 @@ def test_sequences_and_groups_waste_no_rows(target):
             if p.groups > 1:
                 most = 2 if p.c // p.groups >= 16 else 4
                 assert config.executed_macs(p, pass_, cfg) <= most * p.useful_macs, (p.key(), pass_, cfg)
+
+
+@pytest.mark.parametrize("change, reason", [
+    ({"num_warps": 32}, "at most 255 registers, 16 warps"), ({"COLS": 300}, "at most 255 registers, 16 warps"), ({"BLOCK_N": 48}, "power of two"),
+    ({"SPLIT_K": 2}, "does not split"), ({"CLAMP": True}, "exactly the entries")])
+def test_fits_knows_the_limits_of_direct_kernels(change, reason):
+    p = problem_of((2, 32, 14, 14), (32, 1, 3, 3), None, 1, 2, 2, 32, "float16", "nhwc")
+    cfg = cost_model.best(p, "fprop", "cuda:80")
+    assert cfg["kernel"] == "depthwise" and config.fits(cfg, p, "fprop", "cuda:80") is None
+    assert reason in config.fits(cfg | change, p, "fprop", "cuda:80")

@@ -15,6 +15,7 @@ from functools import lru_cache
 from math import gcd, prod
 
 from . import devices, direct
+from .direct import pixels
 from .problem import DTYPE_BYTES, PASSES, Axis, Problem
 
 KERNELS = ("gather", "gather_flat", "tma", "depthwise")
@@ -31,11 +32,6 @@ def device_limits(target: str) -> tuple[int, int]:
     """(SMs, bytes of shared memory one program may use) of a target such as "cuda:90"."""
     device = devices.of_target(target)
     return device.sms, device.limits[1]
-
-
-def pixels(config: dict) -> int:
-    """Rows of a tile that hold its pixel box."""
-    return _up(config["BLOCK_IMG"] * config["BLOCK_P"] * config["BLOCK_Q"])
 
 
 def _up(x: int) -> int:

@@ -27,8 +27,8 @@ def fill(problem: Problem) -> tuple[int, int] | None:
     return tuple(sides) if all(sides) else None
 
 
-def lanes(config: dict) -> int:
-    """Lanes of a tile's box, rounded up to a power of two."""
+def pixels(config: dict) -> int:
+    """Rows of a tile that hold its pixel box, a power of two; of a direct kernel its lanes."""
     return 1 << max(config["BLOCK_IMG"] * config["BLOCK_P"] * config["BLOCK_Q"] - 1, 0).bit_length()
 
 
@@ -49,12 +49,13 @@ def fits(config: dict, problem: Problem, pass_: str, target: str) -> str | None:
     for name in ("BLOCK_N", "num_warps"):
         if config[name] & (config[name] - 1):
             return f"{name} must be a power of two, got {config[name]}"
-    if lanes(config) > 1024:
+    if pixels(config) > 1024:
         return f"a box has at most 1024 lanes, got {config['BLOCK_IMG']}x{config['BLOCK_P']}x{config['BLOCK_Q']}"
     if pass_ != "wgrad" and config["SPLIT_K"] > 1:
         return f"depthwise does not split {pass_}'s reduction, got SPLIT_K={config['SPLIT_K']}"
     shift = max(w.stride // gcd(w.stride, w.dilation) for _, w in problem.axes(pass_)) if problem.q else 1
-    if config["num_warps"] > 16 or (held := registers(config, problem, shift, target)) > 255:
+    held = registers(config, problem, shift, target)
+    if config["num_warps"] > 16 or held > 255:
         return (f"a lane would hold {held} registers with COLS={config['COLS']}, TAPS={config['TAPS']}, num_warps={config['num_warps']} "
                 f"(at most 255 registers, 16 warps)")
     if (programs := max((tiles(problem, pass_, config, axes) for axes in problem.axes(pass_)), default=0)) >= 2**31:
@@ -70,7 +71,7 @@ def _warp(target: str) -> int:
 def registers(config: dict, problem: Problem, shift: int, target: str) -> int:
     """Registers of a thread that hold sums, weights and columns."""
     nbytes = DTYPE_BYTES[problem.dtype]
-    per = max(lanes(config) * config["BLOCK_N"] // (_warp(target) * config["num_warps"]), 1) * (2 if nbytes == 8 else 1)
+    per = max(pixels(config) * config["BLOCK_N"] // (_warp(target) * config["num_warps"]), 1) * (2 if nbytes == 8 else 1)
     count = (config["COLS"] - 1) * shift + config["TAPS"]
     sums = config["TAPS"] * config["ROWS"] if "ROWS" in config else config["COLS"]
     return per * (sums + (config["COLS"] if "ROWS" in config else config["TAPS"])) + -(-per * count * min(nbytes, 4) // 4)
@@ -140,14 +141,14 @@ def walk(problem: Problem, pass_: str, config: dict, axes: tuple[Axis, Axis]) ->
     else:
         rows = iterations = _row_walk(h, config["BLOCK_P"])[1] * (problem.k // problem.c if pass_ == "dgrad" else 1)
     all_tiles = images * tiles_n
-    return (all_tiles * rows * products * lanes(config) * config["BLOCK_N"], all_tiles * rows * columns, all_tiles * rows * boxes * chunks * count,
+    return (all_tiles * rows * products * pixels(config) * config["BLOCK_N"], all_tiles * rows * columns, all_tiles * rows * boxes * chunks * count,
             all_tiles * iterations * boxes * chunks)
 
 
 def clocks(problem: Problem, pass_: str, config: dict, device: devices.Device) -> dict[str, float]:
     """Clocks of a pass's launches by what takes them: issue and l2 alone, waves with the idle SMs of both, dram. From static counts."""
     nbytes, warps, sms, target = DTYPE_BYTES[problem.dtype], config["num_warps"], device.sms, device.target
-    per = max(lanes(config) * config["BLOCK_N"] / (_warp(target) * warps), 1)
+    per = max(pixels(config) * config["BLOCK_N"] / (_warp(target) * warps), 1)
     wide = gcd(problem.c, problem.k, 16 // nbytes) if problem.layout == "nhwc" and problem.k == problem.c else 1
     moves = max(per / wide, 1)
     is_wgrad = pass_ == "wgrad"
@@ -256,4 +257,4 @@ def loads(problem: Problem, pass_: str, config: dict, axes: tuple[Axis, Axis]) -
         groups = [(r0, min(r0 + config["ROWS"], h.taps) - 1) for r0 in range(0, h.taps, config["ROWS"])]
         return source + problem.n * sum(h.live_out_any(*group) for group in groups) * w.out * problem.k * -(-w.taps // taps)
     boxes = -(-problem.n // config["BLOCK_IMG"]) * len(_lane_boxes(w, cols, config["BLOCK_Q"]))
-    return source + boxes * _row_walk(h, config["BLOCK_P"])[1] * lanes(config) * problem.k * w.taps
+    return source + boxes * _row_walk(h, config["BLOCK_P"])[1] * pixels(config) * problem.k * w.taps
