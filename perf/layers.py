@@ -9,17 +9,13 @@ from dataclasses import replace
 from itertools import groupby
 
 import torch
-from providers import Gpu, provider
+from providers import Gpu, precision_of, provider
 
 from tridil import config as cfg
-from tridil import cost_model, dispatch, ops, reference, testing, tuner
+from tridil import cost_model, reference, testing, tuner
 from tridil.problem import Problem
 
 FORMATS = {"nhwc": torch.channels_last, "nchw": torch.contiguous_format}
-
-
-def precision_of(problem: Problem) -> str:
-    return ops.fp32_precision(dispatch.target()) if problem.dtype == "float32" else "ieee"
 
 
 def attempt(row: dict, measure) -> dict:
@@ -52,9 +48,8 @@ def part_of(problem: Problem, pass_: str, limit: int = 2**32):
 
 def gpu_rows(gpu: Gpu, pending, device, graph: bool = False):
     """Measured rows: pending is a list of (workload, row); the tensors and float64 references of a layer are made once."""
-    ours = [(w.problem, row) for w, row in pending if row["provider"].startswith("tridil")]
-    chosen = [(row["pass"], *_chosen(gpu, problem, row)) for problem, row in ours]
-    gpu.compile([(problem, pass_, precision, config) for pass_, problem, precision, config in chosen], device.target)
+    chosen = [(row["pass"], *_chosen(gpu, w.problem, row)) for w, row in pending]
+    gpu.compile([(problem, pass_, precision, config) for pass_, problem, precision, config in chosen if config], device.target)
     for workload, jobs in groupby(pending, key=lambda job: job[0]):
         tensors = testing.random_tensors(workload.problem, gpu.device)
         for pass_, rows in groupby((row for _, row in jobs), key=lambda row: row["pass"]):
@@ -64,8 +59,10 @@ def gpu_rows(gpu: Gpu, pending, device, graph: bool = False):
 
 
 def _chosen(gpu, problem: Problem, row: dict):
-    """(problem in the provider's layout, precision, tridil's config)."""
+    """(problem in the provider's layout, precision, tridil's config or None)."""
     problem, precision = replace(problem, layout=provider(row["provider"]).layout), precision_of(problem)
+    if not row["provider"].startswith("tridil"):
+        return problem, precision, None
     return problem, precision, tuner.decide(problem, row["pass"], row["target"], precision, torch.device(gpu.device)).config
 
 
@@ -75,7 +72,7 @@ def _on_gpu(gpu, problem, pass_, tensors, expected, row, device, graph):
     part, cuts, result_cut = part_of(problem, pass_)
     if not expected:
         expected.append(getattr(reference, pass_)(part, *(t[cut] for t, cut in zip(operands, cuts))))
-    ours, runs = row["provider"].startswith("tridil"), provider(row["provider"])
+    runs = provider(row["provider"])
     problem, precision, config = _chosen(gpu, problem, row)
     # tensors that together exceed the L2 cache take turns
     count = max(1, min(-(-2 * gpu.l2_bytes // max(problem.bytes, 1)), 64 if graph else 4))
@@ -90,7 +87,7 @@ def _on_gpu(gpu, problem, pass_, tensors, expected, row, device, graph):
         found = dict(ms=ms, ms_q1=q1, ms_q3=q3, **gpu.state(), tflops_dense=2e-9 * problem.dense_macs / ms,
                      tflops_useful=2e-9 * problem.useful_macs / ms, gb_s=1e-6 * problem.bytes / ms, extra_mib=gpu.extra_bytes(calls[0]) / 2**20,
                      bit_identical=same, error=error, budget=budget, checked_on=part.key())
-    return found | (tiles(problem, pass_, config, device, precision) if ours else {})
+    return found | (tiles(problem, pass_, config, device, precision) if config else {})
 
 
 def tiles(problem, pass_, config, device, precision):

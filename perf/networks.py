@@ -2,12 +2,11 @@
 from __future__ import annotations
 
 import torch
-from layers import FORMATS, attempt, precision_of
+from layers import FORMATS, attempt, tiles
 from models import MODELS
-from providers import provider
+from providers import precision_of, provider
 
 import tridil
-from tridil import config as cfg
 from tridil import cost_model
 from tridil.problem import PASSES
 
@@ -33,31 +32,31 @@ def _step(model, x, dtype, training: bool):
     return step
 
 
-def _built(name: str, device, layout: str, dtype=torch.float32, shape=None, **sizes):
+def _built(name: str, device, layout: str, dtype=torch.float32):
     """(model, input), always of the same seed."""
-    build, full = MODELS[name]
+    build, shape = MODELS[name]
     with torch.random.fork_rng(devices=[]), torch.device("meta" if device == "meta" else "cpu"):
         torch.manual_seed(0)
-        model, x = build(**sizes), torch.randn(shape or full)
+        model, x = build(), torch.randn(shape)
     if x.dim() == 4:
         model, x = model.to(memory_format=FORMATS[layout]), x.contiguous(memory_format=FORMATS[layout])
     return model.to(device, dtype), x.to(device, dtype)
 
 
-def gpu_rows(gpu, pending, sizes=None):
-    """Measured rows: pending is a list of rows; sizes of the networks other than their own (for tests)."""
+def gpu_rows(gpu, pending):
+    """Measured rows."""
     for row in pending:
-        yield attempt(row, lambda: _on_gpu(gpu, row, **(sizes or {})))  # noqa: B023 (called at once)
+        yield attempt(row, lambda: _on_gpu(gpu, row))  # noqa: B023 (called at once)
 
 
-def _on_gpu(gpu, row, **sizes):
+def _on_gpu(gpu, row):
     runs, dtype, training = provider(row["provider"]), getattr(torch, row["dtype"]), row["pass"] == "training"
     with runs.setting():
         found = {}
-        model, x = _built(row["model"], gpu.device, runs.layout, **sizes)
+        model, x = _built(row["model"], gpu.device, runs.layout)
         if not training:                                         # the outputs of the network as it is, in fp32 and in its dtype
             model.eval()
-            found = _checked(runs.model(_built(row["model"], gpu.device, runs.layout, **sizes)[0].eval()), model, x, dtype)
+            found = _checked(runs.model(_built(row["model"], gpu.device, runs.layout)[0].eval()), model, x, dtype)
         model = runs.model(model)
         step = _step(model, x, dtype, training)
         step()
@@ -92,8 +91,7 @@ def _counted(row, device):
         for pass_ in PASSES if row["pass"] == "training" else PASSES[:1]:
             precision = precision_of(problem)
             config = cost_model.best(problem, pass_, device.target, precision)
-            one = dict(dense_macs=problem.dense_macs, useful_macs=problem.useful_macs, executed_macs=cfg.executed_macs(problem, pass_, config),
-                       predicted_ms=1e3 * cost_model.predict(problem, pass_, config, device, precision).seconds,
-                       roof_ms=1e3 * cost_model.roof(problem, device, precision))
+            one = tiles(problem, pass_, config, device, precision) | dict(dense_macs=problem.dense_macs, useful_macs=problem.useful_macs,
+                                                                         roof_ms=1e3 * cost_model.roof(problem, device, precision))
             totals = {name: total + count * one[name] for name, total in totals.items()}
     return totals | dict(checked_on=f"{sum(layers.values())} dilated layers, counted")

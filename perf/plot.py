@@ -304,7 +304,7 @@ def main(argv=None) -> int:
     frame, out = read(args.csv), args.out or args.csv.parent
     if frame.empty:
         parser.error(f"no rows in {args.csv}: perf/sweep.py writes them")
-    frame = frame[frame["target"] == frame["target"].iloc[-1]].drop_duplicates([*{*IDENTITY, "layout"} - {"code"}], keep="last")
+    frame = frame[frame["target"] == frame["target"].iloc[-1]].drop_duplicates([*{*IDENTITY} - {"code"}], keep="last")
     providers = dict.fromkeys(frame["provider"] + " " + frame["version"].astype(object).fillna("").astype(str))
     out.mkdir(parents=True, exist_ok=True)
     for path in write(frame, out, f"target {frame['target'].iloc[-1]} | {', '.join(map(str.strip, providers))} | {args.csv.name}"):

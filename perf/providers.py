@@ -98,10 +98,14 @@ class Provider:
     setting: Callable[[], AbstractContextManager] = nullcontext
 
 
+def precision_of(problem: Problem) -> str:
+    return ops.fp32_precision(dispatch.target()) if problem.dtype == "float32" else "ieee"
+
+
 def _tridil(problem: Problem, pass_: str, a, b, config: dict):
     from tridil import launch
     bias = [None] if pass_ == "fprop" else []
-    precision = ops.fp32_precision(dispatch.target()) if problem.dtype == "float32" else "ieee"
+    precision = precision_of(problem)
     return lambda: getattr(launch, pass_)(problem, a, b, *bias, config, precision)
 
 

@@ -35,7 +35,7 @@ import layers  # noqa: E402
 import networks  # noqa: E402
 import validate  # noqa: E402
 from models import MODELS  # noqa: E402
-from providers import DEFAULT, PROVIDERS, Gpu, provider, reason_against  # noqa: E402
+from providers import DEFAULT, PROVIDERS, Gpu, precision_of, provider, reason_against  # noqa: E402
 from report import COLUMNS, IDENTITY, is_broken, machine_line, read, report, triton_version, with_ratio  # noqa: E402
 
 from tridil import cost_model, devices, dispatch, workloads  # noqa: E402
@@ -159,7 +159,7 @@ def _wanted(args, target: str, code: str, gpu, device) -> list[tuple]:
     wanted += [(None, row(name, "(model)", "model", step, dtype, by)) for name in args.models for dtype in args.dtypes if dtype != "float64"
                for step in networks.STEPS for by in args.providers if provider(by).model]
     for w in args.layers:
-        precision = layers.precision_of(w.problem)
+        precision = precision_of(w.problem)
         described = layers.sizes(w.problem) | {"count": w.count, "roof_ms": 1e3 * cost_model.roof(w.problem, device, precision)}
         wanted += [(w, row(w.model, w.layer, w.kind, pass_, w.problem.dtype, name, **described)) for pass_ in args.passes for name in args.providers]
     return wanted

@@ -7,8 +7,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from layers import precision_of
-from providers import PROVIDERS
+from providers import PROVIDERS, precision_of
 
 from tridil import config as cfg
 from tridil import cost_model, testing
