@@ -115,6 +115,22 @@ print(json.dumps(found))
                 assert row["loads"]["LDGSTS.128"] > 0
 
 
+@pytest.mark.parametrize("target", ["cuda:80", "cuda:100"])
+def test_narrow_groups_load_the_channels_of_a_pixel_at_once(target):
+    code = f"""
+import json
+from tridil import aot
+from tridil.problem import Problem
+layers = {{width: Problem(8, 32 * width, 28, 28, 32 * width, 3, 3, padding=((2, 2), (2, 2)), dilation=(2, 2), groups=32) for width in (2, 4, 8)}}
+print(json.dumps({{width: [aot.resources(p, pass_, None, {target!r})[0] for pass_ in ("fprop", "dgrad", "wgrad")] for width, p in layers.items()}}))
+"""
+    out = child("-c", code)
+    assert out.returncode == 0, out.stderr
+    for width, rows in json.loads(out.stdout).items():
+        for row in rows:
+            assert row["mma"].startswith("HMMA") and row["spills"] == 0 and row["loads"].get(f"LDGSTS.{16 * int(width)}", 0) >= 3, row
+
+
 @pytest.mark.parametrize("target", ["cuda:80", "cuda:90"])
 def test_instructions_of_direct_kernels(target):
     """At most 3.0 instructions per multiply-accumulate for 3x3 and 2.5 for 7x7 filters in fp16; operands arrive 16 bytes at a time, weights apart.

@@ -67,6 +67,7 @@ GEOMETRIES = {
     "channels off by one": problem((1, 65, 7, 7), (31, 65, 3, 3), padding=2, dilation=2),
     "groups": problem((1, 48, 8, 9), (32, 24, 3, 3), padding=2, dilation=2, groups=2),
     "narrow groups": problem((1, 12, 9, 9), (9, 4, 3, 3), padding=3, dilation=3, groups=3),
+    "groups of 4, strided, NCHW": problem((2, 20, 9, 8), (20, 4, 3, 3), stride=2, padding=2, dilation=2, groups=5, layout="nchw"),
     "depthwise": problem((2, 6, 9, 9), (6, 1, 3, 3), padding=3, dilation=3, groups=6),
     "depthwise, dilation beyond the map": problem((1, 3, 6, 7), (3, 1, 3, 3), padding=9, dilation=9, groups=3),
     "depthwise, multiplier 2": problem((1, 3, 9, 9), (6, 1, 5, 5), padding=4, dilation=2, groups=3, stride=2),
@@ -81,13 +82,13 @@ GEOMETRIES = {
 
 
 @pytest.mark.parametrize("name, dtype", [*itertools.product(GEOMETRIES, ("float16", "float32")), *itertools.product(
-    ("aspp", "stride 2, dilation 3", "49 taps", "RGB", "ragged channels", "depthwise", "NCHW"), ("bfloat16", "float64"))])
+    ("aspp", "stride 2, dilation 3", "49 taps", "RGB", "ragged channels", "narrow groups", "depthwise", "NCHW"), ("bfloat16", "float64"))])
 def test_geometry(name, dtype):
     check(replace(GEOMETRIES[name], dtype=dtype))
 
 
 @pytest.mark.parametrize("pass_", PASSES)
-@pytest.mark.parametrize("name", ["aspp", "ragged channels", "RGB", "groups", "stride 2, dilation 3", "depthwise"])
+@pytest.mark.parametrize("name", ["aspp", "ragged channels", "RGB", "groups", "narrow groups", "stride 2, dilation 3", "depthwise"])
 def test_every_candidate_gives_the_reference(name, pass_):
     p = GEOMETRIES[name]
     configs = config.candidates(p, pass_, dispatch.target())
@@ -144,6 +145,12 @@ def test_eight_warps_in_a_flat_reduction_loop(pass_):
     p = problem((2, 48, 9, 9), (64, 48, 3, 3), padding=2, dilation=2)
     cfgs = [dict(c, num_warps=8) for c in config.candidates(p, pass_, dispatch.target())[:2]]
     check(p, [pass_], cfgs)
+
+
+def test_more_taps_than_one_reciprocal_divides():
+    p = problem((1, 2, 1, 1080), (3, 2, 1, 1024), dilation=1)
+    check(p, ["fprop"])
+    check(replace(p, w=1000, padding=((0, 0), (50, 50))), ["fprop"])      # dead taps
 
 
 @pytest.mark.parametrize("stages", [1, 2, 3, 4])
@@ -240,6 +247,20 @@ def test_nan_weight_on_a_dead_tap_is_not_read():
     cfg = cost_model.best(p, "fprop", dispatch.target())
     got = launch.fprop(p, x, poisoned, bias, cfg)
     assert torch.equal(got, launch.fprop(p, x, w, bias, cfg)) and torch.isfinite(got).all()
+
+
+@pytest.mark.parametrize("width", [1, 4, 16])
+def test_nan_stays_in_its_group(width):
+    p = problem((1, 4 * width, 5, 6), (4 * width, width, 3, 3), padding=2, dilation=2, groups=4)
+    x, w, _, dy = testing.random_tensors(p, kernel_device(), 0)
+    for pass_, (a, b) in {"fprop": (x, w), "dgrad": (dy, w), "wgrad": (dy, x)}.items():
+        cfg, run = cost_model.best(p, pass_, dispatch.target()), launch.prepare
+        clean, a = run(p, pass_, cfg)(a, b), a.clone()
+        a[:, width:2 * width] = float("nan")
+        got = run(p, pass_, cfg)(a, b)
+        groups = 1 if pass_ != "wgrad" else 0                            # the axis of the result that groups divide
+        for g, (part, expected) in enumerate(zip(got.chunk(4, groups), clean.chunk(4, groups))):
+            assert part.isnan().all() if g == 1 else torch.equal(part, expected), (pass_, g)
 
 
 def test_illegal_config_raises_before_any_launch():

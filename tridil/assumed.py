@@ -4,7 +4,8 @@
 LOOP = {("gather", "fprop"): (50, 8), ("gather", "dgrad"): (50, 9), ("gather", "wgrad"): (68, 11.5), ("tma", "fprop"): (90, 0),
         ("tma", "dgrad"): (90, 0), ("tma", "wgrad"): (100, 0)}
 SPECIALIZED = 45            # the same for one warp of a warp-specialised loop
-SCATTERED = {"gather": 12, "gather_flat": 25}   # instructions for an operand element that is addressed and loaded alone (counted: 10 to 40)
+SCATTERED = 12              # instructions for an operand element that is addressed and loaded alone
+FLAT = 14                   # the same for a run of channels of one tap, at most 16 bytes, where the reduction is flattened (counted: 10 to 20)
 ATTAINED = 0.85             # share of its busiest unit's peak that a loop reaches with enough programs on the SM
 ALONE = 0.6                 # share of that which one program of four warps reaches; grows with the root of its warps
 ALONE_SPECIALIZED = 0.9

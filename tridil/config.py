@@ -21,11 +21,13 @@ from .problem import DTYPE_BYTES, PASSES, Axis, Problem
 KERNELS = ("gather", "gather_flat", "tma", "depthwise")
 # tiles (M, N, num_warps); on the smallest one more warps would repeat each other's work
 TILES = ((128, 128, 4), (128, 256, 8), (256, 128, 8), (64, 128, 4), (128, 64, 4), (64, 64, 4), (128, 32, 4), (64, 32, 4), (128, 16, 4),
-         (64, 16, 4), (32, 128, 4), (32, 64, 4), (16, 128, 4), (16, 64, 4), (16, 32, 4), (16, 16, 2))
+         (64, 16, 4), (128, 8, 4), (64, 8, 4), (32, 128, 4), (32, 64, 4), (16, 128, 4), (16, 64, 4), (16, 32, 4), (16, 16, 2), (8, 128, 4),
+         (8, 64, 4), (8, 32, 4), (8, 16, 2))
 TMA_TILES = ((128, 128, 4), (128, 256, 8), (256, 128, 8), (64, 256, 4), (256, 64, 4), (64, 128, 4), (128, 64, 4), (64, 64, 4), (128, 32, 4),
              (32, 128, 4))
 # without tensor cores: fp64, ieee fp32
-SIMT_TILES = ((64, 64, 4), (64, 32, 4), (64, 16, 4), (32, 32, 4), (32, 16, 4), (16, 64, 4), (16, 16, 4))
+SIMT_TILES = ((64, 64, 4), (64, 32, 4), (64, 16, 4), (64, 8, 4), (32, 32, 4), (32, 16, 4), (32, 8, 4), (16, 64, 4), (16, 16, 4), (8, 64, 4),
+              (8, 16, 4))
 
 
 def device_limits(target: str) -> tuple[int, int]:
@@ -80,8 +82,10 @@ def fits(config: dict, problem: Problem, pass_: str, target: str) -> str | None:
         if config[name] & (config[name] - 1):
             return f"{name} must be a power of two, got {config[name]}"
     m, n, k = tile(config, pass_)
-    if min(m, n, k) < 16:
-        return f"tl.dot needs tile sides of at least 16, got {m}x{n}x{k}"
+    channels, others = (m, min(n, k)) if pass_ == "wgrad" else (n, min(m, k))
+    least = 16 if kernel == "tma" else _least_channels(target)
+    if others < 16 or channels < least:
+        return f"tl.dot needs tile sides of at least 16, of output channels {least} with {kernel} on {target}, got {m}x{n}x{k}"
     if pixels(config) > 1024:
         return f"a pixel box has at most 1024 pixels, got {config['BLOCK_IMG']}x{config['BLOCK_P']}x{config['BLOCK_Q']}"
     if config["num_warps"] > 16 or m * n > 256 * 32 * config["num_warps"]:
@@ -256,14 +260,15 @@ def _gather_options(problem: Problem, pass_: str, target: str, precision: str):
     rows, cols, reduced = _channels(problem, pass_, problem.r * problem.s if flat else 1)
     base = {"kernel": "gather_flat" if flat else "gather", "CLAMP": target.startswith("cuda") and int(target[5:]) >= 100, "num_stages": 3,
             "maxnreg": 255 if target.startswith("cuda") else None}
-    # operands whose aligned runs are too short for cp.async (4 bytes) are loaded through registers, an element at a time
-    scattered = {channels: flat or gcd(channels, 4) * nbytes < 4 for channels in (c, k)}
+    # operands whose aligned runs are too short for cp.async (4 bytes) are loaded through registers, an element at a time; flattened or clamped, each
+    # run of channels has an address of its own
+    scattered = {channels: 1 / gcd(channels, 16 // nbytes) if flat or base["CLAMP"] else gcd(channels, 4) * nbytes < 4 for channels in (c, k)}
     m_scattered = gcd(k, 4) * nbytes < 4 if rows else scattered[c if pass_ == "fprop" else k]
     n_scattered = scattered[c]
     for m, n, warps in TILES if mma else SIMT_TILES:
-        if not _suits(m, n, rows, cols, nbytes):
+        if not _suits(m, n, rows, cols, nbytes, _least_channels(target)):
             continue
-        most = (16 if mma else 4) * 32 * warps                         # scattered elements, a thread at most 16 or 4
+        most = (16 if mma else 4) * 32 * warps                         # addresses, a thread at most 16 or 4
         steps = [step for step in (_reduction_steps(pass_, reduced, nbytes) if mma else [16])
                  if max(m * m_scattered, n * n_scattered) * step <= most]
         large = m * n >= 128 * 128                                     # its accumulator leaves few registers: below is what would spill
@@ -317,9 +322,18 @@ def _map(problem: Problem, pass_: str) -> tuple[int, int, int]:
     return problem.n, max((h.out for h, _ in axes), default=1), max((w.out for _, w in axes), default=1)
 
 
-def _suits(m: int, n: int, rows: int | None, cols: int, nbytes: int) -> bool:
-    """Whether no half of a tile is idle, nor its accumulator too large for wide dtypes."""
-    return not (n > 16 and n >= 2 * cols or (m > 16 and m >= 2 * rows if rows else m < 32) or nbytes == 4 and m * n > 128 * 128)
+def _suits(m: int, n: int, rows: int | None, cols: int, nbytes: int, least: int = 16) -> bool:
+    """Whether no half of a tile is idle, nor its accumulator too large for wide dtypes. least: the fewest output channels of a tile."""
+    def fills(side, count, least):
+        return side == least or least < side < 2 * count
+    few = least if (rows or cols) <= 8 else 16
+    wanted = fills(m, rows, few) and fills(n, cols, 16) if rows else m >= 32 and fills(n, cols, few)
+    return wanted and not (nbytes == 4 and m * n > 128 * 128)
+
+
+def _least_channels(target: str) -> int:
+    """Output channels of a tile, at least, in the gather kernels: columns of a matrix product."""
+    return 8 if target.startswith("cuda") else 16
 
 
 def _reduction_steps(pass_: str, reduced: int | None, nbytes: int) -> list[int]:

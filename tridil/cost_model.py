@@ -52,7 +52,10 @@ def step_clocks(problem: Problem, pass_: str, config: dict, device: Device, prec
     else:
         # bytes of one copy of each operand: x or dy, and (innermost channels C) w or (wgrad) x
         widths = c_align if pass_ == "fprop" else k_align, c_align
-        each = [per_copy / width if width >= 4 else assumed.SCATTERED[config["kernel"]] / nbytes for width in widths]
+        each = [per_copy / width if width >= 4 else assumed.SCATTERED / nbytes for width in widths]
+        if config["kernel"] == "gather_flat":
+            image = pass_ == "wgrad"                                    # which operand is the one that taps shift
+            each[image] = assumed.FLAT / widths[image]
         other = warps * fixed + sum(cost * size * k * nbytes / 32 for size, cost in zip((m, n), each))
     if kind == "tma":                               # operands stay in shared memory; a warpgroup reads its 64 rows and all columns
         read = (m + (-(-m // 64) if device.target == "cuda:90" else 1) * n) * k * nbytes

@@ -118,6 +118,12 @@ def address(x, INT64: tl.constexpr):
 
 
 @triton.jit
+def along(x, AXIS: tl.constexpr):
+    """x as a tile that varies along one axis."""
+    return x[None, :] if AXIS else x[:, None]
+
+
+@triton.jit
 def dot(a, b, acc, PRECISION: tl.constexpr):
     """acc + a @ b; "upcast" is for Triton's interpreter, which multiplies bfloat16 as if it were integer."""
     if PRECISION == "upcast":

@@ -11,6 +11,7 @@ from .common import (
     RUNTIME,
     STEP_1,
     address,
+    along,
     below,
     box_pixels,
     dot,
@@ -133,6 +134,7 @@ def correlate_flat(x_ptr, w_ptr, bias_ptr, y_ptr, N, H, W, P, Q, K, G, stride_h,
                    BLOCK_IMG: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
                    IS_SPLIT: tl.constexpr, PIXELS: tl.constexpr):
     """The same for few channels: the reduction runs over the flattened (live tap, channel) index, in blocks of BLOCK_K."""
+    FAR: tl.constexpr = -(1 << 30)                                       # outside every image, twice that, too
     _, g, img, p0, q0, n0 = output_tile(N, P, Q, K, G, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_N, IS_SPLIT)
     r_lo, nr = live_taps(p0, tl.minimum(p0 + BLOCK_P, P) - 1, H, off_h, stride_h, dil_h, R)
     s_lo, ns = live_taps(q0, tl.minimum(q0 + BLOCK_Q, Q) - 1, W, off_w, stride_w, dil_w, S)
@@ -140,8 +142,8 @@ def correlate_flat(x_ptr, w_ptr, bias_ptr, y_ptr, N, H, W, P, Q, K, G, stride_h,
     ns = tl.maximum(ns, 1)
     i, p, q = box_pixels(BLOCK_P, BLOCK_Q, PIXELS)
     in_y = (i < tl.minimum(N - img, BLOCK_IMG)) & (p0 + p < P) & (q0 + q < Q)
-    h = (p0 + p) * stride_h + off_h
-    v = (q0 + q) * stride_w + off_w
+    h = tl.where(in_y, (p0 + p) * stride_h + off_h + r_lo * dil_h, FAR)
+    v = (q0 + q) * stride_w + off_w + s_lo * dil_w
     cg = C * G
     if INT64:
         i, p, q = i.to(tl.int64), p.to(tl.int64), q.to(tl.int64)
@@ -149,21 +151,25 @@ def correlate_flat(x_ptr, w_ptr, bias_ptr, y_ptr, N, H, W, P, Q, K, G, stride_h,
     pixel0 = (img.to(tl.int64) * H + p0 * stride_h + off_h + r_lo * dil_h) * W + q0 * stride_w + off_w + s_lo * dil_w
     xo = pixel0 * cg + g * C
     n = n0 + tl.arange(0, BLOCK_N)
+    per_row = ((1 << 20) + ns - 1) // ns
     acc = tl.zeros((PIXELS, BLOCK_N), ACC)
     for j0 in range(0, total, BLOCK_K):
         j = j0 + tl.arange(0, BLOCK_K)
         c = j % C
-        r = r_lo + j // C // ns
-        s = s_lo + j // C % ns
-        hr = h[:, None] + (r * dil_h)[None, :]
-        vs = v[:, None] + (s * dil_w)[None, :]
-        in_x = (in_y[:, None] & (j < total)[None, :]) & ((hr >= 0) & (hr < H) & (vs >= 0) & (vs < W))
-        shift = (r - r_lo) * dil_h * W + (s - s_lo) * dil_w
+        # j // C // ns: as in box_pixels, for so few taps
+        r = (j // C * per_row) >> 20 if R * S <= 1008 else j // C // ns
+        s = j // C - r * ns
+        dh = r * dil_h
+        dv = s * dil_w
+        hr = h[:, None] + tl.where(j < total, dh, FAR)[None, :]
+        vs = v[:, None] + dv[None, :]
+        in_x = (hr.to(tl.uint32) < H) & (vs.to(tl.uint32) < W)                                  # negative is huge
+        shift = dh * W + dv
         if INT64:
             shift = shift.to(tl.int64)
         x_offs = pixel[:, None] + (shift * cg + c)[None, :]
-        a = load_masked(x_ptr, xo, x_offs, in_x, 1, 1, CLAMP)
-        tap = (tap_r + r * step_r) * FILTER_S + tap_s + s * step_s
+        a = load_masked(x_ptr, xo, x_offs, in_x, 1, ALIGN, CLAMP)
+        tap = (tap_r + (r_lo + r) * step_r) * FILTER_S + tap_s + (s_lo + s) * step_s
         in_w = (j < total)[:, None] & (n < K)[None, :]
         if TRANSPOSED:
             w_offs = (((g * C + c) * (FILTER_R * FILTER_S) + tap) * CW)[:, None] + n[None, :]
@@ -186,8 +192,10 @@ def wgrad(x_ptr, dy_ptr, dw_ptr, N, H, W, P, Q, K, G, stride_h, stride_w, off_h,
 
     Columns are BLOCK_N channels of one tap, or (FLAT) BLOCK_N flattened (tap, channel) pairs, whose live rectangles are united.
     """
-    ALIGN: tl.constexpr = 1 if FLAT else ALIGN_C
     cols = R * S * C if FLAT else C
+    # axes of the tile: fewer than 16 output channels are columns of the product, of which 8 are enough
+    ROW: tl.constexpr = 1 if BLOCK_M < 16 else 0
+    COL: tl.constexpr = 1 - ROW
     pid = tl.program_id(0)
     tiles_m = tl.cdiv(K, BLOCK_M)
     tiles_n = tl.cdiv(cols, BLOCK_N)
@@ -197,9 +205,10 @@ def wgrad(x_ptr, dy_ptr, dw_ptr, N, H, W, P, Q, K, G, stride_h, stride_w, off_h,
     t = t // tiles_n
     n = n0 + tl.arange(0, BLOCK_N)
     if FLAT:
-        c = n % C
-        r = n // C // S
-        s = n // C % S
+        # aligned runs of ALIGN_C columns are channels of one tap
+        c = tl.max_contiguous(tl.multiple_of(n % C, ALIGN_C), ALIGN_C)
+        r = tl.max_constancy(n // C // S, ALIGN_C)
+        s = tl.max_constancy(n // C % S, ALIGN_C)
         r_lo, r_hi = tl.min(r, axis=0), tl.max(tl.where(n < cols, r, 0), axis=0)
         s_lo, s_hi = tl.min(tl.where(n < cols, s, S), axis=0), tl.max(tl.where(n < cols, s, 0), axis=0)
     else:
@@ -214,27 +223,28 @@ def wgrad(x_ptr, dy_ptr, dw_ptr, N, H, W, P, Q, K, G, stride_h, stride_w, off_h,
                                                            dil_h, dil_w, BLOCK_IMG, BLOCK_P, BLOCK_Q, SPLIT_K)
     i, bp, bq = box_pixels(BLOCK_P, BLOCK_Q, PIXELS)
     kk = tl.arange(0, BLOCK_M)
-    in_k = below(k0 + kk, K, ALIGN_K)[:, None]
-    in_c = below(n, cols, ALIGN)[None, :]
+    in_k = along(below(k0 + kk, K, ALIGN_K), ROW)
+    in_c = along(below(n, cols, ALIGN_C), COL)
     cg = C * G
     kg = K * G
     shift_h = r * dil_h + off_h
     shift_w = s * dil_w + off_w
     bi, br, bs = (i.to(tl.int64), bp.to(tl.int64), bq.to(tl.int64)) if INT64 else (i, bp, bq)
-    dy_cols = address(kk, INT64)[:, None] + address(tl.multiple_of(((bi * P + br) * Q + bs) * kg, ALIGN_K), INT64)[None, :]
+    dy_pixel = tl.multiple_of(((bi * P + br) * Q + bs) * kg, ALIGN_K)
+    dy_offs = along(address(kk, INT64), ROW) + along(address(dy_pixel, INT64), COL)
     x_pixel = tl.multiple_of(((bi * H + br * stride_h) * W + bs * stride_w) * cg, ALIGN_C)
     if FLAT:
-        x_cols = (shift_h * W + shift_w).to(tl.int64) * cg + c
-        x_rows = x_pixel[:, None] + x_cols[None, :]
+        x_cols = tl.multiple_of((shift_h * W + shift_w).to(tl.int64) * cg, ALIGN_C) + c
+        x_offs = along(x_pixel, ROW) + along(x_cols, COL)
         xt = g * C
     else:
-        x_rows = address(x_pixel, INT64)[:, None] + address(tl.arange(0, BLOCK_N), INT64)[None, :]
+        x_offs = along(address(x_pixel, INT64), ROW) + along(address(tl.arange(0, BLOCK_N), INT64), COL)
         xt = (shift_h * W + shift_w).to(tl.int64) * cg + g * C + n0
-    # scalar offsets of a box and what they gain at the next box, the next row of boxes, the next images: in units of ALIGN elements, which shows
+    # scalar offsets of a box and what they gain at the next box, the next row of boxes, the next images: in units of ALIGN_C elements, which shows
     # that they are multiples
-    cg = cg // ALIGN
+    cg = cg // ALIGN_C
     kg = kg // ALIGN_K
-    xo = ((img.to(tl.int64) * H + p * stride_h) * W + q * stride_w) * cg + xt // ALIGN
+    xo = ((img.to(tl.int64) * H + p * stride_h) * W + q * stride_w) * cg + xt // ALIGN_C
     dyo = ((img.to(tl.int64) * P + p) * Q + q) * kg + (g * K + k0) // ALIGN_K
     last_q = tl.cdiv(q_hi - q_lo, BLOCK_Q) * BLOCK_Q
     last_p = tl.cdiv(p_hi - p_lo, BLOCK_P) * BLOCK_P
@@ -244,18 +254,18 @@ def wgrad(x_ptr, dy_ptr, dw_ptr, N, H, W, P, Q, K, G, stride_h, stride_w, off_h,
     dy_next = BLOCK_Q * kg
     dy_row = (BLOCK_P * Q - last_q).to(tl.int64) * kg
     dy_img = (BLOCK_IMG * P - last_p).to(tl.int64) * Q * kg
-    acc = tl.zeros((BLOCK_M, BLOCK_N), ACC)
+    acc = tl.zeros((BLOCK_N, BLOCK_M) if ROW else (BLOCK_M, BLOCK_N), ACC)
     for _ in range(count):
         live = (i < tl.minimum(N - img, BLOCK_IMG)) & (bp < p_hi - p) & (bq < q_hi - q)
-        in_dy = in_k & live[None, :]
-        in_x = live[:, None] & in_c
+        in_dy = in_k & along(live, COL)
+        in_x = along(live, ROW) & in_c
         if FLAT:
-            hr = ((p + bp) * stride_h)[:, None] + shift_h[None, :]
-            vs = ((q + bq) * stride_w)[:, None] + shift_w[None, :]
-            in_x = in_x & ((hr >= 0) & (hr < H) & (vs >= 0) & (vs < W))
-        a = load_masked(dy_ptr, dyo * ALIGN_K, dy_cols, in_dy, 0, ALIGN_K, CLAMP)
-        b = load_masked(x_ptr, xo * ALIGN, x_rows, in_x, 1, ALIGN, CLAMP)
-        acc = dot(a, b, acc, PRECISION)
+            hr = along((p + bp) * stride_h, ROW) + along(shift_h, COL)
+            vs = along((q + bq) * stride_w, ROW) + along(shift_w, COL)
+            in_x = in_x & ((hr.to(tl.uint32) < H) & (vs.to(tl.uint32) < W))                   # negative is huge
+        a = load_masked(dy_ptr, dyo * ALIGN_K, dy_offs, in_dy, ROW, ALIGN_K, CLAMP)
+        b = load_masked(x_ptr, xo * ALIGN_C, x_offs, in_x, COL, ALIGN_C, CLAMP)
+        acc = dot(b, a, acc, PRECISION) if ROW else dot(a, b, acc, PRECISION)
         q += BLOCK_Q
         xo += x_next
         dyo += dy_next
@@ -272,4 +282,4 @@ def wgrad(x_ptr, dy_ptr, dw_ptr, N, H, W, P, Q, K, G, stride_h, stride_w, off_h,
     dw = dw_ptr + tl.multiple_of(split.to(tl.int64) * sw_split + (g * K + k0).to(tl.int64) * sw_k, ALIGN_C)
     rows = tl.multiple_of((kk.to(tl.int64) if INT64 else kk) * sw_k, ALIGN_C)
     columns = c * sw_c + tl.multiple_of(r * sw_r + s * sw_s, ALIGN_W)
-    tl.store(dw + address(rows[:, None] + columns[None, :], INT64), acc.to(dw_ptr.dtype.element_ty), mask=in_k & in_c)
+    tl.store(dw + address(along(rows, ROW) + along(columns, COL), INT64), acc.to(dw_ptr.dtype.element_ty), mask=in_k & in_c)
