@@ -137,6 +137,7 @@ def test_sequences_and_groups_waste_no_rows(target):
         for pass_ in PASSES:
             cfg = cost_model.best(p, pass_, target)
             assert p.h > 1 or cfg["BLOCK_P"] == 1, (p.key(), pass_, cfg)
+            assert min(config.tile(cfg, pass_)) >= 16 or cfg["num_warps"] < 4, "wgmma of 8 columns"
             if p.groups > 1:
                 most = 2 if p.c // p.groups >= 16 else 4
                 assert config.executed_macs(p, pass_, cfg) <= most * p.useful_macs, (p.key(), pass_, cfg)

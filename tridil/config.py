@@ -19,10 +19,11 @@ from .direct import pixels
 from .problem import DTYPE_BYTES, PASSES, Axis, Problem
 
 KERNELS = ("gather", "gather_flat", "tma", "depthwise")
-# tiles (M, N, num_warps); on the smallest one more warps would repeat each other's work
+# tiles (M, N, num_warps); on the smallest one more warps would repeat each other's work; two warps take no wgmma, for
+# which Triton 3.8 and 3.9 write descriptors with base offsets where a tile has 8 columns
 TILES = ((128, 128, 4), (128, 256, 8), (256, 128, 8), (64, 128, 4), (128, 64, 4), (64, 64, 4), (128, 32, 4), (64, 32, 4), (128, 16, 4),
-         (64, 16, 4), (128, 8, 4), (64, 8, 4), (32, 128, 4), (32, 64, 4), (16, 128, 4), (16, 64, 4), (16, 32, 4), (16, 16, 2), (8, 128, 4),
-         (8, 64, 4), (8, 32, 4), (8, 16, 2))
+         (64, 16, 4), (128, 8, 2), (64, 8, 2), (32, 128, 4), (32, 64, 4), (16, 128, 4), (16, 64, 4), (16, 32, 4), (16, 16, 2), (8, 128, 2),
+         (8, 64, 2), (8, 32, 2), (8, 16, 2))
 TMA_TILES = ((128, 128, 4), (128, 256, 8), (256, 128, 8), (64, 256, 4), (256, 64, 4), (64, 128, 4), (128, 64, 4), (64, 64, 4), (128, 32, 4),
              (32, 128, 4))
 # without tensor cores: fp64, ieee fp32
