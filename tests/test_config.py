@@ -22,6 +22,13 @@ def count_macs(p, pass_, cfg):
     c, k = p.c // p.groups, p.k // p.groups
     reduced, cols = {"fprop": (c, k), "dgrad": (k, c), "wgrad": (None, c)}[pass_]
     for h, w in p.axes(pass_):
+        if cfg["kernel"] == "gather_flat":                               # wgrad: the rectangle that the live ones of all taps of a tile span
+            for columns in (range(i, min(i + n, p.r * p.s * c)) for i in range(0, p.r * p.s * c, n)):
+                taps = {divmod(j // c, p.s) for j in columns}
+                spans = [[axis.live_out(tap) for tap in {t[dim] for t in taps}] for dim, axis in enumerate((h, w))]
+                sides = [len(range(min(lo for lo, _ in span), max(hi for _, hi in span), side)) for span, side in zip(spans, (bp, bq))]
+                total += sides[0] * sides[1] * images * step * n * len(range(0, k, m)) * m
+            continue
         if pass_ == "wgrad":
             for r in range(p.r):
                 for s in range(p.s):

@@ -247,7 +247,10 @@ def candidates(problem: Problem, pass_: str, target: str, precision: str = "tf32
     """
     if direct.is_depthwise(problem):
         return [cfg for cfg in direct.options(problem, pass_, target) if fits(cfg, problem, pass_, target) is None]
-    options = [*_gather_options(problem, pass_, target, precision), *tma_options(problem, pass_, target, precision)]
+    flat = is_flat(problem, pass_)
+    options = [*_gather_options(problem, pass_, target, precision, flat), *tma_options(problem, pass_, target, precision)]
+    if pass_ == "wgrad" and not flat and problem.r * problem.s > 1 and problem.c < 128 * problem.groups:
+        options += _gather_options(problem, pass_, target, precision, True)         # tiles of several taps, for which dy is read once
     options = [cfg for cfg in options if fits(cfg, problem, pass_, target) is None]
     if problem.groups > 1:                                    # tiles that are mostly masked: only where there are no others
         most = (2 if min(problem.c, problem.k) >= 16 * problem.groups else 4) * problem.useful_macs
@@ -255,8 +258,8 @@ def candidates(problem: Problem, pass_: str, target: str, precision: str = "tf32
     return options
 
 
-def _gather_options(problem: Problem, pass_: str, target: str, precision: str):
-    mma, flat, nbytes = has_mma(problem, precision), is_flat(problem, pass_), DTYPE_BYTES[problem.dtype]
+def _gather_options(problem: Problem, pass_: str, target: str, precision: str, flat: bool):
+    mma, nbytes = has_mma(problem, precision), DTYPE_BYTES[problem.dtype]
     c, k = problem.c // problem.groups, problem.k // problem.groups
     rows, cols, reduced = _channels(problem, pass_, problem.r * problem.s if flat else 1)
     base = {"kernel": "gather_flat" if flat else "gather", "CLAMP": target.startswith("cuda") and int(target[5:]) >= 100, "num_stages": 3,
@@ -267,7 +270,7 @@ def _gather_options(problem: Problem, pass_: str, target: str, precision: str):
     m_scattered = gcd(k, 4) * nbytes < 4 if rows else scattered[c if pass_ == "fprop" else k]
     n_scattered = scattered[c]
     for m, n, warps in TILES if mma else SIMT_TILES:
-        if not _suits(m, n, rows, cols, nbytes, _least_channels(target)):
+        if not _suits(m, n, rows, cols, nbytes, _least_channels(target)) or flat and rows and n <= c:
             continue
         most = (16 if mma else 4) * 32 * warps                         # addresses, a thread at most 16 or 4
         steps = [step for step in (_reduction_steps(pass_, reduced, nbytes) if mma else [16])

@@ -197,6 +197,8 @@ def why(problem: Problem, pass_: str, config: dict, device: Device, precision: s
         return f"{target} loads boxes of the image by descriptor"
     if config["kernel"] == "gather_flat":
         channels = (problem.k if pass_ == "dgrad" else problem.c) // problem.groups
+        if not cfg.is_flat(problem, pass_):
+            return f"{channels} channels: a tile of several taps reads dy once for all of them"
         return f"{channels} channels: blocks of (tap, channel) pairs waste less than blocks of channels"
     options = list(cfg.tma_options(problem, pass_, target, precision))
     legal = [option for option in options if cfg.fits(option, problem, pass_, target) is None]
