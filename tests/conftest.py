@@ -14,7 +14,8 @@ hypothesis.settings.load_profile("tridil")
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "perf"))    # scripts and the models that tests convert
-os.environ["TRIDIL_CACHE"] = tempfile.mkdtemp(prefix="tridil-tests-")   # what a user measured must not choose the tests' configs
+_cache = tempfile.TemporaryDirectory(prefix="tridil-tests-", ignore_cleanup_errors=True)
+os.environ["TRIDIL_CACHE"] = _cache.name                                 # what a user measured must not choose the tests' configs
 
 
 def _driver_serves() -> bool:

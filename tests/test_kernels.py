@@ -93,6 +93,8 @@ def test_every_candidate_gives_the_reference(name, pass_):
     p = GEOMETRIES[name]
     configs = config.candidates(p, pass_, dispatch.target())
     assert configs
+    if dispatch.interpreted():                                           # how each tile compiles is for compiled code
+        configs = random.sample(configs, min(len(configs), 12))
     check(p, [pass_], configs)
 
 

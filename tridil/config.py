@@ -252,9 +252,10 @@ def candidates(problem: Problem, pass_: str, target: str, precision: str = "tf32
     if pass_ == "wgrad" and not flat and problem.r * problem.s > 1 and problem.c < 128 * problem.groups:
         options += _gather_options(problem, pass_, target, precision, True)         # tiles of several taps, for which dy is read once
     options = [cfg for cfg in options if fits(cfg, problem, pass_, target) is None]
-    if problem.groups > 1:                                    # tiles that are mostly masked: only where there are no others
-        most = (2 if min(problem.c, problem.k) >= 16 * problem.groups else 4) * problem.useful_macs
-        options = [cfg for cfg in options if executed_macs(problem, pass_, cfg) <= most] or options
+    if problem.groups > 1 and options:                        # tiles that are mostly masked: only where none is much better
+        executed = [executed_macs(problem, pass_, cfg) for cfg in options]
+        most = max((2 if min(problem.c, problem.k) >= 16 * problem.groups else 4) * problem.useful_macs, 1.25 * min(executed))
+        options = [cfg for cfg, macs in zip(options, executed) if macs <= most]
     return options
 
 
