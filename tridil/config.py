@@ -19,16 +19,15 @@ from .direct import pixels
 from .problem import DTYPE_BYTES, PASSES, Axis, Problem
 
 KERNELS = ("gather", "gather_flat", "tma", "depthwise")
-# tiles (M, N, num_warps); on the smallest one more warps would repeat each other's work; two warps take no wgmma, for
-# which Triton 3.8 and 3.9 write descriptors with base offsets where a tile has 8 columns
+# tiles (M, N, num_warps); on the smallest one more warps would repeat each other's work
 TILES = ((128, 128, 4), (128, 256, 8), (256, 128, 8), (64, 128, 4), (128, 64, 4), (64, 64, 4), (128, 32, 4), (64, 32, 4), (128, 16, 4),
          (64, 16, 4), (128, 8, 2), (64, 8, 2), (32, 128, 4), (32, 64, 4), (16, 128, 4), (16, 64, 4), (16, 32, 4), (16, 16, 2), (8, 128, 2),
          (8, 64, 2), (8, 32, 2), (8, 16, 2))
 TMA_TILES = ((128, 128, 4), (128, 256, 8), (256, 128, 8), (64, 256, 4), (256, 64, 4), (64, 128, 4), (128, 64, 4), (64, 64, 4), (128, 32, 4),
              (32, 128, 4))
 # without tensor cores: fp64, ieee fp32
-SIMT_TILES = ((64, 64, 4), (64, 32, 4), (64, 16, 4), (64, 8, 4), (32, 32, 4), (32, 16, 4), (32, 8, 4), (16, 64, 4), (16, 16, 4), (8, 64, 4),
-              (8, 16, 4))
+SIMT_TILES = ((64, 64, 4), (64, 32, 4), (64, 16, 4), (64, 8, 2), (32, 32, 4), (32, 16, 4), (32, 8, 2), (16, 64, 4), (16, 16, 4), (8, 64, 2),
+              (8, 16, 2))
 
 
 def device_limits(target: str) -> tuple[int, int]:
@@ -87,6 +86,8 @@ def fits(config: dict, problem: Problem, pass_: str, target: str) -> str | None:
     least = 16 if kernel == "tma" else _least_channels(target)
     if others < 16 or channels < least:
         return f"tl.dot needs tile sides of at least 16, of output channels {least} with {kernel} on {target}, got {m}x{n}x{k}"
+    if channels < 16 and config["num_warps"] > 2:            # for wgmma of 8 columns Triton 3.8 and 3.9 write descriptors that nothing could check
+        return f"tiles of {channels} output channels take at most 2 warps, got num_warps={config['num_warps']}"
     if pixels(config) > 1024:
         return f"a pixel box has at most 1024 pixels, got {config['BLOCK_IMG']}x{config['BLOCK_P']}x{config['BLOCK_Q']}"
     if config["num_warps"] > 16 or m * n > 256 * 32 * config["num_warps"]:
