@@ -1,4 +1,5 @@
 """What is legal, what is sensible, and how much the default tiles execute."""
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -132,6 +133,14 @@ def test_fits_knows_pass_and_grid():
     huge = replace(P, n=2**30, h=64, w=64, padding=((1, 1), (1, 1)), dilation=(1, 1))
     small = dict(good, BLOCK_IMG=1, BLOCK_P=1, BLOCK_Q=16, BLOCK_N=16)
     assert "2**31" in config.fits(small, huge, "fprop", "cuda:80")
+
+
+@pytest.mark.parametrize("target", ["cuda:80", "cuda:100", "hip:gfx942"])
+def test_every_channel_count_has_candidates(target):
+    counts, kinds = (1, 3, 8, 9, 17, 25, 64, 65), [("float16", "tf32"), ("float32", "tf32"), ("float32", "ieee"), ("float64", "ieee")]
+    for c, k, groups, (dtype, precision), pass_ in itertools.product(counts, counts, (1, 3), kinds, PASSES):
+        p = problem_of((2, c * groups, 9, 11), (k * groups, c, 3, 3), None, 1, 2, 2, groups, dtype, "nhwc")
+        assert config.candidates(p, pass_, target, precision), (p.key(), pass_, precision)
 
 
 @pytest.mark.parametrize("target", ["cuda:80", "cuda:90", "cuda:100"])

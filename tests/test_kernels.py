@@ -81,8 +81,13 @@ GEOMETRIES = {
 }
 
 
-@pytest.mark.parametrize("name, dtype", [*itertools.product(GEOMETRIES, ("float16", "float32")), *itertools.product(
-    ("aspp", "stride 2, dilation 3", "49 taps", "RGB", "ragged channels", "narrow groups", "depthwise", "NCHW"), ("bfloat16", "float64"))])
+DTYPES = ("aspp", "stride 2, dilation 3", "49 taps", "RGB", "ragged channels", "narrow groups", "depthwise", "NCHW")
+MORE_FP32 = ("dilation beyond the map", "stride beyond the filter", "1D, 41 taps", "channels off by one", "groups", "groups of 4, strided, NCHW",
+             "depthwise, multiplier 2", "NCHW, strided")
+
+
+@pytest.mark.parametrize("name, dtype", [*itertools.product(GEOMETRIES, ["float16"]), *itertools.product(DTYPES, ("bfloat16", "float32", "float64")),
+                                         *itertools.product(MORE_FP32, ["float32"])])
 def test_geometry(name, dtype):
     check(replace(GEOMETRIES[name], dtype=dtype))
 

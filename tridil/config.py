@@ -272,9 +272,9 @@ def _gather_options(problem: Problem, pass_: str, target: str, precision: str, f
     m_scattered = gcd(k, 4) * nbytes < 4 if rows else scattered[c if pass_ == "fprop" else k]
     n_scattered = scattered[c]
     for m, n, warps in TILES if mma else SIMT_TILES:
-        if not _suits(m, n, rows, cols, nbytes, _least_channels(target)) or flat and rows and n <= c:
+        if not _suits(m, n, rows, cols, nbytes, _least_channels(target)) or flat and n <= c and not is_flat(problem, pass_):
             continue
-        most = (16 if mma else 4) * 32 * warps                         # addresses, a thread at most 16 or 4
+        most = (16 if mma else 16 // warps) * 32 * warps               # addresses, a thread at most 16, without tensor cores 8 or 4
         steps = [step for step in (_reduction_steps(pass_, reduced, nbytes) if mma else [16])
                  if max(m * m_scattered, n * n_scattered) * step <= most]
         large = m * n >= 128 * 128                                     # its accumulator leaves few registers: below is what would spill
