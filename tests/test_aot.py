@@ -115,18 +115,23 @@ print(json.dumps(found))
                 assert row["loads"]["LDGSTS.128"] > 0
 
 
-@pytest.mark.parametrize("target", ["cuda:80", "cuda:100"])
-def test_narrow_groups_load_the_channels_of_a_pixel_at_once(target):
+def default_rows(layers, target):
+    """{name: rows of the default kernels of the three passes}, compiled in a child process."""
     code = f"""
 import json
 from tridil import aot
 from tridil.problem import Problem
-layers = {{width: Problem(8, 32 * width, 28, 28, 32 * width, 3, 3, padding=((2, 2), (2, 2)), dilation=(2, 2), groups=32) for width in (4, 8)}}
-print(json.dumps({{width: [aot.resources(p, pass_, None, {target!r})[0] for pass_ in ("fprop", "dgrad", "wgrad")] for width, p in layers.items()}}))
+print(json.dumps({{name: [aot.resources(p, pass_, None, {target!r})[0] for pass_ in ("fprop", "dgrad", "wgrad")] for name, p in {layers!r}.items()}}))
 """
     out = child("-c", code)
     assert out.returncode == 0, out.stderr
-    for width, rows in json.loads(out.stdout).items():
+    return json.loads(out.stdout)
+
+
+@pytest.mark.parametrize("target", ["cuda:80", "cuda:100"])
+def test_narrow_groups_load_the_channels_of_a_pixel_at_once(target):
+    layers = {width: Problem(8, 32 * width, 28, 28, 32 * width, 3, 3, padding=((2, 2), (2, 2)), dilation=(2, 2), groups=32) for width in (4, 8)}
+    for width, rows in default_rows(layers, target).items():
         for row in rows:
             assert row["mma"].startswith("HMMA") and row["spills"] == 0 and row["loads"].get(f"LDGSTS.{16 * int(width)}", 0) >= 3, row
 
@@ -138,17 +143,9 @@ def test_instructions_of_direct_kernels(target):
     Triton 3.6 passes the columns through shared memory, where the branch that skips dead ones begins.
     """
     slack = 1.3 if version("triton").startswith("3.6") else 1.0
-    code = f"""
-import json
-from tridil import aot
-from tridil.problem import Problem
-layers = {{3: Problem(8, 480, 64, 64, 480, 3, 3, padding=((2, 2), (2, 2)), dilation=(2, 2), groups=480),
-          7: Problem(128, 64, 56, 56, 64, 7, 7, padding=((9, 9), (9, 9)), dilation=(3, 3), groups=64)}}
-print(json.dumps({{taps: [aot.resources(p, pass_, None, {target!r})[0] for pass_ in ("fprop", "dgrad", "wgrad")] for taps, p in layers.items()}}))
-"""
-    out = child("-c", code)
-    assert out.returncode == 0, out.stderr
-    for taps, rows in json.loads(out.stdout).items():
+    layers = {3: Problem(8, 480, 64, 64, 480, 3, 3, padding=((2, 2), (2, 2)), dilation=(2, 2), groups=480),
+              7: Problem(128, 64, 56, 56, 64, 7, 7, padding=((9, 9), (9, 9)), dilation=(3, 3), groups=64)}
+    for taps, rows in default_rows(layers, target).items():
         for row, most in zip(rows, [{"3": 3.0, "7": 2.5}[taps]] * 2 + [{"3": 3.5, "7": 3.0}[taps]]):
             assert row["kernel"].endswith("_depthwise") and row["spills"] == 0 and 1 < row["per_fma"] <= most * slack, row
             columns = (row["config"]["COLS"] - 1) + row["config"]["TAPS"]

@@ -251,7 +251,8 @@ def candidates(problem: Problem, pass_: str, target: str, precision: str = "tf32
     flat = is_flat(problem, pass_)
     options = [*_gather_options(problem, pass_, target, precision, flat), *tma_options(problem, pass_, target, precision)]
     if pass_ == "wgrad" and not flat and problem.r * problem.s > 1 and problem.c < 128 * problem.groups:
-        options += _gather_options(problem, pass_, target, precision, True)         # tiles of several taps, for which dy is read once
+        tiles_of_taps = _gather_options(problem, pass_, target, precision, True)    # dy is read once for several taps
+        options += [cfg for cfg in tiles_of_taps if cfg["BLOCK_N"] * problem.groups > problem.c]
     options = [cfg for cfg in options if fits(cfg, problem, pass_, target) is None]
     if problem.groups > 1 and options:                        # tiles that are mostly masked: only where none is much better
         executed = [executed_macs(problem, pass_, cfg) for cfg in options]
@@ -272,9 +273,9 @@ def _gather_options(problem: Problem, pass_: str, target: str, precision: str, f
     m_scattered = gcd(k, 4) * nbytes < 4 if rows else scattered[c if pass_ == "fprop" else k]
     n_scattered = scattered[c]
     for m, n, warps in TILES if mma else SIMT_TILES:
-        if not _suits(m, n, rows, cols, nbytes, _least_channels(target)) or flat and n <= c and not is_flat(problem, pass_):
+        if not _suits(m, n, rows, cols, nbytes, _least_channels(target)):
             continue
-        most = (16 if mma else 16 // warps) * 32 * warps               # addresses, a thread at most 16, without tensor cores 8 or 4
+        most = 512 * (warps if mma else 1)                             # addresses: 16 a thread, without tensor cores 512 a program
         steps = [step for step in (_reduction_steps(pass_, reduced, nbytes) if mma else [16])
                  if max(m * m_scattered, n * n_scattered) * step <= most]
         large = m * n >= 128 * 128                                     # its accumulator leaves few registers: below is what would spill
