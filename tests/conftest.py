@@ -31,6 +31,8 @@ def _driver_serves() -> bool:
 
 if not _driver_serves():
     os.environ["TRITON_INTERPRET"] = "1"
+# tf32 is PyTorch's default for convolutions: references and budgets here are of float32, tests of tf32 turn it on
+torch.backends.cudnn.allow_tf32 = False
 
 
 @pytest.fixture

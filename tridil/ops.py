@@ -137,7 +137,7 @@ def aten(problem: Problem, pass_: str, a, b, bias=None) -> torch.Tensor:
         if pass_ == "fprop":
             return _formatted(torch.ops.aten.convolution(a, _formatted(b, nhwc), bias, *geometry), nhwc)
         if pass_ == "dgrad":
-            x, w = a.new_empty(1).expand(problem.x_shape), _formatted(b, nhwc)                  # only the sizes of x are read
+            x, w = _empty(a, problem.x_shape, nhwc), _formatted(b, nhwc)       # of x only sizes and format are read: ATen copies dy into its format
         else:
             x, w = b, _empty(b, problem.w_shape, nhwc)
         mask = [pass_ == "dgrad", pass_ == "wgrad", False]
