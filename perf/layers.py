@@ -13,9 +13,11 @@ from providers import Gpu, precision_of, provider
 
 from tridil import config as cfg
 from tridil import cost_model, reference, testing, tuner
+from tridil.clock import turns
 from tridil.problem import Problem
 
 FORMATS = {"nhwc": torch.channels_last, "nchw": torch.contiguous_format}
+LAYERS_AHEAD = 8                    # whose kernels are compiled together
 
 
 def attempt(row: dict, measure) -> dict:
@@ -46,16 +48,27 @@ def part_of(problem: Problem, pass_: str, limit: int = 2**32):
     return replace(problem, c=c, k=k, groups=groups), ((slice(None), slice(k)), (slice(None), slice(c))), (slice(k), slice(c // groups))
 
 
-def gpu_rows(gpu: Gpu, pending, device, graph: bool = False):
-    """Measured rows: pending is a list of (workload, row); the tensors and float64 references of a layer are made once."""
-    chosen = [(row["pass"], *_chosen(gpu, w.problem, row)) for w, row in pending]
-    gpu.compile([(problem, pass_, precision, config) for pass_, problem, precision, config in chosen if config], device.target)
-    for workload, jobs in groupby(pending, key=lambda job: job[0]):
+def gpu_rows(gpu: Gpu, pending, device):
+    """Measured rows: pending is a list of (workload, row); the tensors and float64 references of a layer are made once. Kernels are compiled some
+    layers at a time, not during the measurements: those see the host, too."""
+    left = set()
+    for i, (workload, jobs) in enumerate(groupby(pending, key=lambda job: job[0])):
+        if workload not in left:
+            left = set(list(dict.fromkeys(w for w, _ in pending))[i:i + LAYERS_AHEAD])
+            _compile(gpu, [job for job in pending if job[0] in left], device)
         tensors = testing.random_tensors(workload.problem, gpu.device)
         for pass_, rows in groupby((row for _, row in jobs), key=lambda row: row["pass"]):
             expected = []
             for row in rows:
-                yield attempt(row, lambda: _on_gpu(gpu, workload.problem, pass_, tensors, expected, row, device, graph))  # noqa: B023 (called at once)
+                yield attempt(row, lambda: _on_gpu(gpu, workload.problem, pass_, tensors, expected, row, device))  # noqa: B023 (called at once)
+
+
+def _compile(gpu, pending, device):
+    chosen = [(row["pass"], *_chosen(gpu, w.problem, row)) for w, row in pending]
+    jobs = [(problem, pass_, precision, config) for pass_, problem, precision, config in chosen if config]
+    with gpu.compiling(jobs, device.target) as compiled:
+        for job in jobs:
+            compiled(*job)
 
 
 def _chosen(gpu, problem: Problem, row: dict):
@@ -66,7 +79,7 @@ def _chosen(gpu, problem: Problem, row: dict):
     return problem, precision, tuner.decide(problem, row["pass"], row["target"], precision, torch.device(gpu.device)).config
 
 
-def _on_gpu(gpu, problem, pass_, tensors, expected, row, device, graph):
+def _on_gpu(gpu, problem, pass_, tensors, expected, row, device):
     x, w, _, dy = tensors
     operands = {"fprop": (x, w), "dgrad": (dy, w), "wgrad": (dy, x)}[pass_]
     part, cuts, result_cut = part_of(problem, pass_)
@@ -74,19 +87,18 @@ def _on_gpu(gpu, problem, pass_, tensors, expected, row, device, graph):
         expected.append(getattr(reference, pass_)(part, *(t[cut] for t, cut in zip(operands, cuts))))
     runs = provider(row["provider"])
     problem, precision, config = _chosen(gpu, problem, row)
-    # tensors that together exceed the L2 cache take turns
-    count = max(1, min(-(-2 * gpu.l2_bytes // max(problem.bytes, 1)), 64 if graph else 4))
     operands = [t.contiguous(memory_format=FORMATS[runs.layout]) for t in operands]
     with runs.setting():
-        calls = [runs.make(problem, pass_, *(t.clone() if i else t for t in operands), config) for i in range(count)]
+        calls = [runs.make(problem, pass_, *(t.clone() if i else t for t in operands), config) for i in range(turns(problem.bytes, gpu.l2_bytes))]
         result = calls[0]()
         error, budget = testing.check(result[result_cut], expected[0], part, pass_, precision)
         same = torch.equal(result, calls[0]())
         del result
-        q1, ms, q3 = gpu.quartiles(calls, graph)
-        found = dict(ms=ms, ms_q1=q1, ms_q3=q3, **gpu.state(), tflops_dense=2e-9 * problem.dense_macs / ms,
-                     tflops_useful=2e-9 * problem.useful_macs / ms, gb_s=1e-6 * problem.bytes / ms, extra_mib=gpu.extra_bytes(calls[0]) / 2**20,
-                     bit_identical=same, error=error, budget=budget, checked_on=part.key())
+        found = gpu.times(calls)
+        ms = found["ms"]
+        found |= dict(**gpu.state(), tflops_dense=2e-9 * problem.dense_macs / ms,
+                      tflops_useful=2e-9 * problem.useful_macs / ms, gb_s=1e-6 * problem.bytes / ms, extra_mib=gpu.extra_bytes(calls[0]) / 2**20,
+                      bit_identical=same, error=error, budget=budget, checked_on=part.key())
     return found | (tiles(problem, pass_, config, device, precision) if config else {})
 
 

@@ -1,10 +1,13 @@
 """Rows of whole networks: time and peak memory of a step on a GPU; without one, the work of the layers that tridil.convert replaces."""
 from __future__ import annotations
 
+import os
+from unittest import mock
+
 import torch
 from layers import FORMATS, attempt, tiles
 from models import MODELS
-from providers import precision_of, provider
+from providers import cudnn_search, precision_of, provider
 
 import tridil
 from tridil import cost_model
@@ -51,7 +54,8 @@ def gpu_rows(gpu, pending):
 
 def _on_gpu(gpu, row):
     runs, dtype, training = provider(row["provider"]), getattr(torch, row["dtype"]), row["pass"] == "training"
-    with runs.setting():
+    # one setting for all: most layers are cuDNN's whoever runs the dilated ones. First-use tuning is off: what was measured before is used
+    with cudnn_search(), runs.setting(), mock.patch.dict(os.environ, TRIDIL_TUNE="0"):
         found = {}
         model, x = _built(row["model"], gpu.device, runs.layout)
         if not training:                                         # the outputs of the network as it is, in fp32 and in its dtype
@@ -60,8 +64,7 @@ def _on_gpu(gpu, row):
         model = runs.model(model)
         step = _step(model, x, dtype, training)
         step()
-        q1, ms, q3 = gpu.quartiles([step])
-        return found | dict(ms=ms, ms_q1=q1, ms_q3=q3, **gpu.state(), extra_mib=gpu.extra_bytes(step) / 2**20)
+        return found | gpu.times([step]) | gpu.state() | dict(extra_mib=gpu.extra_bytes(step) / 2**20)
 
 
 def _checked(model, plain, x, dtype) -> dict:

@@ -9,14 +9,15 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, packages_distributions, version
+from functools import lru_cache, partial
 from importlib.util import find_spec
-from itertools import cycle
 
 import torch
 from report import output, triton_version
 
 import tridil
-from tridil import dispatch, ops
+from tridil import clock, dispatch, ops, tuner
+from tridil.aot import compiling
 from tridil.problem import Problem
 
 
@@ -27,6 +28,10 @@ class Gpu:
     def describe(self) -> tuple[str, str]:
         """(device name, driver version)."""
         return torch.cuda.get_device_name(), self._smi("driver_version") or "unknown"
+
+    def spec(self, target: str):
+        """`tridil.devices.Device`, as the driver describes it."""
+        return tuner.device_spec(target, torch.device(self.device))[0]
 
     def state(self) -> dict:
         """Clock of the SMs and temperature now; without what cannot be read."""
@@ -43,36 +48,17 @@ class Gpu:
 
     roof_size = 8192                    # of the square matrices whose product and whose copy are the measured roofs
 
-    def quartiles(self, calls: list, graph: bool = False) -> tuple[float, float, float]:
-        """Milliseconds of a call: first quartile, median, third quartile. Every call has its own tensors; they take turns.
+    def times(self, calls: list) -> dict:
+        """ms, ms_q1, ms_q3: quartiles of the device's time of a call, by replays of a CUDA graph of all of them ("graph" in `clock`) where they can be
+        captured, else ("events") those of eager_ms: the median by CUDA events around each call, host time included. Every call has its own tensors;
+        they take turns."""
+        _, eager_ms, _ = clock.eager(calls)
+        (q1, ms, q3), how = clock.device(calls)
+        return dict(ms=ms, ms_q1=q1, ms_q3=q3, eager_ms=eager_ms, clock=how)
 
-        By CUDA events around each call, after L2 was flushed. graph: by replays of a CUDA graph of all of them, without the host's time.
-        """
-        from triton.testing import do_bench
-        turns, count = cycle(calls), 1
-
-        def run():
-            return next(turns)()
-        if graph:
-            run, count = self._captured(calls), len(calls)
-        return tuple(ms / count for ms in do_bench(run, warmup=25, rep=100, quantiles=(0.25, 0.5, 0.75)))
-
-    def _captured(self, calls: list) -> Callable:
-        stream = torch.cuda.Stream()
-        with torch.cuda.stream(stream):
-            for call in calls:                                           # compiled and warmed up outside of the capture
-                call()
-        stream.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream):
-            for call in calls:
-                call()
-        return graph.replay
-
-    def compile(self, jobs: list, target: str) -> None:
-        """Compiles the kernels of (problem, pass, precision, config) jobs on all cores, for the launches to come."""
-        from tridil.aot import precompile
-        precompile(jobs, target)
+    def compiling(self, jobs: list, target: str):
+        """`tridil.aot.compiling`."""
+        return compiling(jobs, target)
 
     def extra_bytes(self, fn) -> int:
         """Peak of allocated bytes during a call, without its result."""
@@ -104,9 +90,7 @@ def precision_of(problem: Problem) -> str:
 
 def _tridil(problem: Problem, pass_: str, a, b, config: dict):
     from tridil import launch
-    bias = [None] if pass_ == "fprop" else []
-    precision = precision_of(problem)
-    return lambda: getattr(launch, pass_)(problem, a, b, *bias, config, precision)
+    return partial(launch.prepare(problem, pass_, config, precision_of(problem)), a, b)
 
 
 def _aten(problem: Problem, pass_: str, a, b, config=None):
@@ -123,20 +107,25 @@ def _aten(problem: Problem, pass_: str, a, b, config=None):
 
 def _inductor(problem: Problem, pass_: str, a, b, config=None):
     """The same operators through torch.compile(mode="max-autotune-no-cudagraphs"); what Inductor has no template for it leaves to cuDNN."""
+    compiled = _inductor_pass(problem, pass_)
+    if pass_ == "fprop":
+        return partial(compiled, a, b)
+    unread = torch.empty(problem.x_shape if pass_ == "dgrad" else problem.w_shape, dtype=a.dtype, device=a.device, memory_format=torch.channels_last)
+    return partial(compiled, a, *((unread, b) if pass_ == "dgrad" else (b, unread)))
+
+
+@lru_cache(maxsize=1)                                                        # the calls of a row share it
+def _inductor_pass(problem: Problem, pass_: str):
     geometry = (problem.stride, [lo for lo, _ in problem.padding], problem.dilation, False, (0, 0), problem.groups)
     mask = [pass_ == "dgrad", pass_ == "wgrad", False]
-    torch._dynamo.reset()                                                    # no recompilation limit over layers
 
     def fprop(x, w):
         return torch.ops.aten.convolution(x, w, None, *geometry)
 
-    def backward(dy, other):
-        shape = problem.x_shape if pass_ == "dgrad" else problem.w_shape
-        unread = dy.new_empty(shape).to(memory_format=torch.channels_last)
-        x, w = (unread, other) if pass_ == "dgrad" else (other, unread)
+    def backward(dy, x, w):
         return torch.ops.aten.convolution_backward(dy, x, w, None, *geometry, mask)[mask.index(True)]
-    compiled = torch.compile(fprop if pass_ == "fprop" else backward, mode="max-autotune-no-cudagraphs", dynamic=False)
-    return lambda: compiled(a, b)
+    torch._dynamo.reset()                                                    # no recompilation limit over layers
+    return torch.compile(fprop if pass_ == "fprop" else backward, mode="max-autotune-no-cudagraphs", dynamic=False)
 
 
 def _through_autograd(conv: Callable):
@@ -178,7 +167,7 @@ def _peer(path: str, meaning: str) -> Provider:
 
 
 @contextmanager
-def _cudnn(deterministic: bool = False):
+def cudnn_search(deterministic: bool = False):
     """cuDNN's own search for its fastest algorithm, with or without those whose results vary."""
     cudnn = torch.backends.cudnn
     before = cudnn.benchmark, cudnn.deterministic
@@ -209,10 +198,10 @@ def _as_it_is(model):
 PROVIDERS = {
     "tridil": Provider(_tridil, "the kernels, channels_last; of models, what tridil.convert makes of them", lambda: tridil.__version__, _converted),
     "tridil_nchw": Provider(_tridil, "the kernels on contiguous tensors, copies included", lambda: tridil.__version__, _converted, "nchw"),
-    "cudnn": Provider(_aten, "what PyTorch runs for channels_last tensors, cudnn.benchmark on", _cudnn_version, _as_it_is, setting=_cudnn),
-    "cudnn_nchw": Provider(_aten, "the same for contiguous tensors", _cudnn_version, _as_it_is, "nchw", setting=_cudnn),
-    "cudnn_deterministic": Provider(_aten, "cudnn with cudnn.deterministic", _cudnn_version, _as_it_is, setting=lambda: _cudnn(True)),
-    "inductor": Provider(_inductor, "torch.compile, max-autotune", triton_version, _compiled, setting=_cudnn),
+    "cudnn": Provider(_aten, "what PyTorch runs for channels_last tensors, cudnn.benchmark on", _cudnn_version, _as_it_is, setting=cudnn_search),
+    "cudnn_nchw": Provider(_aten, "the same for contiguous tensors", _cudnn_version, _as_it_is, "nchw", setting=cudnn_search),
+    "cudnn_deterministic": Provider(_aten, "cudnn with cudnn.deterministic", _cudnn_version, _as_it_is, setting=lambda: cudnn_search(True)),
+    "inductor": Provider(_inductor, "torch.compile, max-autotune", triton_version, _compiled, setting=cudnn_search),
     "flaggems": _peer("flag_gems:conv2d", "FlagGems' Triton kernels"),
 }
 DEFAULT = ("tridil", "cudnn", "cudnn_nchw")

@@ -61,11 +61,11 @@ def _machine(gpu, row):
     matmul = torch.backends.cuda.matmul
     before, matmul.fp32_precision = matmul.fp32_precision, torch.backends.cudnn.conv.fp32_precision        # the roof of what convolutions use
     try:
-        q1, ms, q3 = gpu.quartiles([run])
+        found = gpu.times([run])
     finally:
         matmul.fp32_precision = before
-    speed = dict(tflops_dense=2e-9 * n**3 / ms) if row["pass"] == "matmul" else dict(gb_s=2e-6 * a.numel() * a.element_size() / ms)
-    return dict(ms=ms, ms_q1=q1, ms_q3=q3, **gpu.state(), **speed)
+    speed = dict(tflops_dense=2e-9 * n**3) if row["pass"] == "matmul" else dict(gb_s=2e-6 * a.numel() * a.element_size())
+    return found | gpu.state() | {name: value / found["ms"] for name, value in speed.items()}
 
 
 def fingerprint() -> str:
@@ -112,7 +112,6 @@ def arguments(argv, gpu) -> argparse.Namespace:
     parser.add_argument("--dtypes", default=["float16"], type=listed(DTYPE_BYTES), help=f"comma-separated, of {', '.join(DTYPE_BYTES)}")
     parser.add_argument("--providers", default=DEFAULT if gpu else DEFAULT[:1], type=available,
                         help=f"of {', '.join(PROVIDERS)}, or package.module:function with the signature of F.conv2d; all but tridil need a GPU")
-    parser.add_argument("--graph", action="store_true", help="time replays of CUDA graphs: without the host's share")
     parser.add_argument("--target", help="like cuda:90 (default), cuda:80, hip:gfx942: what kernels are compiled for; with a GPU it is the GPU's")
     parser.add_argument("--out", type=Path, help="folder of results.csv, the pages and pictures (default: perf/results/<device>)")
     parser.add_argument("--validate-model", action="store_true", help="compare the cost model's times with measured ones, on candidates of every "
@@ -178,7 +177,7 @@ def main(argv=None, gpu: Gpu | None = None) -> int:
         console = Console(width=120, quiet=rank > 0)
     out = args.out or ROOT / "perf" / "results" / re.sub(r"\W+", "-", (gpu.describe()[0] if gpu else f"no-gpu-{target}").lower())
     out.mkdir(parents=True, exist_ok=True)
-    device = devices.of_name(gpu.describe()[0], target) if gpu else devices.of_target(target)
+    device = gpu.spec(target) if gpu else devices.of_target(target)
     if args.validate_model:
         return validate.run(gpu, args.layers, args.passes, device, out, console)
     path = out / (f"results.rank{rank}.csv" if rank else "results.csv")
@@ -194,7 +193,7 @@ def main(argv=None, gpu: Gpu | None = None) -> int:
     of_machine, of_models = ([row for w, row in pending if w is None and row["kind"] == kind] for kind in ("machine", "model"))
     of_layers = [(w, row) for w, row in pending if w is not None]
     if gpu:
-        rows = chain(machine_rows(gpu, of_machine), networks.gpu_rows(gpu, of_models), layers.gpu_rows(gpu, of_layers, device, args.graph))
+        rows = chain(machine_rows(gpu, of_machine), networks.gpu_rows(gpu, of_models), layers.gpu_rows(gpu, of_layers, device))
     else:
         rows = chain(networks.counted_rows(of_models, device), layers.cpu_rows(of_layers, device))
     stopped = _append(path, pending, (row for row in rows), console)          # a generator: closing it closes the one that runs

@@ -11,6 +11,7 @@ from providers import PROVIDERS, precision_of
 
 from tridil import config as cfg
 from tridil import cost_model, testing
+from tridil.clock import turns
 
 NOT_MEASURED = "not measured, for want of a GPU: rank correlation and regret. Every time below is predicted by tridil/cost_model.py"
 
@@ -39,29 +40,32 @@ def by_kind(frame: pd.DataFrame) -> pd.DataFrame:
     return table.assign(rows=groups.size()).round(2).reset_index()
 
 
-def measured(gpu, layers, passes, device, most: int = 10) -> pd.DataFrame:
-    """Predicted and measured milliseconds of up to `most` candidates per layer and pass, the pick among them, spread evenly over the ranking."""
-    rows, chosen = [], {}
+def measured(gpu, layers, passes, device, most: int = 10):
+    """Rows with predicted and measured milliseconds of up to `most` candidates per layer and pass, the pick first, then spread evenly over the ranking.
+    Kernels are compiled while others are timed."""
+    chosen = {}
     for w, pass_ in product(layers, passes):
         ranking = cost_model.rank(w.problem, pass_, device, precision_of(w.problem))
         chosen[w, pass_] = [ranking[i] for i in dict.fromkeys(np.linspace(0, len(ranking) - 1, most).astype(int))]
-    gpu.compile([(w.problem, pass_, precision_of(w.problem), config) for (w, pass_), configs in chosen.items() for config in configs], device.target)
-    for w in layers:
-        x, weight, _, dy = testing.random_tensors(w.problem, gpu.device)
-        for pass_ in passes:
+    jobs = [(w.problem, pass_, precision_of(w.problem), config) for (w, pass_), configs in chosen.items() for config in configs]
+    with gpu.compiling(jobs, device.target) as compiled:
+        for (w, pass_), configs in chosen.items():
             precision = precision_of(w.problem)
+            x, weight, _, dy = testing.random_tensors(w.problem, gpu.device)
             operands = [t.contiguous(memory_format=torch.channels_last)
                         for t in {"fprop": (x, weight), "dgrad": (dy, weight), "wgrad": (dy, x)}[pass_]]
-            for config in chosen[w, pass_]:
+            sets = [operands, *([t.clone() for t in operands] for _ in range(turns(w.problem.bytes, gpu.l2_bytes) - 1))]
+            for config in configs:
                 row = {"model": w.model, "layer": w.layer, "kind": w.kind, "pass": pass_, "dtype": w.problem.dtype,
                        "config": f"{config['kernel']} {cfg.describe(config)}",
-                       "predicted_ms": 1e3 * cost_model.predict(w.problem, pass_, config, device, precision).seconds, "ms": float("nan")}
+                       "predicted_ms": 1e3 * cost_model.predict(w.problem, pass_, config, device, precision).seconds, "ms": float("nan"),
+                       "failure": None}
                 try:
-                    row["ms"] = gpu.quartiles([PROVIDERS["tridil"].make(w.problem, pass_, *operands, config)])[1]
+                    compiled(w.problem, pass_, precision, config)
+                    row["ms"] = gpu.times([PROVIDERS["tridil"].make(w.problem, pass_, *pair, config) for pair in sets])["ms"]
                 except Exception as e:                          # a config that cannot run is a finding, not the end
                     row["failure"] = f"{type(e).__name__}: {e}".replace("\n", " ")[:300]
-                rows.append(row)
-    return pd.DataFrame(rows)
+                yield row
 
 
 def quality(frame: pd.DataFrame) -> pd.DataFrame:
@@ -77,17 +81,30 @@ def quality(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def run(gpu, layers, passes, device, out: Path, console) -> int:
-    """Writes model.csv to `out` and prints the tables."""
+    """Writes model.csv to `out`, of measurements row by row, and prints the tables; after Ctrl-C of what there is."""
+    path, stopped = out / "model.csv", False
     if gpu is None:
         frame = predicted(layers, passes, device)
+        frame.to_csv(path, index=False)
         lines = [NOT_MEASURED, "", by_kind(frame).to_string(index=False)]
     else:
-        frame = measured(gpu, layers, passes, device)
-        table = quality(frame)
-        regret, scale = (np.exp(np.log(table[name]).mean()) for name in ("regret", "measured / predicted"))
-        lines = [table.round(3).to_string(index=False), "",
-                 f"rank correlation {table['rank correlation'].median():.2f} (median), regret {regret:.3f} (geometric mean), "
-                 f"{table['regret'].max():.2f} (worst), measured / predicted {scale:.2f} (geometric mean), all measured on {device.name}"]
-    frame.to_csv(out / "model.csv", index=False)
-    console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
-    return int("failure" in frame and frame["failure"].notna().any())
+        rows = []
+        try:
+            for row in measured(gpu, layers, passes, device):
+                rows.append(row)
+                pd.DataFrame([row]).to_csv(path, mode="w" if len(rows) == 1 else "a", header=len(rows) == 1, index=False)
+        except KeyboardInterrupt:
+            stopped = True
+        frame = pd.DataFrame(rows)
+        lines = summary(frame, device) if len(frame) and frame["ms"].notna().any() else ["nothing was measured"]
+    console.print("\n".join(lines + ["interrupted"] * stopped), markup=False, highlight=False, soft_wrap=True)
+    return int("failure" in frame and frame["failure"].notna().any()) or 130 * stopped
+
+
+def summary(frame: pd.DataFrame, device) -> list[str]:
+    """The lines of `run` with a GPU."""
+    table = quality(frame)
+    regret, scale = (np.exp(np.log(table[name]).mean()) for name in ("regret", "measured / predicted"))
+    return [table.round(3).to_string(index=False), "",
+            f"rank correlation {table['rank correlation'].median():.2f} (median), regret {regret:.3f} (geometric mean), "
+            f"{table['regret'].max():.2f} (worst), measured / predicted {scale:.2f} (geometric mean), all measured on {device.name}"]

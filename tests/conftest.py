@@ -3,6 +3,7 @@ import os
 import random
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import hypothesis
@@ -31,14 +32,41 @@ def _driver_serves() -> bool:
 
 if not _driver_serves():
     os.environ["TRITON_INTERPRET"] = "1"
-# tf32 is PyTorch's default for convolutions: references and budgets here are of float32, tests of tf32 turn it on
-torch.backends.cudnn.allow_tf32 = False
+
+
+BEGIN = time.monotonic()
+
+
+def pytest_addoption(parser):
+    parser.addoption("--seconds", type=float, default=float("inf"), help="skip what has not begun by then")
+
+
+def pytest_runtest_setup(item):
+    seconds = item.config.getoption("--seconds")
+    if time.monotonic() - BEGIN > seconds:
+        pytest.skip(f"more than {seconds:g} s have passed")
+
+
+@pytest.fixture(autouse=True)
+def no_tf32():
+    """tf32 is PyTorch's default for convolutions: references and budgets here are of float32, tests of tf32 turn it on. The older switch also undoes what
+    a test did to one of the newer ones, else torch.export refuses the mix."""
+    torch.backends.cudnn.allow_tf32 = False
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config):
+    """-n auto: a worker per core; on a GPU no more than its free memory has room for, at 2 GiB each."""
+    if torch.cuda.is_available():
+        free, _ = torch.cuda.mem_get_info()
+        return max(1, min(len(os.sched_getaffinity(0)), free // 2**31))
+    return None
 
 
 @pytest.fixture
 def device():
     """Where the kernels run: the GPU if there is one."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
 @pytest.fixture(params=["aten", "triton"])

@@ -40,11 +40,19 @@ class SweepGpu(providers.Gpu):
     def state(self):
         return {"clock_mhz": 1755.0, "temperature_c": 41.0}
 
-    def compile(self, jobs, target):
-        self.compiled += jobs
+    def spec(self, target):
+        return devices.of_name(self.name, target)
 
-    def quartiles(self, calls, graph=False):
-        self.turns.append((len(calls), graph))
+    def compiling(self, jobs, target):
+        self.compiled += jobs
+        return nullcontext(lambda *job: True)
+
+    def times(self, calls):
+        q1, ms, q3 = self.quartiles(calls)
+        return dict(ms=ms, ms_q1=q1, ms_q3=q3, eager_ms=2 * ms, clock="graph")
+
+    def quartiles(self, calls):
+        self.turns.append(len(calls))
         self.settings.append((torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic))
         result = [call() for call in calls[:2]][0]
         if result is not None and result.dim() == 2:
@@ -67,17 +75,18 @@ class TunerGpu(tuner.Gpu):
     def tensors(self, problem):
         return testing.random_tensors(problem)
 
-    def run(self, problem, pass_, config, tensors, precision):
-        x, w, _, dy = tensors
-        self.last = 1.0 if config is None else 0.5
-        return getattr(reference, pass_)(problem, *{"fprop": (x, w), "dgrad": (dy, w), "wgrad": (dy, x)}[pass_]).to(x.dtype)
+    def prepare(self, problem, pass_, config, precision):
+        def run(a, b):
+            self.last = 1.0 if config is None else 0.5
+            return getattr(reference, pass_)(problem, a, b).to(a.dtype)
+        return run
 
-    def milliseconds(self, fn):
-        fn()
+    def milliseconds(self, run, a, b):
+        run(a, b)
         return self.last
 
-    def compile(self, jobs):
-        pass
+    def compiling(self, jobs):
+        return nullcontext(lambda *job: True)
 
 
 def main():

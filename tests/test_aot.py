@@ -3,6 +3,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from importlib.metadata import version
 
 import pytest
@@ -176,6 +177,39 @@ def test_a_kernel_that_does_not_compile_is_reported():
             "raise SystemExit(main(['aot', '--shape', 'c=64 h=32 w=32 k=64 d=2', '--target', 'cuda:90', '--passes', 'fprop']))")
     out = child("-c", code)
     assert out.returncode == 1 and "ZeroDivisionError" in out.stdout and "1 that spill, exceed a limit or fail" in out.stdout, out.stdout + out.stderr
+
+
+def test_kernels_are_compiled_in_a_script_without_a_guard(tmp_path):
+    """Not by processes that import the script again: it runs once, and what fails to compile is not its error."""
+    script = tmp_path / "train.py"
+    script.write_text("""
+import sys
+from dataclasses import replace
+open(sys.argv[1], "a").write("x")
+from tridil import aot, config, cost_model
+from tridil.problem import Problem
+p = Problem(1, 32, 9, 9, 32, 3, 3, padding=((2, 2), (2, 2)), dilation=(2, 2))
+jobs = [(p, pass_, "ieee", cost_model.best(p, pass_, "cuda:90")) for pass_ in ("fprop", "dgrad", "wgrad")]
+broken = (p, "fprop", "ieee", dict(jobs[0][3], BLOCK_N=24))
+with aot.compiling([broken, *jobs], "cuda:90") as compiled:
+    assert all(compiled(*job) for job in (broken, *jobs)) and compiled(p, "fprop", "ieee", dict(jobs[0][3], num_stages=1), 0)
+""")
+    folder = tmp_path / "cache"
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(folder)}
+    out = subprocess.run([sys.executable, script, tmp_path / "ran"], capture_output=True, text=True, env=env)
+    assert out.returncode == 0, out.stderr
+    assert (tmp_path / "ran").read_text() == "x" and len(list(folder.glob("*/*.cubin"))) >= 3
+
+
+def test_what_was_not_begun_is_dropped(monkeypatch):
+    begun, go = [], threading.Event()
+    monkeypatch.setattr(aot, "_workers", lambda jobs: 1)
+    monkeypatch.setattr(aot, "_try_to_compile", lambda job: (begun.append(job), go.wait(30)))
+    jobs = [(P, pass_, "ieee", {"n": n}) for pass_ in ("fprop", "wgrad") for n in (1, 2)]
+    with aot.compiling(jobs, "cuda:90") as compiled:
+        assert not compiled(*jobs[0], 0.01) and not compiled(*jobs[3], 0)
+    go.set()
+    assert len(begun) == 1
 
 
 def test_illegal_config_and_interpreter():

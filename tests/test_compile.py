@@ -73,16 +73,12 @@ def test_both_tf32_switches(monkeypatch):
     """The older allow_tf32 and the newer fp32_precision say the same."""
     from tridil.ops import fp32_precision
     cudnn = torch.backends.cudnn
-    before = cudnn.conv.fp32_precision
-    try:
-        for allowed in (True, False, True):
-            cudnn.allow_tf32 = allowed
-            assert fp32_precision("cuda:80") == ("tf32" if allowed else "ieee")
-        for precision in ("ieee", "tf32"):
-            cudnn.conv.fp32_precision = precision
-            assert fp32_precision("cuda:80") == precision
-    finally:
-        cudnn.conv.fp32_precision = before
+    for allowed in (True, False, True):
+        cudnn.allow_tf32 = allowed
+        assert fp32_precision("cuda:80") == ("tf32" if allowed else "ieee")
+    for precision in ("ieee", "tf32"):
+        cudnn.conv.fp32_precision = precision
+        assert fp32_precision("cuda:80") == precision
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")

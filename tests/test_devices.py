@@ -1,7 +1,12 @@
 """Specs of GPUs against the peaks that their vendors publish."""
+from dataclasses import replace
+from itertools import product
+from types import SimpleNamespace
+
 import pytest
 
-from tridil import devices
+from tridil import config, cost_model, devices, workloads
+from tridil.problem import PASSES
 
 # dense fp16 with fp32 accumulation, tf32, scalar fp32: TFLOP/s of the data sheets
 PUBLISHED = {"NVIDIA A100": (312, 156, 19.5), "NVIDIA A10": (125, 62.5, 31.2), "NVIDIA L4": (121, 60, 30.3),
@@ -29,6 +34,33 @@ def test_names_that_drivers_give(name, target, expected):
     assert devices.of_name(name, target).name == expected
 
 
+@pytest.mark.parametrize("name, change, sms, l2, dram", [
+    ("NVIDIA H100 80GB HBM3", {}, 132, 50, 3352), ("NVIDIA H100 PCIe", dict(multi_processor_count=114, memory_clock_rate=1593000), 114, 50, 2039),
+    ("NVIDIA H20", dict(multi_processor_count=78, L2_cache_size=60 * 2**20, memory_clock_rate=3201000, memory_bus_width=5120), 78, 60, 4097),
+    ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", dict(multi_processor_count=16, L2_cache_size=25 * 2**18), 16, 6.25, 419),
+    ("NVIDIA H200", dict(L2_cache_size=60 * 2**20, memory_clock_rate=0), 132, 60, 4800)])
+def test_what_the_driver_says_of_a_device(name, change, sms, l2, dram):
+    """Slices, unknown and cut-down models have SMs, L2 and memory of their own."""
+    properties = SimpleNamespace(**dict(name=name, multi_processor_count=132, L2_cache_size=50 * 2**20, memory_clock_rate=2619000,
+                                        memory_bus_width=5120) | change)
+    found = devices.of_properties(properties, "cuda:90")
+    assert (found.sms, found.l2) == (sms, l2) and found.dram == pytest.approx(dram, rel=0.01) and found.target == "cuda:90"
+    assert devices.of_properties(SimpleNamespace(name=name, multi_processor_count=7), "cuda:90").sms == 7, "older PyTorch says less"
+
+
+@pytest.mark.parametrize("target, like", [("cuda:87", "cuda:86"), ("cuda:103", "cuda:100"), ("cuda:110", "cuda:100"), ("cuda:121", "cuda:120")])
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_picks_for_a_target_without_a_spec_are_its_own(target, like, dtype):
+    """The spec that stands in is only for the model: what it would run must not be what the target cannot."""
+    device = devices.of_target(target)
+    assert device.target == target and replace(device, target=like) == devices.of_target(like)
+    layers = [replace(w.problem, dtype=dtype) for w in workloads.suite("quick")]
+    for problem, pass_ in product(layers, PASSES):
+        assert config.fits(cost_model.best(problem, pass_, target), problem, pass_, target) is None
+        assert all(config.fits(c, problem, pass_, target) is None for c in config.candidates(problem, pass_, target))
+
+
 def test_unknown_targets_take_the_nearest_older_one():
-    assert devices.of_target("cuda:87").target == "cuda:86" and devices.of_target("cuda:121").target == "cuda:120"
-    assert devices.of_target("cuda:75").target == "cuda:80" and devices.of_target("hip:gfx950").target == "hip:gfx942"
+    for target, name in (("cuda:87", "NVIDIA GeForce RTX 3090"), ("cuda:121", "NVIDIA GeForce RTX 5090"), ("cuda:75", "NVIDIA A100"),
+                         ("hip:gfx950", "AMD Instinct MI300X")):
+        assert devices.of_target(target).name == name and devices.of_target(target).limits

@@ -55,12 +55,28 @@ def fake_steps(*names, files=()):
 def test_a_failed_step_fails_the_check_and_the_others_still_run(tmp_path, capsys):
     seen = []
     status = gpu_check.main([str(tmp_path)], has_gpu=True, steps=fake_steps("a", "b", "c"),
-                            run=scripted([(1, "x\nfound 3 errors\nend"), (None, ""), (0, "all\nfine")], seen))
+                            run=scripted([(1, "x\nfound 3 errors\nend"), ("stopped", ""), (0, "all\nfine")], seen))
     out = capsys.readouterr().out.splitlines()
     assert status == 1 and len(seen) == 3
     assert "FAILED (status 1)" in out[0] and out[0].endswith("found 3 errors")
-    assert "stopped after" in out[1] and out[1].endswith("no output") and out[2].endswith("fine") and "gpu_check FAILED" in out[3]
+    assert "b: partial (stopped after" in out[1] and out[1].endswith("no output") and out[2].endswith("fine") and "gpu_check FAILED" in out[3]
     assert "found 3 errors" in (tmp_path / "check.log").read_text() and "GPU check: FAILED" in (tmp_path / "verdict.md").read_text()
+
+
+@pytest.mark.parametrize("name, result, word, verdict", [
+    ("tests", ("stopped", "12 passed, 3 skipped in 100 s"), "partial", "passed, in part"), ("tests", ("stopped", "1 failed, 12 passed"), "FAILED", "FAILED"),
+    ("tests", ("stopped", "12 passed, 2 errors"), "FAILED", "FAILED"), ("sweep", ("stopped", "interrupted: 5 of 9 rows"), "partial", "passed, in part"),
+    ("sweep", ("stopped", "BROKEN BUDGET tridil fprop"), "FAILED", "FAILED"), ("sweep", ("stopped", "BROKEN BUDGET cudnn"), "partial", "passed, in part"),
+    ("tune", ("stopped", "Traceback (most recent call last)"), "FAILED", "FAILED"), ("tune", ("killed", ""), "FAILED", "FAILED"),
+    ("tune", (-11, ""), "FAILED", "FAILED"), ("validate", (0, ""), "ok", "passed")])
+def test_only_wrong_results_and_crashes_fail(tmp_path, capsys, name, result, word, verdict):
+    """A step whose time ended, and that answered, is partial."""
+    def one(work):
+        return [step for step in gpu_check.steps(work) if step.name == name]
+    status = gpu_check.main([str(tmp_path)], has_gpu=True, steps=one, run=scripted([result], []))
+    out = capsys.readouterr().out
+    assert out.startswith(f"{name}: {word}") and f"gpu_check {verdict}," in out and status == (verdict == "FAILED")
+    assert f"GPU check: {verdict}" in (tmp_path / "verdict.md").read_text()
 
 
 def test_time_is_shared(tmp_path, monkeypatch):
@@ -73,8 +89,8 @@ def test_time_is_shared(tmp_path, monkeypatch):
         clock[0] += took[len(seen) - 1]
         return 0, ""
     took = [10, 300, 0]
-    assert gpu_check.main([str(tmp_path), "--seconds", "300"], has_gpu=True, steps=fake_steps("a", "b", "c"), run=run) == 1
-    assert seen == [100, 145], "the third had no time left"
+    assert gpu_check.main([str(tmp_path), "--seconds", "300"], has_gpu=True, steps=fake_steps("a", "b", "c"), run=run) == 0
+    assert seen == [100, 145] and "c: left out, 0 s: no time was left" in (tmp_path / "verdict.md").read_text()
 
 
 def test_what_it_measures_depends_on_no_switch_or_cache_of_the_user(tmp_path, monkeypatch):
@@ -98,10 +114,10 @@ def told(*_):
 signal.signal(signal.SIGINT, told)
 time.sleep(60)
 """
-    for stop, last in (("sys.exit(130)", "interrupted"), ("pass; time.sleep(60)", "interrupted")):
+    for stop, how in (("sys.exit(130)", "stopped"), ("pass; time.sleep(60)", "killed")):
         begin = time.monotonic()
         status, text = gpu_check.run([sys.executable, "-c", program.replace("STOP", stop)], 6, None)
-        assert status is None and text.splitlines()[-1] == last and time.monotonic() - begin < 45
+        assert status == how and text.splitlines()[-1] == "interrupted" and time.monotonic() - begin < 45
         child = int(text.split()[1])
         with pytest.raises(ProcessLookupError):                          # nothing outlives the step
             for _ in range(100):

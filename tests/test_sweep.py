@@ -138,13 +138,17 @@ def test_sigint_in_a_real_process_keeps_rows(tmp_path):
 @pytest.mark.parametrize("gpu", [False, True])
 def test_a_wrong_kernel_gives_status_1(run, monkeypatch, gpu):
     no_compiler(monkeypatch)
-    right = launch.dgrad
-    monkeypatch.setattr(launch, "dgrad", lambda *arguments: right(*arguments) * 1.01)
+    right = launch.prepare
+
+    def wrong(problem, pass_, *rest):
+        run = right(problem, pass_, *rest)
+        return (lambda *arguments: run(*arguments) * 1.01) if pass_ == "dgrad" else run
+    monkeypatch.setattr(launch, "prepare", wrong)
     status, rows, out = run("--providers", "tridil", gpu=SweepGpu() if gpu else None)
     assert status == 1
     assert list(rows["error"] > rows["budget"]) == list(rows["pass"] == "dgrad")
     assert out.count("BROKEN BUDGET tridil dgrad") == 2
-    monkeypatch.setattr(launch, "dgrad", right)                                                    # the rows say so until measured again
+    monkeypatch.setattr(launch, "prepare", right)                                                  # the rows say so until measured again
     assert run("--providers", "tridil", gpu=SweepGpu() if gpu else None)[0] == 1
 
 
@@ -188,13 +192,8 @@ def test_with_a_fake_gpu(run):
     # a search of its own for cuDNN, undone afterwards; compiled ahead what is launched; tensors in turns until they exceed the L2 cache
     assert gpu.settings[4:7] == [(False, False), (True, False), (True, False)] and not torch.backends.cudnn.benchmark
     assert {(p.dtype, pass_) for p, pass_, *_ in gpu.compiled} == {(d, pass_) for d in ("float16", "float32") for pass_ in PASSES}
-    assert gpu.turns[4] == (max(1, min(4, -(-2 * gpu.l2_bytes // problem.bytes))), False)
-
-
-def test_graphs_are_asked_for(run):
-    gpu = SweepGpu()
-    assert run("--graph", "--passes", "fprop", gpu=gpu)[0] == 0
-    assert {graph for _, graph in gpu.turns[2:]} == {True} and gpu.turns[2][0] > 4
+    assert gpu.turns[4] == -(-2 * gpu.l2_bytes // problem.bytes) > 4 and gpu.turns[0] == 1
+    assert (rows["eager_ms"] == 2 * rows["ms"]).all() and (rows["clock"] == "graph").all() and "eager" in out
 
 
 def test_every_provider_computes_the_passes(run, monkeypatch, tmp_path):
@@ -251,11 +250,12 @@ def small_networks(monkeypatch):
 
 
 def test_whole_networks_on_a_fake_gpu(run, small_networks, monkeypatch):
-    converted = []
-    monkeypatch.setattr(tridil, "convert", lambda model: converted.append(type(model)) or real(model))
-    status, rows, out = run("--models", "van_b2,wavenet", "--dtypes", "bfloat16", "--providers", "tridil,cudnn", gpu=SweepGpu())
+    converted, tuned, gpu = [], set(), SweepGpu()
+    monkeypatch.setattr(tridil, "convert", lambda model: tuned.add(os.environ.get("TRIDIL_TUNE")) or converted.append(type(model)) or real(model))
+    status, rows, out = run("--models", "van_b2,wavenet", "--dtypes", "bfloat16", "--providers", "tridil,cudnn", gpu=gpu)
     rows = rows[rows["kind"] == "model"]
     assert status == 0 and len(rows) == 2 * 2 * 2 and rows["failure"].isna().all() and (rows["ms"] > 0).all() and (rows["extra_mib"] == 3).all()
+    assert set(gpu.settings[2:]) == {(True, False)} and tuned == {"0"}, "all under one setting, none tunes"
     of_inference = rows[rows["pass"] == "inference"]
     assert (of_inference["error"] <= of_inference["budget"]).all() and (of_inference["budget"] > 0).all()
     assert set(converted) == {models.VAN, models.WaveNet}
@@ -305,7 +305,7 @@ def test_the_model_against_a_clock(run, monkeypatch):
     sign = [1]
 
     class Clock(SweepGpu):
-        def quartiles(self, calls, graph=False):
+        def quartiles(self, calls):
             calls[0]()
             self.calls += 1
             return 0.0, 10.0 + sign[0] * 0.01 * self.calls, 20.0
@@ -315,8 +315,20 @@ def test_the_model_against_a_clock(run, monkeypatch):
     assert (frame["predicted_ms"] > 0).all() and frame["ms"].between(10, 11).all() and len(frame) > len(TINY)
     sign[0] = -1
     assert "rank correlation -1.00 (median), regret 1.0" in run("--validate-model", "--passes", "fprop", gpu=Clock())[2]
-    monkeypatch.setattr(launch, "fprop", lambda *a: 1 / 0)
+    monkeypatch.setattr(launch, "prepare", lambda *a: 1 / 0)
     assert run("--validate-model", "--passes", "fprop", gpu=Clock())[0] == 1
+
+
+def test_an_interrupted_validation_keeps_its_rows(run):
+    class Clock(SweepGpu):
+        def times(self, calls):
+            self.calls += 1
+            if self.calls == 3:
+                assert len(pd.read_csv(run.out / "model.csv")) == 2, "written as they come"
+                raise KeyboardInterrupt
+            return {"ms": float(self.calls)}
+    status, _, out = run("--validate-model", "--passes", "fprop", gpu=Clock())
+    assert status == 130 and out.splitlines()[-1] == "interrupted" and "rank correlation" in out and len(pd.read_csv(run.out / "model.csv")) == 2
 
 
 def test_the_model_without_a_gpu(run):
@@ -327,8 +339,12 @@ def test_the_model_without_a_gpu(run):
 
 
 def test_an_unstable_kernel_is_told(run, monkeypatch):
-    right, noise = launch.fprop, iter(range(100))
-    monkeypatch.setattr(launch, "fprop", lambda *arguments: right(*arguments) + next(noise))
+    right, noise = launch.prepare, iter(range(100))
+
+    def noisy(problem, pass_, *rest):
+        ready = right(problem, pass_, *rest)
+        return (lambda *arguments: ready(*arguments) + next(noise)) if pass_ == "fprop" else ready
+    monkeypatch.setattr(launch, "prepare", noisy)
     _, rows, _ = run("--providers", "tridil", "--passes", "fprop,dgrad", gpu=SweepGpu())
     assert list(rows["bit_identical"] == "False") == list(rows["pass"] == "fprop")
 

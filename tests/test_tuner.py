@@ -4,8 +4,10 @@ import os
 import subprocess
 import sys
 import textwrap
+import threading
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -22,7 +24,7 @@ CUDA = torch.device("cuda", 0)
 
 class FakeGpu:
     """Runs passes through the float64 reference; the time of config number i of the model's ranking is times[i] ms, of ATen aten_ms."""
-    target, name, spec = TARGET, NAME, devices.of_name(NAME, TARGET)
+    target, name, spec, device = TARGET, NAME, devices.of_name(NAME, TARGET), torch.device("cpu")
 
     def __init__(self, times=(), aten_ms=1.0, wrong=(), broken=()):
         self.times, self.aten_ms, self.wrong, self.broken = times, aten_ms, wrong, broken
@@ -31,20 +33,22 @@ class FakeGpu:
     def tensors(self, problem):
         return testing.random_tensors(problem)
 
-    def reference(self, problem, pass_, tensors):
-        x, w, _, dy = tensors
-        return getattr(reference, pass_)(problem, *{"fprop": (x, w), "dgrad": (dy, w), "wgrad": (dy, x)}[pass_])
+    def reference(self, problem, pass_, a, b):
+        return getattr(reference, pass_)(problem, a, b)
 
     def number(self, problem, pass_, cfg):
         ranked = cost_model.rank(problem, pass_, self.spec, "tf32")
         return ranked.index(cfg) if cfg in ranked else 99
 
-    def run(self, problem, pass_, cfg, tensors, precision):
-        result = self.reference(problem, pass_, tensors).to(tensors[0].dtype)
+    def prepare(self, problem, pass_, cfg, precision):
+        return partial(self.run, problem, pass_, cfg)
+
+    def run(self, problem, pass_, cfg, a, b):
+        result = self.reference(problem, pass_, a, b).to(a.dtype)
         if cfg is None:
             if self.aten_ms is None:
                 raise RuntimeError("no such convolution")
-            self.last = self.aten_ms
+            self.last = self.aten_ms[torch.backends.cudnn.benchmark] if isinstance(self.aten_ms, tuple) else self.aten_ms
             return result
         i = self.number(problem, pass_, cfg)
         self.ran.append((problem, pass_, i))
@@ -55,12 +59,13 @@ class FakeGpu:
         self.last = self.times[i] if i < len(self.times) else 5.0
         return result
 
-    def milliseconds(self, fn):
-        fn()
+    def milliseconds(self, run, a, b):
+        run(a, b)
         return self.last
 
-    def compile(self, jobs):
+    def compiling(self, jobs):
         self.compiled += jobs
+        return nullcontext(lambda *job: job[-1] is None or job[-1] > 0)
 
 
 @pytest.fixture(autouse=True)
@@ -126,13 +131,41 @@ def test_short_of_memory_for_float64(monkeypatch):
     """ATen's result is then the reference, within twice the budget."""
     gpu = FakeGpu(times=[1, 2, 3], wrong=(0,))
     exact = gpu.reference
-    gpu.run = lambda *a, run=gpu.run: (setattr(gpu, "reference", exact), run(*a), setattr(gpu, "reference", short))[1]
+    gpu.run = lambda *args, run=gpu.run: (setattr(gpu, "reference", exact), run(*args), setattr(gpu, "reference", short))[1]
 
     def short(*a):
         raise torch.OutOfMemoryError("short")
     gpu.reference = short
     row, = tune(gpu=gpu, top=3)
     assert row["config"] == ranked()[1] and len(row["rejected"]) == 1
+
+
+def test_aten_is_timed_under_both_settings_and_judged_by_the_present_one(monkeypatch):
+    """ATen keeps a thread's first algorithm for a convolution whatever the setting is later: each setting is timed in a thread of its own."""
+    gpu, threads = FakeGpu(times=[2.0], aten_ms=(3.0, 1.0)), []
+    prepare = gpu.prepare
+    gpu.prepare = lambda problem, pass_, cfg, precision: (cfg or threads.append(threading.get_ident()), prepare(problem, pass_, cfg, precision))[1]
+    row, = tune(gpu=gpu, top=1)
+    assert (row["aten_ms"], row["aten_benchmark_ms"]) == (3.0, 1.0) and not torch.backends.cudnn.benchmark
+    assert len(threads) == 2 and threading.get_ident() not in threads
+    for benchmark, backend, why in ((False, "triton", "2 ms, ATen 3 ms with cudnn.benchmark off"), (True, "aten", "ATen 1 ms with cudnn.benchmark on")):
+        monkeypatch.setattr(torch.backends.cudnn, "benchmark", benchmark)
+        choice = tuner.decide(P, "fprop", TARGET, "ieee")
+        assert choice.backend == backend and why in choice.why
+    record = lookup()[2]
+    assert tuner.aten_ms({"aten_ms": 3.0}) == (3.0, "cudnn.benchmark off"), "what was measured, where the other was not"
+    assert tuner.aten_ms(record | {"aten_ms": None, "aten_benchmark_ms": None}) is None
+
+
+def test_what_is_not_compiled_by_the_deadline_is_left(monkeypatch):
+    gpu, asked = FakeGpu(times=[3, 2, 1]), []
+
+    def compiling(jobs):
+        return nullcontext(lambda problem, pass_, precision, cfg, timeout: asked.append(timeout) or len(asked) < 3)
+    gpu.compiling = compiling
+    row, = tune(gpu=gpu, top=3, budget=1000)
+    assert asked[0] is None and 0 < asked[2] < asked[1] <= 1000, "the first one is waited for, the others until the deadline"
+    assert row["config"] == ranked()[1] and row["tried"] == 2
 
 
 def test_budget_and_resuming(monkeypatch, caplog):
@@ -218,7 +251,7 @@ def measured(problem=P, pass_="fprop", ms=1.0, aten_ms=2.0):
 def test_measured_times_decide():
     measured(ms=1.0, aten_ms=2.0)
     choice = tuner.decide(P, "fprop", TARGET, "ieee")
-    assert choice.backend == "triton" and choice.why == "measured: 1 ms, ATen 2 ms"
+    assert choice.backend == "triton" and choice.why == "measured: 1 ms, ATen 2 ms with cudnn.benchmark off"
     measured(pass_="dgrad", ms=3.0, aten_ms=2.0)
     assert tuner.decide(P, "dgrad", TARGET, "ieee").backend == "aten"
     assert tuner.resolve(P, "dgrad", TARGET, "ieee", allow_aten=True) is None
@@ -259,8 +292,10 @@ def cuda(monkeypatch):
     gpu = FakeGpu(times=[3, 2, 0.5])
     state = SimpleNamespace(gpu=gpu, capturing=False)
     monkeypatch.setenv("TRIDIL_TARGET", TARGET)
-    for name, value in (("is_available", lambda: True), ("get_device_name", lambda *a: NAME), ("device", lambda d: nullcontext()),
-                        ("current_device", lambda: 0), ("is_current_stream_capturing", lambda: state.capturing)):
+    properties = SimpleNamespace(name=NAME, multi_processor_count=132, L2_cache_size=50 * 2**20, memory_clock_rate=2619000, memory_bus_width=5120)
+    for name, value in (("is_available", lambda: True), ("get_device_properties", lambda *a: properties), ("device", lambda d: nullcontext()),
+                        ("current_device", lambda: 0), ("is_current_stream_capturing", lambda: state.capturing),
+                        ("get_device_capability", lambda *a: (9, 0))):
         monkeypatch.setattr(torch.cuda, name, value)
     monkeypatch.setattr(tuner, "Gpu", lambda device: gpu)
     return state
@@ -288,6 +323,35 @@ def test_first_use_measures_where_asked(cuda, how, monkeypatch):
     with tuner.override(dgrad=ranked(P, "dgrad")[1]):
         tuner.resolve(P, "dgrad", TARGET, "ieee", CUDA)
     assert len(cuda.gpu.ran) == ran
+
+
+def test_first_use_says_what_it_does_and_is_bounded(cuda, monkeypatch, caplog):
+    """One warning a process, with the convolution, the time and the file; after assumed.FIRST_USE seconds it runs the best so far. ATen is timed as
+    it runs, once."""
+    monkeypatch.setenv("TRIDIL_TUNE", "1")
+    clock = [0.0]
+    monkeypatch.setattr(tuner.time, "monotonic", lambda: clock[0])
+    run = cuda.gpu.run
+    cuda.gpu.run = lambda *a: (clock.__setitem__(0, clock[0] + 0.3 * assumed.FIRST_USE), run(*a))[1]
+    assert tuner.resolve(P, "fprop", TARGET, "ieee", CUDA) == ranked()[0]
+    assert [i for *_, i in cuda.gpu.ran] == [0, 0], "ATen, a result and a timing of it took all there was"
+    record = lookup()[2]
+    assert record["aten_ms"] == 1.0 and record["aten_benchmark_ms"] is None
+    message, = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+    assert cache.key(P, "fprop") in message and f"{assumed.FIRST_USE:g} s" in message and str(cache.path(TARGET)) in message
+    tuner.resolve(P, "wgrad", TARGET, "ieee", CUDA)
+    assert len([r for r in caplog.records if r.levelno == logging.WARNING]) == 1
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_first_use_is_measured_on_every_rank(cuda, rank, monkeypatch):
+    """Only several problems are shared out; a rank that did not measure would run other kernels than the others."""
+    monkeypatch.setenv("TRIDIL_TUNE", "1")
+    monkeypatch.setenv("RANK", str(rank))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert tuner.resolve(P, "fprop", TARGET, "ieee", CUDA) == ranked()[2] and cuda.gpu.ran
+    assert [r["pass"] for r in tune(P, passes=("dgrad", "wgrad"))] == ["dgrad", "wgrad"]
+    assert [r["problem"].n for r in tune([replace(P, n=n) for n in (3, 4)])] == [3 + rank]
 
 
 def test_the_variable_can_forbid_it(cuda, monkeypatch):
@@ -364,8 +428,9 @@ def test_command_line(tmp_path):
     for bad in (("--model", "zoo:wrong"), ("--model", "zoo"), ("--suite", "none"), ("--budget", "soon"), ("--passes", "forward"), ("--top", 0)):
         out = command(tmp_path, "tune", *bad)
         assert out.returncode == 2 and "error" in out.stderr and "Traceback" not in out.stderr, (bad, out.stderr)
-    out = subprocess.run([sys.executable, "-m", "tridil", "tune"], capture_output=True, text=True)
-    assert out.returncode == 1 and "measured on a GPU" in out.stderr or torch.cuda.is_available()
+    env = dict(os.environ, CUDA_VISIBLE_DEVICES="")                      # with a GPU it would measure for minutes
+    out = subprocess.run([sys.executable, "-m", "tridil", "tune"], capture_output=True, text=True, env=env)
+    assert out.returncode == 1 and "measured on a GPU" in out.stderr
 
 
 def test_torchrun_splits_the_problems_and_merges(tmp_path):

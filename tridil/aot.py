@@ -7,8 +7,8 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import suppress
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, wait
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 
@@ -121,14 +121,25 @@ def report(jobs, target: str, save: Path | None = None) -> list[dict]:
         return [row for rows in pool.map(_rows, jobs) for row in rows]
 
 
-def precompile(jobs: list, target: str) -> None:
-    """Fills Triton's cache with the kernels of (problem, pass, precision, config) jobs, without bias, on all cores; what fails here fails again where
-    it is launched."""
-    jobs = [(*job, target) for job in jobs]
-    if len(jobs) < 3:
-        return                                                  # compiled where they are launched
-    with ProcessPoolExecutor(_workers(jobs), multiprocessing.get_context("spawn")) as pool:
-        list(pool.map(_try_to_compile, jobs))
+@contextmanager
+def compiling(jobs: list, target: str):
+    """Fills Triton's cache with the kernels of (problem, pass, precision, config) jobs, without bias, in their order, in threads of this process.
+
+    Gives `compiled(problem, pass_, precision, config, timeout=None)`: waits for a job for at most `timeout` seconds and says whether it is done, also
+    of a job that it was not given. What fails here fails again where it is launched. At the end of the context what was not begun is dropped.
+    """
+    def key(problem, pass_, precision, config):
+        return problem, pass_, precision, tuple(config.items())
+    pool = ThreadPoolExecutor(_workers(jobs))                        # Triton and ptxas work outside of Python's lock
+    futures = {key(*job): pool.submit(_try_to_compile, (*job, target)) for job in jobs}
+
+    def compiled(problem, pass_, precision, config, timeout: float | None = None) -> bool:
+        future = futures.get(key(problem, pass_, precision, config))
+        return future is None or not wait([future], None if timeout is None else max(timeout, 0)).not_done
+    try:
+        yield compiled
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _try_to_compile(job) -> None:
@@ -139,7 +150,7 @@ def _try_to_compile(job) -> None:
 
 
 def _workers(jobs: list) -> int:
-    return min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, len(jobs))
+    return max(1, min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, len(jobs)))
 
 
 def _rows(job) -> list[dict]:

@@ -26,3 +26,5 @@ DIRECT_LEAST = 1500         # clocks of a launch, at least
 BUSY_WARPS = 12             # warps of an SM that keep memory busy
 ISSUED = 0.8                # share of its issue slots that a scheduler fills
 OVERLAP = 0.2               # share of the shorter of waves and memory that the longer does not hide
+
+FIRST_USE = 2.0             # seconds that measuring one pass may take when a convolution is used for the first time

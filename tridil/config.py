@@ -298,7 +298,7 @@ def _gather_options(problem: Problem, pass_: str, target: str, precision: str, f
 
 def tma_options(problem: Problem, pass_: str, target: str, precision: str):
     """Sensible configs of the tma kernel, legal or not."""
-    if target not in ("cuda:90", "cuda:100") or not has_mma(problem, precision) or is_flat(problem, pass_):
+    if not (has_tma(target) and int(target[5:]) // 10 in (9, 10)) or not has_mma(problem, precision) or is_flat(problem, pass_):
         return
     nbytes = DTYPE_BYTES[problem.dtype]
     specialize = int(target[5:]) // 10 == 10 and not (pass_ == "wgrad" and nbytes == 4)

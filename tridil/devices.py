@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 
@@ -29,7 +29,7 @@ class Device:
     def limits(self) -> tuple[int, int, int, int]:
         """(shared memory of an SM, shared memory of a program, threads, programs): CUDA C++ programming guide, "Technical specifications per compute
         capability"; AMD CDNA3 ISA guide."""
-        return _LIMITS[self.target]
+        return _LIMITS[_nearest(self.target, _LIMITS)]
 
     def mma_rate(self, dtype: str, precision: str = "tf32") -> int:
         """Multiply-accumulates per SM and clock of a tile product of `dtype`: on matrix units, or (ieee float32) on the scalar pipes."""
@@ -38,9 +38,9 @@ class Device:
         return max(self.mma[2], self.fma[1]) if dtype == "float64" else self.mma[0]
 
 
-_LIMITS = {"cuda:80": (167936, 166912, 2048, 32), "cuda:86": (102400, 101376, 1536, 16), "cuda:89": (102400, 101376, 1536, 24),
-           "cuda:90": (233472, 232448, 2048, 32), "cuda:100": (233472, 232448, 2048, 32), "cuda:120": (102400, 101376, 1536, 24),
-           "hip:gfx942": (65536, 65536, 2048, 32)}
+_LIMITS = {"cuda:80": (167936, 166912, 2048, 32), "cuda:86": (102400, 101376, 1536, 16), "cuda:87": (167936, 166912, 1536, 16),
+           "cuda:89": (102400, 101376, 1536, 24), "cuda:90": (233472, 232448, 2048, 32), "cuda:100": (233472, 232448, 2048, 32),
+           "cuda:110": (233472, 232448, 1536, 24), "cuda:120": (102400, 101376, 1536, 24), "hip:gfx942": (65536, 65536, 2048, 32)}
 
 # the first device of a target stands for it where no GPU is present. l2_clock: A100 from its whitepaper (5120 bytes per clock), MI300X from the CDNA3
 # whitepaper (2 KiB per clock and die), the others assumed; H100's clock is that of its published tensor peak
@@ -67,14 +67,21 @@ for _device in DEVICES:
     TARGETS.setdefault(_device.target, _device)
 
 
-def of_target(target: str) -> Device:
-    """The device that stands for a target; the nearest older one of the vendor for an unknown target."""
-    if target in TARGETS:
-        return TARGETS[target]
+def _nearest(target: str, known) -> str:
+    """`target`, when it is known; else the nearest older one of the vendor, else its oldest."""
+    if target in known:
+        return target
     if target.startswith("hip"):
-        return TARGETS["hip:gfx942"]
-    known = sorted((int(name[5:]), name) for name in TARGETS if name.startswith("cuda"))
-    return TARGETS[max((item for item in known if item[0] <= int(target[5:])), default=known[0])[1]]
+        return "hip:gfx942"
+    architectures = sorted(int(name[5:]) for name in known if name.startswith("cuda"))
+    return f"cuda:{max((a for a in architectures if a <= int(target[5:])), default=architectures[0])}"
+
+
+@lru_cache(maxsize=256)
+def of_target(target: str) -> Device:
+    """The device that stands for a target; for an unknown target the figures of the nearest older one of the vendor."""
+    device = TARGETS[_nearest(target, TARGETS)]
+    return device if device.target == target else replace(device, target=target)
 
 
 @lru_cache(maxsize=256)
@@ -84,3 +91,14 @@ def of_name(name: str, target: str) -> Device:
         return set(re.sub(r"[^a-z0-9]+", " ", text.lower()).split())
     found = [d for d in DEVICES if d.target == target and words(d.name) <= words(name)]
     return found[0] if found else of_target(target)
+
+
+def of_properties(properties, target: str) -> Device:
+    """The device that `torch.cuda.get_device_properties` describes: SMs, L2 and DRAM bandwidth (twice the memory's clock times the width of its bus)
+    are its own, the other figures those of `of_name`. The slices of a GPU (MIG) share its memory as they share its L2."""
+    device = of_name(properties.name, target)
+    l2, khz, bits = (getattr(properties, name, 0) or 0 for name in ("L2_cache_size", "memory_clock_rate", "memory_bus_width"))
+    l2, dram = l2 / 2**20 or device.l2, 2 * khz * bits / 8e6 or device.dram
+    if " MIG " in properties.name:
+        dram *= min(1.0, l2 / device.l2)
+    return replace(device, sms=properties.multi_processor_count, l2=l2, dram=dram)

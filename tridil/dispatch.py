@@ -6,6 +6,8 @@ import re
 from functools import lru_cache
 from importlib.util import find_spec
 
+import torch
+
 from .problem import DTYPE_BYTES, PASSES, Problem
 
 BACKENDS = ("auto", "triton", "aten")
@@ -95,7 +97,7 @@ def choose(problem: Problem, device, backend: str = "auto") -> str:
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
     if backend == "auto":
-        return "aten" if device.type == "cpu" or can_run(problem, device) or _too_old() else "triton"
+        return "aten" if device.type == "cpu" or can_run(problem, device) or _too_old(device.type, device.index) else "triton"
     if backend == "triton":
         reason = can_run(problem, device)
         if reason:
@@ -104,9 +106,11 @@ def choose(problem: Problem, device, backend: str = "auto") -> str:
     return backend
 
 
-def _too_old() -> str | None:
-    """Why "auto" leaves a GPU to ATen although the kernels run there."""
+def _too_old(device_type: str, index: int | None) -> str | None:
+    """Why "auto" leaves a GPU to ATen although the kernels run there; index is that of the tensors' device, which need not be the current one."""
     name = target()
+    if device_type == "cuda" and name.startswith("cuda") and not os.environ.get("TRIDIL_TARGET") and torch.cuda.is_available():
+        name = "cuda:{}{}".format(*torch.cuda.get_device_capability(index))
     return f"{name} has no tensor cores that the kernels use: sm_80 and later do" if name.startswith("cuda") and int(name[5:]) < 80 else None
 
 
@@ -136,7 +140,7 @@ def explain(problem: Problem, device, backend: str = "auto", target_: str | None
         if variable != "auto":
             runs, why = variable, "asked for" if backend != "auto" else f"TRIDIL_BACKEND={variable}"
         elif chosen == "aten":
-            runs, why = "aten", can_run(problem, device) or _too_old() or "CPU tensors run through ATen"
+            runs, why = "aten", can_run(problem, device) or _too_old(device.type, device.index) or "CPU tensors run through ATen"
         else:
             runs, why = choice.backend, choice.why
         record, config = choice.record or {}, choice.config

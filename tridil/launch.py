@@ -29,19 +29,16 @@ class Box:
     block: tuple[int, ...]
     offset: int = 0
 
-    @cached_property
-    def _fields(self) -> dict:
-        return {}
-
     def describe(self, t: torch.Tensor) -> TensorDescriptor:
         """The TensorDescriptor of t; Triton checks sizes and strides once, the base's alignment is `_nhwc`'s concern."""
         base = torch.as_strided(t, self.shape, self.strides, t.storage_offset() + self.offset) if self.offset else t
-        if not self._fields:
+        fields = self.__dict__.get("_fields")
+        if fields is None:
             first = TensorDescriptor(base, list(self.shape), list(self.strides), list(self.block))
-            self._fields.update((name, value) for name, value in vars(first).items() if name != "base")
+            self.__dict__["_fields"] = {name: value for name, value in vars(first).items() if name != "base"}       # at once: other threads read it
             return first
         descriptor = object.__new__(TensorDescriptor)
-        descriptor.__dict__.update(self._fields, base=base)
+        descriptor.__dict__.update(fields, base=base)
         return descriptor
 
 

@@ -8,7 +8,7 @@ import re
 from collections import Counter
 from dataclasses import dataclass
 
-from .devices import TARGETS
+from .devices import of_target
 
 # dense fp16 FMA per SM and clock on tensor cores with fp32 accumulation, of an architecture's fastest parts: NVIDIA A100, GA102, AD102, H100,
 # Blackwell and RTX Blackwell architecture whitepapers
@@ -121,7 +121,7 @@ def measure(text: str, target: int, tile: tuple[int, int, int], warps: int, nbyt
     ops = Counter(ins.opcode for ins in loop)
     products = sum(count for op, count in ops.items() if MMA.match(op))
     running = 1 if specialized and row["mma"].startswith("UTC") else warps          # tcgen05 products are issued by one warp
-    rate = RATE[target]
+    rate = RATE[max((known for known in RATE if known <= target), default=80)]
     moved = (m + n) * k * nbytes
     if row["mma"].startswith("HGMMA"):                              # each warpgroup reads its 64 rows and all columns
         read = (m + -(-m // 64) * n) * k * nbytes
@@ -136,7 +136,7 @@ def measure(text: str, target: int, tile: tuple[int, int, int], warps: int, nbyt
 
 def programs_per_sm(target: int, registers: int, threads: int, shared_bytes: int) -> int:
     """Programs that fit on one SM. Registers are given to warps in units of 256, a program takes 1 KiB of shared memory for the driver."""
-    shared, _, most_threads, most = TARGETS[f"cuda:{target}"].limits
+    shared, _, most_threads, most = of_target(f"cuda:{target}").limits
     warps = -(-threads // 32)
     per_warp = -(-registers * 32 // 256) * 256
     return min(65536 // (per_warp * warps), shared // (shared_bytes + 1024), most_threads // threads, most)

@@ -53,12 +53,13 @@ def check(actual: torch.Tensor, expected: torch.Tensor, problem: Problem, pass_:
 
 
 def random_tensors(problem: Problem, device="cpu", seed: int = 0):
-    """(x, w, bias, dy) of a problem, normally distributed, the weights scaled so that results are of order 1."""
-    g = torch.Generator().manual_seed(seed)
+    """(x, w, bias, dy) of a problem, normally distributed, the weights scaled so that results are of order 1. Drawn on the device."""
+    g = torch.Generator(device).manual_seed(seed)
     dtype, depth = getattr(torch, problem.dtype), reduction_depth(problem, "fprop")
+    drawn = torch.float64 if dtype == torch.float64 else torch.float32
     shapes = (problem.x_shape, problem.w_shape, (problem.k,), problem.y_shape)
     scales = (1.0, depth ** -0.5, 1.0, 1.0)
-    return tuple((torch.randn(shape, generator=g, dtype=torch.float64) * scale).to(device, dtype) for shape, scale in zip(shapes, scales))
+    return tuple(torch.randn(shape, generator=g, dtype=drawn, device=device).mul_(scale).to(dtype) for shape, scale in zip(shapes, scales))
 
 
 def random_problem(rng: random.Random, dtype: str = "float16", max_macs: float = 2e5) -> Problem:

@@ -8,13 +8,16 @@ from __future__ import annotations
 import logging
 import os
 import time
-from contextlib import contextmanager
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
+from functools import partial
 
 import torch
 
-from . import assumed, cache, cost_model, devices, dispatch
+from . import assumed, cache, clock, cost_model, devices, dispatch
 from . import config as cfg
 from .problem import PASSES, Problem
 
@@ -22,7 +25,7 @@ log = logging.getLogger("tridil")
 # called with no arguments whenever an answer of `resolve` may have changed: those who keep answers forget them
 listeners: list = []
 _overrides: dict[str, dict] = {}
-_told: set[str] = set()
+_told: set[tuple] = set()
 
 
 def _changed():
@@ -62,10 +65,10 @@ class Choice:
 
 
 def device_spec(target: str, device=None) -> tuple[devices.Device, str]:
-    """(spec, name) of a torch.device, or of the GPU that stands for the target where there is no such device."""
+    """(spec, name) of a torch.device, as its driver describes it, or of the GPU that stands for the target where there is no such device."""
     if device is not None and getattr(device, "type", "cpu") == "cuda" and torch.cuda.is_available():
-        name = torch.cuda.get_device_name(device)
-        return devices.of_name(name, target), name
+        properties = torch.cuda.get_device_properties(device)
+        return devices.of_properties(properties, target), properties.name
     spec = devices.of_target(target)
     return spec, spec.name
 
@@ -107,9 +110,9 @@ def decide(problem: Problem, pass_: str, target: str, precision: str = "tf32", d
     spec, name = device_spec(target, device)
     config, source, record = lookup(problem, pass_, target, precision, spec, name)
     prediction, estimate = cost_model.predict(problem, pass_, config, spec, precision), cost_model.cudnn(problem, pass_, spec, precision)
-    if record and record.get("aten_ms"):
-        faster = record["ms"] <= record["aten_ms"]
-        why = f"measured: {record['ms']:.4g} ms, ATen {record['aten_ms']:.4g} ms"
+    if record and (known := aten_ms(record)):
+        faster = record["ms"] <= known[0]
+        why = f"measured: {record['ms']:.4g} ms, ATen {known[0]:.4g} ms with {known[1]}"
     elif record:
         faster, why = True, f"measured: {record['ms']:.4g} ms; ATen could not run it"
     elif source == "override":
@@ -121,6 +124,18 @@ def decide(problem: Problem, pass_: str, target: str, precision: str = "tf32", d
     return Choice(config, source, "triton" if faster else "aten", why, record, prediction, estimate)
 
 
+# how ATen is measured: with the algorithms that cuDNN's heuristics choose, and with those that its search finds (torch.backends.cudnn.benchmark)
+ATEN = {"aten_ms": False, "aten_benchmark_ms": True}
+
+
+def aten_ms(record: dict) -> tuple[float, str] | None:
+    """(milliseconds, how) of ATen in a record of the cache: as it runs under the present torch.backends.cudnn.benchmark, else as it was measured."""
+    for name in sorted(ATEN, key=lambda name: ATEN[name] != torch.backends.cudnn.benchmark):
+        if record.get(name):
+            return record[name], f"cudnn.benchmark {'on' if ATEN[name] else 'off'}"
+    return None
+
+
 def resolve(problem: Problem, pass_: str, target: str, precision: str, device=None, allow_aten: bool = False) -> dict | None:
     """The config that runs one pass, or None where ATen is known to be faster (only with allow_aten).
 
@@ -130,13 +145,28 @@ def resolve(problem: Problem, pass_: str, target: str, precision: str, device=No
     choice = decide(problem, pass_, target, precision, device)
     if choice.record is None and choice.source != "override" and device is not None and device.type == "cuda":
         if _tunes_on_first_use():
-            if tune(problem, passes=(pass_,), top=4, device=device, precision=precision, progress=False, notify=False):
+            _tell_of_first_use(problem, pass_, precision, target)
+            if _measure_now([(problem, pass_, precision)], Gpu(device), 4, assumed.FIRST_USE, (torch.backends.cudnn.benchmark,)):
                 choice = decide(problem, pass_, target, precision, device)
-        elif target not in _told:
-            _told.add(target)
+        elif _tells("miss", target):
             log.warning("tridil: nothing was measured for %s on %s, %s; to measure it: python -m tridil tune --shape \"%s\" --dtype %s",
                         cache.key(problem, pass_, precision), target, choice.source, shape_of(problem), problem.dtype)
     return None if allow_aten and choice.backend == "aten" else choice.config
+
+
+def _tells(*what) -> bool:
+    """Whether this is the first time that the process has this to tell."""
+    if what in _told:
+        return False
+    _told.add(what)
+    return True
+
+
+def _tell_of_first_use(problem, pass_, precision, target):
+    level = logging.WARNING if _tells("first use", target) else logging.INFO
+    why = "TRIDIL_TUNE=1" if os.environ.get("TRIDIL_TUNE") == "1" else "torch.backends.cudnn.benchmark"
+    log.log(level, "tridil: %s: measuring %s, about %g s, as every new convolution and pass from now on; answers are kept in %s (TRIDIL_TUNE=0 "
+            "measures nothing)", why, cache.key(problem, pass_, precision), assumed.FIRST_USE, cache.path(target))
 
 
 def _tunes_on_first_use() -> bool:
@@ -161,7 +191,6 @@ class Gpu:
         self.device = device
         self.target = dispatch.target()
         self.spec, self.name = device_spec(self.target, device)
-        self._flush = None
 
     def tensors(self, problem: Problem):
         """(x, w, bias, dy) in the problem's memory format."""
@@ -169,46 +198,43 @@ class Gpu:
         from .testing import random_tensors
         return tuple(t.contiguous(memory_format=FORMATS[problem.layout]) if t.dim() == 4 else t for t in random_tensors(problem, self.device))
 
-    def run(self, problem: Problem, pass_: str, config: dict | None, tensors, precision: str):
-        """The result of one pass by a config, or by ATen."""
+    def prepare(self, problem: Problem, pass_: str, config: dict | None, precision: str) -> Callable:
+        """Function of a pass's two tensors: by a config, or (None) by ATen."""
         from . import launch, ops
-        x, w, _, dy = tensors
-        operands = {"fprop": (x, w), "dgrad": (dy, w), "wgrad": (dy, x)}[pass_]
-        if config is None:
-            return ops.aten(problem, pass_, *operands)
-        return getattr(launch, pass_)(problem, *operands, *([None] if pass_ == "fprop" else []), config, precision)
+        return partial(ops.aten, problem, pass_) if config is None else launch.prepare(problem, pass_, config, precision)
 
-    def reference(self, problem: Problem, pass_: str, tensors):
+    def reference(self, problem: Problem, pass_: str, a, b):
         """The float64 result of one pass."""
         from . import reference
-        x, w, _, dy = tensors
-        return getattr(reference, pass_)(problem, *{"fprop": (x, w, None), "dgrad": (dy, w), "wgrad": (dy, x)}[pass_])
+        return getattr(reference, pass_)(problem, a, b)
 
-    def milliseconds(self, fn) -> float:
-        """Median time of a call by CUDA events, after a warm-up, the L2 cache flushed before each."""
-        from triton.testing import do_bench
-        return do_bench(fn, warmup=10, rep=50, return_mode="median")
+    def milliseconds(self, run: Callable, a, b) -> float:
+        """Median time of run(a, b) on the device: its tensors take turns with copies, so that none is in the L2 cache."""
+        size = sum(t.numel() * t.element_size() for t in (a, b))
+        sets = [(a, b), *((a.clone(), b.clone()) for _ in range(clock.turns(size, int(self.spec.l2 * 2**20)) - 1))]
+        (_, median, _), _ = clock.device([partial(run, *operands) for operands in sets])
+        return median
 
-    def compile(self, jobs: list) -> None:
-        """Fills Triton's cache with the kernels of (problem, pass, precision, config) jobs, on all cores."""
-        from .aot import precompile
-        precompile(jobs, self.target)
+    def compiling(self, jobs: list):
+        """`aot.compiling` for this device."""
+        from .aot import compiling
+        return compiling(jobs, self.target)
 
 
 def tune(subject, *args, passes=PASSES, top: int = 8, budget: float | None = None, device=None, precision: str | None = None, force: bool = False,
-         progress: bool = True, gpu: Gpu | None = None, notify: bool = True, **kwargs) -> list[dict]:
+         progress: bool = True, gpu: Gpu | None = None, **kwargs) -> list[dict]:
     """Measures which config runs fastest, and ATen beside it, and keeps the answers in the user's cache (`tridil.cache`).
 
     subject: a Problem or several; or the input of a convolution with its weight and the other arguments of `dilated_conv2d`; or a module with example
     inputs, whose convolutions are measured. passes: of "fprop", "dgrad", "wgrad". top: candidates, the cost model's best. budget: seconds; what was
     measured by then is kept, and a later call goes on, since what is already in the cache is left out unless `force`. Under torchrun every rank
-    measures its part. A candidate whose result is wrong cannot win.
+    measures its part of several problems. A candidate whose result is wrong cannot win.
 
-    Returns a row per pass: problem, pass, precision, config (None where every candidate was rejected), ms, aten_ms, predicted_ms, tried, rejected
-    (pairs of config and reason), target, device, date. Raises RuntimeError where there is no GPU, TypeError for another subject, ValueError for an
-    unknown pass.
+    Returns a row per pass: problem, pass, precision, config (None where every candidate was rejected), ms, aten_ms and aten_benchmark_ms (ATen with
+    cuDNN's heuristics and with its search), predicted_ms, tried, rejected (pairs of config and reason), target, device, date. Raises RuntimeError
+    where there is no GPU, TypeError for another subject, ValueError for an unknown pass.
     """
-    problems = _problems(subject, args, kwargs)
+    problems = list(dict.fromkeys(_problems(subject, args, kwargs)))
     if set(passes) - set(PASSES) or top < 1:
         raise ValueError(f"passes must be of {PASSES} and top at least 1, got passes={passes}, top={top}")
     if gpu is None:
@@ -218,26 +244,34 @@ def tune(subject, *args, passes=PASSES, top: int = 8, budget: float | None = Non
                                "python -m tridil explain shows what is predicted")
         with torch.cuda.device(device):
             return tune(problems, passes=passes, top=top, budget=budget, precision=precision, force=force, progress=progress,
-                        gpu=Gpu(torch.device("cuda", torch.cuda.current_device())), notify=notify)
+                        gpu=Gpu(torch.device("cuda", torch.cuda.current_device())))
     from .ops import fp32_precision
-    deadline = time.monotonic() + (float("inf") if budget is None else budget)
-    jobs = [(p, pass_, (precision or fp32_precision(gpu.target)) if p.dtype == "float32" else "ieee") for p in dict.fromkeys(problems)
+    jobs = [(p, pass_, (precision or fp32_precision(gpu.target)) if p.dtype == "float32" else "ieee") for p in problems
             if not p.is_empty for pass_ in passes]
-    rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
-    jobs = [job for job in jobs[rank::world] if force or not _is_measured(*job, gpu)]
-    rows: list[dict] = []
-    picks: dict[tuple, list[dict]] = {}
-    for i, job in enumerate(_bar(jobs, progress)):
-        if time.monotonic() >= deadline:
-            log.warning("tridil: the budget of %g s ended after %d of %d measurements: the same command goes on from there", budget, i, len(jobs))
-            break
-        if job not in picks:                                             # compiled some jobs at a time, on all cores
-            picks = {other: cost_model.rank(*other[:2], gpu.spec, other[2])[:top] for other in jobs[i:i + 32]}
-            gpu.compile([(*other, config) for other, configs in picks.items() for config in configs])
-        rows.append(row := _measure(*job, picks[job], gpu, deadline))
-        _keep(row)
-    if rows and notify:
+    if len(problems) > 1:
+        rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
+        jobs = jobs[rank::world]
+    jobs = [job for job in jobs if force or not _is_measured(*job, gpu)]
+    rows = _measure_now(jobs, gpu, top, budget, tuple(ATEN.values()), progress)
+    if len(rows) < len(jobs):
+        log.warning("tridil: the budget of %g s ended after %d of %d measurements: the same command goes on from there", budget, len(rows), len(jobs))
+    if rows:
         _changed()
+    return rows
+
+
+def _measure_now(jobs: list, gpu: Gpu, top: int, budget: float | None, settings: tuple[bool, ...], progress: bool = False) -> list[dict]:
+    """Rows of (problem, pass, precision) jobs, kept in the user's cache; their kernels are compiled in threads meanwhile. settings: those of
+    torch.backends.cudnn.benchmark under which ATen is timed."""
+    deadline = time.monotonic() + (float("inf") if budget is None else budget)
+    ranked = {job: cost_model.rank(*job[:2], gpu.spec, job[2])[:top] for job in jobs}
+    rows: list[dict] = []
+    with gpu.compiling([(*job, config) for job, configs in ranked.items() for config in configs]) as compiled:
+        for job in _bar(jobs, progress):
+            if rows and time.monotonic() >= deadline:
+                break
+            rows.append(row := _measure(*job, ranked[job], gpu, deadline, settings, compiled))
+            _keep(row)
     return rows
 
 
@@ -278,38 +312,36 @@ def _is_measured(problem, pass_, precision, gpu) -> bool:
     return record is not None and cache.is_fresh(record)
 
 
-def _measure(problem: Problem, pass_: str, precision: str, configs: list[dict], gpu: Gpu, deadline: float) -> dict:
+def _measure(problem: Problem, pass_: str, precision: str, configs: list[dict], gpu: Gpu, deadline: float, settings, compiled) -> dict:
     """One row of `tune`. A result outside its error budget, against float64 (where memory is short: against ATen), rejects its config."""
     from .testing import budget, reduction_depth
-    tensors, rejected, seen, best, aten_ms = gpu.tensors(problem), [], [], None, None
-
-    def measured(config):
-        """(result, milliseconds)"""
-        return gpu.run(problem, pass_, config, tensors, precision), gpu.milliseconds(lambda: gpu.run(problem, pass_, config, tensors, precision))
+    x, w, _, dy = gpu.tensors(problem)
+    a, b = {"fprop": (x, w), "dgrad": (dy, w), "wgrad": (dy, x)}[pass_]
+    rejected, seen, best = [], [], None
+    aten, aten_times = _measure_aten(problem, pass_, precision, gpu, a, b, settings)
     try:
-        aten, aten_ms = measured(None)
-    except (RuntimeError, NotImplementedError) as e:                     # no such convolution there
-        log.info("tridil: ATen cannot run %s of %s: %s", pass_, problem.key(), e)
-    try:
-        expected, share = gpu.reference(problem, pass_, tensors), 1
+        expected, share = gpu.reference(problem, pass_, a, b), 1
     except torch.OutOfMemoryError:
-        if aten_ms is None:
+        if aten is None:
             raise
         expected, share = aten.double(), 2                               # both err
+    del aten
     allowed = share * budget(expected, getattr(torch, problem.dtype), reduction_depth(problem, pass_), precision, pass_)
     queue = list(configs)
     while queue and (best is None or time.monotonic() < deadline):
-        config = queue.pop(0)
-        seen.append(config)
-        reason = None
+        config, reason = queue.pop(0), None
         try:
-            result, ms = measured(config)
-            error = (result.double() - expected).abs()
+            if not compiled(problem, pass_, precision, config, None if best is None else deadline - time.monotonic()):
+                break                                                    # it takes longer than there is time
+            seen.append(config)
+            run = gpu.prepare(problem, pass_, config, precision)
+            error = (run(a, b).double() - expected).abs()
             bad = ~(error <= allowed)                                    # NaN is bad
             if bad.any():
                 reason = f"{int(bad.sum())} of {bad.numel()} elements are wrong, by up to {error.nan_to_num(nan=float('inf')).max():.3g}"
-            elif best is None or ms < best[1]:
-                best = config, ms
+            else:
+                ms = gpu.milliseconds(run, a, b)
+                best = (config, ms) if best is None or ms < best[1] else best
         except Exception as e:                                           # a config that does not compile or launch has lost
             reason = f"{type(e).__name__}: {e}"
         if reason:
@@ -320,16 +352,41 @@ def _measure(problem: Problem, pass_: str, precision: str, configs: list[dict], 
             queue = [c for c in near if c not in seen and cfg.fits(c, problem, pass_, gpu.target) is None]
     config, ms = best or (None, None)
     predicted = 1e3 * cost_model.predict(problem, pass_, config, gpu.spec, precision).seconds if config else None
-    return {"problem": problem, "pass": pass_, "precision": precision, "config": config, "ms": ms, "aten_ms": aten_ms, "predicted_ms": predicted,
+    return {"problem": problem, "pass": pass_, "precision": precision, "config": config, "ms": ms, **aten_times, "predicted_ms": predicted,
             "tried": len(seen), "rejected": rejected, "target": gpu.target, "device": gpu.name,
             "date": datetime.now(timezone.utc).isoformat(timespec="seconds")}
+
+
+def _measure_aten(problem: Problem, pass_: str, precision: str, gpu: Gpu, a, b, settings):
+    """(result or None, {"aten_ms": ..., "aten_benchmark_ms": ...}), None where it was not measured or ATen has no such convolution.
+
+    Each setting has a thread of its own: ATen remembers the first algorithm that a thread took for a convolution, whatever the setting is then.
+    """
+    result, times, before = None, dict.fromkeys(ATEN), torch.backends.cudnn.benchmark
+    for name, benchmark in ATEN.items():
+        if benchmark not in settings:
+            continue
+
+        def measured():
+            with torch.cuda.device(gpu.device) if gpu.device.type == "cuda" else nullcontext():
+                run = gpu.prepare(problem, pass_, None, precision)
+                return run(a, b), gpu.milliseconds(run, a, b)
+        torch.backends.cudnn.benchmark = benchmark
+        try:
+            with ThreadPoolExecutor(1) as thread:
+                result, times[name] = thread.submit(measured).result()
+        except (RuntimeError, NotImplementedError) as e:                 # no such convolution there
+            log.info("tridil: ATen cannot run %s of %s: %s", pass_, problem.key(), e)
+        finally:
+            torch.backends.cudnn.benchmark = before
+    return result, times
 
 
 def _keep(row: dict) -> None:
     """Writes a row of `tune` into the user's cache."""
     if row["config"] is not None:
-        record = {"config": row["config"], "ms": round(row["ms"], 6), "aten_ms": row["aten_ms"] and round(row["aten_ms"], 6), **cache.fingerprint(),
-                  "torch": torch.__version__, "date": row["date"]}
+        times = {name: row[name] and round(row[name], 6) for name in ("ms", *ATEN)}
+        record = {"config": row["config"], **times, **cache.fingerprint(), "torch": torch.__version__, "date": row["date"]}
         cache.add(row["target"], {cache.key(row["problem"], row["pass"], row["precision"]): {row["device"]: record}})
 
 
