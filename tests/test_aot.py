@@ -193,6 +193,7 @@ jobs = [(p, pass_, "ieee", cost_model.best(p, pass_, "cuda:90")) for pass_ in ("
 broken = (p, "fprop", "ieee", dict(jobs[0][3], BLOCK_N=24))
 with aot.compiling([broken, *jobs], "cuda:90") as compiled:
     assert all(compiled(*job) for job in (broken, *jobs)) and compiled(p, "fprop", "ieee", dict(jobs[0][3], num_stages=1), 0)
+    assert compiled(*jobs[0], float("inf"))
 """)
     folder = tmp_path / "cache"
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(folder)}

@@ -11,6 +11,7 @@ from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
+from threading import TIMEOUT_MAX
 
 from . import sass
 from .problem import DTYPE_BYTES, Problem
@@ -135,7 +136,7 @@ def compiling(jobs: list, target: str):
 
     def compiled(problem, pass_, precision, config, timeout: float | None = None) -> bool:
         future = futures.get(key(problem, pass_, precision, config))
-        return future is None or not wait([future], None if timeout is None else max(timeout, 0)).not_done
+        return future is None or not wait([future], None if timeout is None else min(max(timeout, 0), TIMEOUT_MAX)).not_done
     try:
         yield compiled
     finally:
