@@ -24,7 +24,7 @@ for pass_ in PASSES:
             worst = max(worst, memory / w.problem.bytes)
         p, cfg = layers.reduced(w.problem, cfg, 512)
         p = replace(p, n=1)
-        key = p, tuple(cfg.items())
+        key = p, cfg
         if key in seen or config.fits(cfg, p, pass_, dispatch.target()):
             continue
         seen.add(key)

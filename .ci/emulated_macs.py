@@ -24,7 +24,7 @@ for pass_ in PASSES:
             continue
         p = replace(w.problem, n=min(w.problem.n, cfg["BLOCK_IMG"]), c=32, k=32)
         cfg |= {"SPLIT_K": 1, "BLOCK_N": 32} | ({"BLOCK_M": 32} if pass_ == "wgrad" else {"BLOCK_K": 32})
-        key = p, tuple(cfg.items())
+        key = p, cfg
         if key not in seen:
             x, weight, bias, dy = testing.random_tensors(p)
             before = ptxemu.totals["macs"]

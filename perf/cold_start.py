@@ -62,7 +62,7 @@ def kernels(layers: list[Problem], target: str) -> list:
             if pass_ == "dgrad" and p.c == 3:
                 continue
             for item, source in aot.sources(p, pass_, cost_model.best(p, pass_, target), target, has_bias=pass_ == "fprop" and p.k == 21):
-                found.setdefault((source.hash(), item.options), (item.kernel, source, item.options))
+                found.setdefault((source.hash(), item.options), (item.name, source, item.options))
     return list(found.values())
 
 

@@ -95,13 +95,13 @@ def timed(functions: dict, repetitions: int) -> dict[str, list[float]]:
 def recorded(f) -> list:
     """Bare launches, as functions without arguments, of the kernels that f launches."""
     from tridil import launch
-    seen, call = [], launch.Launch.__call__
-    launch.Launch.__call__ = lambda self, tensors: seen.append((self, self.arguments(tensors))) or call(self, tensors)
+    seen, call = [], launch.Ready.__call__
+    launch.Ready.__call__ = lambda self, tensors: seen.append((self, self.arguments(tensors))) or call(self, tensors)
     try:
         f()
     finally:
-        launch.Launch.__call__ = call
-    return [(item.kernel, partial(item.fn[item.grid], *arguments, **dict(item.options))) for item, arguments in seen]
+        launch.Ready.__call__ = call
+    return [(item.launch.name, partial(item.fn[item.grid], *arguments, **item.options)) for item, arguments in seen]
 
 
 def measure(target: str, repetitions: int) -> list[dict]:

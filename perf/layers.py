@@ -14,6 +14,7 @@ from providers import Gpu, precision_of, provider
 from tridil import config as cfg
 from tridil import cost_model, reference, testing, tuner
 from tridil.clock import turns
+from tridil.families import Config
 from tridil.problem import Problem
 
 FORMATS = {"nhwc": torch.channels_last, "nchw": torch.contiguous_format}
@@ -105,12 +106,12 @@ def _on_gpu(gpu, problem, pass_, tensors, expected, row, device):
 def tiles(problem, pass_, config, device, precision):
     """What is counted from a config."""
     moved, requested = cfg.moved_bytes(problem, pass_, config)
-    return dict(config=f"{config['kernel']} {cfg.describe(config)}", executed_macs=cfg.executed_macs(problem, pass_, config),
+    return dict(config=f"{config.kernel} {cfg.describe(config)}", executed_macs=cfg.executed_macs(problem, pass_, config),
                 compulsory_bytes=problem.bytes, moved_bytes=moved, requested_bytes=requested,
                 predicted_ms=1e3 * cost_model.predict(problem, pass_, config, device, precision).seconds)
 
 
-def reduced(problem: Problem, config: dict, pixels: int | None = None) -> tuple[Problem, dict]:
+def reduced(problem: Problem, config: Config | None, pixels: int | None = None) -> tuple[Problem, dict]:
     """A copy of a layer, and of its config, for the interpreter: same filter, stride, padding, dilation and pixel box.
 
     Channels of a group beyond 32 become 32 plus the remainder mod 32, tiles of them at most 32; at most 8 splits, 2 groups
@@ -124,8 +125,9 @@ def reduced(problem: Problem, config: dict, pixels: int | None = None) -> tuple[
         i = max(axes, key=sides.__getitem__)
         sides[i] = max(extents[i], -(-sides[i] // 2))
     n = min(problem.n, 2 if 2 * sides[0] * sides[1] <= pixels else 1)
-    tiles = {name: min(config[name], most) for name, most in (("BLOCK_M", 32), ("BLOCK_N", 32), ("BLOCK_K", 32), ("SPLIT_K", 8)) if name in config}
-    return replace(problem, n=n, c=c * groups, k=k * groups, groups=groups, h=sides[0], w=sides[1]), config | tiles
+    most = {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 32, "SPLIT_K": 8}
+    tiles = {name: min(getattr(config, name), size) for name, size in most.items() if config and hasattr(config, name)}
+    return replace(problem, n=n, c=c * groups, k=k * groups, groups=groups, h=sides[0], w=sides[1]), config and replace(config, **tiles)
 
 
 def cpu_rows(pending, device):

@@ -25,7 +25,7 @@ def predicted(layers, passes, device) -> pd.DataFrame:
             config = cost_model.best(w.problem, pass_, device, precision)
             found = cost_model.predict(w.problem, pass_, config, device, precision)
             rows.append({"model": w.model, "layer": w.layer, "kind": w.kind, "pass": pass_, "dtype": w.problem.dtype, "device": device.name,
-                         "config": f"{config['kernel']} {cfg.describe(config)}", "predicted_ms": 1e3 * found.seconds,
+                         "config": f"{config.kernel} {cfg.describe(config)}", "predicted_ms": 1e3 * found.seconds,
                          "roof_ms": 1e3 * cost_model.roof(w.problem, device, precision), "limiter": found.limiter,
                          "cudnn_estimate_ms": 1e3 * cost_model.cudnn(w.problem, pass_, device, precision),
                          "executed/useful": cfg.executed_macs(w.problem, pass_, config) / w.problem.useful_macs})
@@ -57,7 +57,7 @@ def measured(gpu, layers, passes, device, most: int = 10):
             sets = [operands, *([t.clone() for t in operands] for _ in range(turns(w.problem.bytes, gpu.l2_bytes) - 1))]
             for config in configs:
                 row = {"model": w.model, "layer": w.layer, "kind": w.kind, "pass": pass_, "dtype": w.problem.dtype,
-                       "config": f"{config['kernel']} {cfg.describe(config)}",
+                       "config": f"{config.kernel} {cfg.describe(config)}",
                        "predicted_ms": 1e3 * cost_model.predict(w.problem, pass_, config, device, precision).seconds, "ms": float("nan"),
                        "failure": None}
                 try:

@@ -31,13 +31,14 @@ def configs(problem, pass_, rng):
     default, candidates = cost_model.best(problem, pass_, target), config.candidates(problem, pass_, target)
     yield default
     for cfg in rng.sample(candidates, rng.randrange(2)):
-        changed = dict(cfg, num_stages=rng.choice([1, 2, 3]))
-        if "CLAMP" in cfg:
-            changed["CLAMP"] = cfg["CLAMP"] or rng.random() < 0.5
-        if cfg["kernel"] == "depthwise":
-            changed |= {"COLS": rng.choice([1, 2, 3, 4]), "TAPS": rng.choice([1, 2, cfg["TAPS"]]), "BLOCK_P": rng.choice([1, 2, cfg["BLOCK_P"]])}
+        change = {"num_stages": rng.choice([1, 2, 3])}
+        if hasattr(cfg, "CLAMP"):
+            change["CLAMP"] = cfg.CLAMP or rng.random() < 0.5
+        if cfg.kernel == "depthwise":
+            change |= {"COLS": rng.choice([1, 2, 3, 4]), "TAPS": rng.choice([1, 2, cfg.TAPS]), "BLOCK_P": rng.choice([1, 2, cfg.BLOCK_P])}
         if pass_ == "wgrad":
-            changed["SPLIT_K"] = rng.choice([1, 1, 2, 3, 5])
+            change["SPLIT_K"] = rng.choice([1, 1, 2, 3, 5])
+        changed = replace(cfg, **change)
         yield cfg if config.fits(changed, problem, pass_, target) else changed
 
 
@@ -61,6 +62,7 @@ def tma_configs(problem, pass_, rng, target=None):
         cfg |= {"BLOCK_K": rng.choice([16, 32]), "WEIGHT_FIRST": cfg["BLOCK_N"] == 64}
     if problem.groups > 1:
         cfg["BLOCK_M" if pass_ == "wgrad" else "BLOCK_K"] = 16
+    cfg = config.from_json(cfg, pass_)
     if config.fits(cfg, problem, pass_, target or dispatch.target()) is None:
         yield cfg
 

@@ -52,12 +52,12 @@ def test_default_kernels_of_real_layers(tmp_path, target):
     assert len({row["layer"] for row in rows}) == 12 and all(row.keys() >= COLUMNS for row in rows)
     for row in rows:
         assert row["spills"] == 0 and 0 < row["registers"] <= (512 if "hip" in target else 255) and row["target"] == target
-        assert row["shared_bytes"] <= config.device_limits(target)[1] and (row["ctas_per_sm"] or 1) >= 1
+        assert row["shared_bytes"] <= devices.of_target(target).limits[1] and (row["ctas_per_sm"] or 1) >= 1
         assert row["useful_macs"] <= row["dense_macs"] and row["useful_macs"] <= row["executed_macs"]
         if row["kernel"].endswith("_depthwise"):
             assert row["mma"] == "none" and row["loads"].get("global_load_dwordx4" if "hip" in target else "LDG.128", 0) >= 2
             continue
-        tile = config.tile(row["config"], row["pass"])
+        tile = config.tile(config.from_json(row["config"], row["pass"]), row["pass"])
         if row["kernel"].startswith("sum_") or min(tile[:2]) < 64:
             continue
         assert row["mma"].startswith(MMA[target])
@@ -95,9 +95,9 @@ kernel = "gather" if {target!r} == "cuda:80" else "tma"
 found = {{}}
 for pass_ in ("fprop", "dgrad", "wgrad"):
     for tile in ((128, 128, 64), (128, 256, 64)):
-        configs = [c for c in config.candidates(p, pass_, {target!r}) if c["kernel"] == kernel and config.tile(c, pass_) == tile]
+        configs = [c for c in config.candidates(p, pass_, {target!r}) if c.kernel == kernel and config.tile(c, pass_) == tile]
         for c in configs[:1]:
-            c |= dict(BLOCK_IMG=1, BLOCK_P=8, BLOCK_Q=8) if pass_ == "wgrad" else dict(BLOCK_IMG=2, BLOCK_P=8, BLOCK_Q=8)
+            c = replace(c, BLOCK_IMG=1 if pass_ == "wgrad" else 2, BLOCK_P=8, BLOCK_Q=8)
             row, *_ = aot.resources(p, pass_, c, {target!r})
             found[f"{{pass_}} {{tile[1]}}"] = {{name: row[name] for name in ("kernel", "overhead", "spills", "mma", "loads", "loop_ldsm")}}
 print(json.dumps(found))
@@ -165,7 +165,7 @@ def test_saved_code(tmp_path):
 def test_spill_is_reported(tmp_path, monkeypatch):
     """A tile that cannot fit into registers: status 1."""
     code = ("from tridil import cost_model; good = cost_model.best; "
-            "cost_model.best = lambda *a: dict(good(*a), num_warps=4, BLOCK_IMG=1, BLOCK_P=16, BLOCK_Q=8, BLOCK_N=256, BLOCK_K=32, SPLIT_K=1); "
+            "from dataclasses import replace; cost_model.best = lambda *a: replace(good(*a), num_warps=4, BLOCK_IMG=1, BLOCK_P=16, BLOCK_Q=8, BLOCK_N=256, BLOCK_K=32, SPLIT_K=1); "
             "from tridil.__main__ import main; "
             "raise SystemExit(main(['aot', '--shape', 'c=256 h=60 w=60 k=256 d=2', '--target', 'cuda:80', '--passes', 'fprop']))")
     out = child("-c", code)
@@ -190,9 +190,9 @@ from tridil import aot, config, cost_model
 from tridil.problem import Problem
 p = Problem(1, 32, 9, 9, 32, 3, 3, padding=((2, 2), (2, 2)), dilation=(2, 2))
 jobs = [(p, pass_, "ieee", cost_model.best(p, pass_, "cuda:90")) for pass_ in ("fprop", "dgrad", "wgrad")]
-broken = (p, "fprop", "ieee", dict(jobs[0][3], BLOCK_N=24))
+broken = (p, "fprop", "ieee", replace(jobs[0][3], BLOCK_N=24))
 with aot.compiling([broken, *jobs], "cuda:90") as compiled:
-    assert all(compiled(*job) for job in (broken, *jobs)) and compiled(p, "fprop", "ieee", dict(jobs[0][3], num_stages=1), 0)
+    assert all(compiled(*job) for job in (broken, *jobs)) and compiled(p, "fprop", "ieee", replace(jobs[0][3], num_stages=1), 0)
     assert compiled(*jobs[0], float("inf"))
 """)
     folder = tmp_path / "cache"
@@ -216,7 +216,7 @@ def test_what_was_not_begun_is_dropped(monkeypatch):
 def test_illegal_config_and_interpreter():
     if not dispatch.interpreted():
         with pytest.raises(ValueError, match="does not fit"):
-            aot.resources(P, "fprop", dict(cost_model.best(P, "fprop", "cuda:80"), BLOCK_N=24), "cuda:80")
+            aot.resources(P, "fprop", replace(cost_model.best(P, "fprop", "cuda:80"), BLOCK_N=24), "cuda:80")
     else:
         with pytest.raises(RuntimeError, match="TRITON_INTERPRET"):
             aot.resources(P, "fprop", None, "cuda:80")

@@ -1,5 +1,6 @@
 """What is legal, what is sensible, and how much the default tiles execute."""
 import itertools
+import json
 from dataclasses import replace
 
 import pytest
@@ -18,12 +19,12 @@ def live(axis, first, block):
 
 def count_macs(p, pass_, cfg):
     """Executed MACs, counted tile by tile as the kernels walk them."""
-    bi, bp, bq = cfg["BLOCK_IMG"], cfg["BLOCK_P"], cfg["BLOCK_Q"]
+    bi, bp, bq = cfg.BLOCK_IMG, cfg.BLOCK_P, cfg.BLOCK_Q
     (m, n, step), images, total = config.tile(cfg, pass_), len(range(0, p.n, bi)), 0
     c, k = p.c // p.groups, p.k // p.groups
     reduced, cols = {"fprop": (c, k), "dgrad": (k, c), "wgrad": (None, c)}[pass_]
     for h, w in p.axes(pass_):
-        if cfg["kernel"] == "gather_flat":                               # wgrad: the rectangle that the live ones of all taps of a tile span
+        if cfg.kernel == "gather_flat":                               # wgrad: the rectangle that the live ones of all taps of a tile span
             for columns in (range(i, min(i + n, p.r * p.s * c)) for i in range(0, p.r * p.s * c, n)):
                 taps = {divmod(j // c, p.s) for j in columns}
                 spans = [[axis.live_out(tap) for tap in {t[dim] for t in taps}] for dim, axis in enumerate((h, w))]
@@ -56,10 +57,10 @@ def test_executed_macs_flat():
     """27 (tap, channel) pairs of an RGB layer are one step of 32; wgrad's single column tile unites all taps."""
     p = problem_of((1, 3, 16, 16), (16, 3, 3, 3), None, 1, 1, 1, 1, "float16", "nhwc")
     cfg = cost_model.best(p, "fprop", "cuda:90")
-    assert cfg["kernel"] == "gather_flat"
-    step = -(-27 // cfg["BLOCK_K"]) * cfg["BLOCK_K"]
+    assert cfg.kernel == "gather_flat"
+    step = -(-27 // cfg.BLOCK_K) * cfg.BLOCK_K
     assert config.executed_macs(p, "fprop", cfg) == 256 * 16 * step
-    cfg = dict(cost_model.best(p, "wgrad", "cuda:90"), BLOCK_N=32, BLOCK_M=16, BLOCK_IMG=1, BLOCK_P=8, BLOCK_Q=8)
+    cfg = replace(cost_model.best(p, "wgrad", "cuda:90"), BLOCK_N=32, BLOCK_M=16, BLOCK_IMG=1, BLOCK_P=8, BLOCK_Q=8)
     assert config.executed_macs(p, "wgrad", cfg) == 256 * 16 * 32
 
 
@@ -71,37 +72,37 @@ def test_candidates_are_legal(target, dtype, pass_):
         p = replace(p, dtype=dtype)
         cfgs = config.candidates(p, pass_, target)
         assert cfgs and all(config.fits(cfg, p, pass_, target) is None for cfg in cfgs)
-        assert all(cfg.get("CLAMP", True) == (target in ("cuda:100", "cuda:120")) for cfg in cfgs if cfg["kernel"] != "tma")
+        assert all(cfg.CLAMP == (target in ("cuda:100", "cuda:120")) for cfg in cfgs if cfg.kernel != "tma")
         assert cost_model.best(p, pass_, target) in cfgs
 
 
 @pytest.mark.parametrize("pass_", PASSES)
 def test_descriptors_are_for_hopper_and_datacenter_blackwell(pass_):
-    kernels = {target: {cfg["kernel"] for cfg in config.candidates(P, pass_, target)} for target in devices.TARGETS}
+    kernels = {target: {cfg.kernel for cfg in config.candidates(P, pass_, target)} for target in devices.TARGETS}
     assert {target for target, names in kernels.items() if "tma" in names} == {"cuda:90", "cuda:100"}
     even = replace(P, h=64, w=64)
-    assert cost_model.best(even, pass_, "cuda:90")["kernel"] == cost_model.best(even, pass_, "cuda:100")["kernel"] == "tma"
+    assert cost_model.best(even, pass_, "cuda:90").kernel == cost_model.best(even, pass_, "cuda:100").kernel == "tma"
     for cfg in config.candidates(P, pass_, "cuda:90") + config.candidates(P, pass_, "cuda:100"):
-        if cfg["kernel"] == "tma" and pass_ != "wgrad":
-            assert cfg["WEIGHT_FIRST"] or cfg["WARP_SPECIALIZE"] or cfg["BLOCK_N"] < 64
+        if cfg.kernel == "tma" and pass_ != "wgrad":
+            assert cfg.WEIGHT_FIRST or cfg.WARP_SPECIALIZE or cfg.BLOCK_N < 64
     # fp64 has no descriptor, ieee fp32 no product on tensor cores
-    assert {cfg["kernel"] for cfg in config.candidates(replace(P, dtype="float64"), pass_, "cuda:90")} == {"gather"}
-    assert {cfg["kernel"] for cfg in config.candidates(replace(P, dtype="float32"), pass_, "cuda:90", "ieee")} == {"gather"}
+    assert {cfg.kernel for cfg in config.candidates(replace(P, dtype="float64"), pass_, "cuda:90")} == {"gather"}
+    assert {cfg.kernel for cfg in config.candidates(replace(P, dtype="float32"), pass_, "cuda:90", "ieee")} == {"gather"}
 
 
-TMA = {pass_: next(cfg for cfg in config.candidates(P, pass_, "cuda:90") if cfg["kernel"] == "tma") for pass_ in PASSES}
+TMA = {pass_: next(cfg for cfg in config.candidates(P, pass_, "cuda:90") if cfg.kernel == "tma") for pass_ in PASSES}
 
 
 @pytest.mark.parametrize("change, reason", [
     ({"BLOCK_N": 48}, "power of two"), ({"BLOCK_K": 8}, "at least 16"), ({"num_stages": 0}, "positive int"), ({"num_warps": 3}, "power of two"),
     ({"BLOCK_P": 2.0}, "positive int"), ({"num_stages": 19}, "shared memory"), ({"BLOCK_N": 1024}, "spills"),
-    ({"kernel": "winograd"}, "unknown kernel"), ({"maxnreg": 300}, "24 to 255"), ({"SPLIT_K": 70000}, "at most 65535"),
+    ({"maxnreg": 300}, "24 to 255"), ({"SPLIT_K": 70000}, "at most 65535"),
     ({"num_warps": 16}, "65536 registers"), ({"BLOCK_N": 8}, "at most 2 warps"),
-    ({"BLOCK_N": 4}, "of output channels 8"), ({"CLAMP": None}, "True or False"), ({"BLOCK_X": 1}, "exactly the entries")])
+    ({"BLOCK_N": 4}, "of output channels 8"), ({"CLAMP": None}, "True or False")])
 def test_fits_gives_the_reason(change, reason):
     good = cost_model.best(P, "fprop", "cuda:80")
     assert config.fits(good, P, "fprop", "cuda:80") is None
-    assert reason in config.fits({**good, **change}, P, "fprop", "cuda:80")
+    assert reason in config.fits(replace(good, **change), P, "fprop", "cuda:80")
 
 
 @pytest.mark.parametrize("pass_, problem, change, reason", [
@@ -114,7 +115,7 @@ def test_fits_gives_the_reason(change, reason):
     ("wgrad", {"c": 192, "k": 192, "groups": 2}, {"BLOCK_M": 64}, "must divide the 96 channels")])
 def test_fits_knows_the_limits_of_descriptors(pass_, problem, change, reason):
     assert config.fits(TMA[pass_], P, pass_, "cuda:90") is None
-    assert reason in config.fits({**TMA[pass_], **change}, replace(P, **problem), pass_, "cuda:90")
+    assert reason in config.fits(replace(TMA[pass_], **change), replace(P, **problem), pass_, "cuda:90")
     assert "sm_90 or later" in config.fits(TMA[pass_], P, pass_, "cuda:89") and "sm_90 or later" in config.fits(TMA[pass_], P, pass_, "hip:gfx942")
 
 
@@ -131,7 +132,7 @@ def test_fits_knows_pass_and_grid():
     assert "unknown pass" in config.fits(good, P, "forward", "cuda:80")
     assert "exactly the entries" in config.fits(good, P, "wgrad", "cuda:80")
     huge = replace(P, n=2**30, h=64, w=64, padding=((1, 1), (1, 1)), dilation=(1, 1))
-    small = dict(good, BLOCK_IMG=1, BLOCK_P=1, BLOCK_Q=16, BLOCK_N=16)
+    small = replace(good, BLOCK_IMG=1, BLOCK_P=1, BLOCK_Q=16, BLOCK_N=16)
     assert "2**31" in config.fits(small, huge, "fprop", "cuda:80")
 
 
@@ -153,7 +154,7 @@ def test_sequences_and_groups_waste_no_rows(target):
     for p in layers:
         for pass_ in PASSES:
             cfg = cost_model.best(p, pass_, target)
-            assert p.h > 1 or cfg["BLOCK_P"] == 1, (p.key(), pass_, cfg)
+            assert p.h > 1 or cfg.BLOCK_P == 1, (p.key(), pass_, cfg)
             if p.groups > 1:
                 most = 2 if p.c // p.groups >= 16 else 4
                 assert config.executed_macs(p, pass_, cfg) <= most * p.useful_macs, (p.key(), pass_, cfg)
@@ -161,9 +162,24 @@ def test_sequences_and_groups_waste_no_rows(target):
 
 @pytest.mark.parametrize("change, reason", [
     ({"num_warps": 32}, "at most 255 registers, 16 warps"), ({"COLS": 300}, "at most 255 registers, 16 warps"), ({"BLOCK_N": 48}, "power of two"),
-    ({"SPLIT_K": 2}, "does not split"), ({"CLAMP": True}, "exactly the entries")])
+    ({"SPLIT_K": 2}, "does not split")])
 def test_fits_knows_the_limits_of_direct_kernels(change, reason):
     p = problem_of((2, 32, 14, 14), (32, 1, 3, 3), None, 1, 2, 2, 32, "float16", "nhwc")
     cfg = cost_model.best(p, "fprop", "cuda:80")
-    assert cfg["kernel"] == "depthwise" and config.fits(cfg, p, "fprop", "cuda:80") is None
-    assert reason in config.fits(cfg | change, p, "fprop", "cuda:80")
+    assert cfg.kernel == "depthwise" and config.fits(cfg, p, "fprop", "cuda:80") is None
+    assert reason in config.fits(replace(cfg, **change), p, "fprop", "cuda:80")
+
+
+def test_configs_on_disk():
+    """What is written is read again; anything else is refused, with its entries."""
+    for p, target in ((P, "cuda:80"), (P, "cuda:90"), (replace(P, groups=64, k=64), "cuda:90")):
+        for pass_ in PASSES:
+            for cfg in config.candidates(p, pass_, target):
+                assert config.from_json(json.loads(json.dumps(config.to_json(cfg))), pass_) == cfg
+    good = config.to_json(cost_model.best(P, "fprop", "cuda:80"))
+    for bad, pass_, reason in ((good | {"kernel": "winograd"}, "fprop", "unknown kernel 'winograd'"), (good | {"BLOCK_X": 1}, "fprop", "exactly the entries"),
+                               ({**good} | {"BLOCK_M": 16}, "wgrad", "exactly the entries"), ({"kernel": "tma"}, "dgrad", "exactly the entries"),
+                               ({}, "fprop", "unknown kernel None")):
+        with pytest.raises(ValueError, match=reason):
+            config.from_json(bad, pass_)
+    assert "exactly the entries" in config.fits(cost_model.best(P, "wgrad", "cuda:80"), P, "fprop", "cuda:80")

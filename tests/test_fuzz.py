@@ -31,8 +31,8 @@ def test_geometries_of_descriptors(half, device, seed, poisoned, monkeypatch):
         monkeypatch.setenv("TRIDIL_TARGET", "cuda:90")
     if not config.has_tma(dispatch.target()):
         pytest.skip(f"{dispatch.target()} has no tensor descriptors")
-    launched, call = Counter(), launch.Launch.__call__
-    monkeypatch.setattr(launch.Launch, "__call__", lambda self, tensors: launched.update([self.kernel]) or call(self, tensors))
+    launched, call = Counter(), launch.Ready.__call__
+    monkeypatch.setattr(launch.Ready, "__call__", lambda self, tensors: launched.update([self.launch.name]) or call(self, tensors))
     count = 6 if dispatch.interpreted() else 150
     state = fuzz.fuzz(count, seed, 1800, ["float16"], device, kernel="tma")
     print(state, launched)

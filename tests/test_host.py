@@ -239,8 +239,8 @@ from tridil import config, launch
 from tridil.problem import Problem
 driver.set_active(stub_driver(TARGET))
 p = Problem(1, 64, 9, 9, 64, 3, 3, padding=((2, 2), (2, 2)), dilation=(2, 2))
-cfg = next(c for c in config.candidates(p, "fprop", "cuda:TARGET") if c["kernel"] == KERNEL)
-item, = launch.plan(p, "fprop", cfg)
+cfg = next(c for c in config.candidates(p, "fprop", "cuda:TARGET") if c.kernel == KERNEL)
+item = launch.Ready(*launch.plan(p, "fprop", cfg))
 def tensor(shape, shift=0):
     n, c, h, w = shape
     return torch.empty(n * c * h * w + 8, dtype=torch.half)[shift:shift + n * c * h * w].view(n, h, w, c).permute(0, 3, 1, 2)
@@ -270,7 +270,7 @@ entered = []
 triton.knobs.runtime.launch_enter_hook.add(lambda metadata: entered.append(metadata.get()["name"]))
 same = tensors()
 item(same)
-item.fn[item.grid](*item.arguments(same), **dict(item.options))
+item.fn[item.grid](*item.arguments(same), **item.options)
 direct, through_jit = seen[-2:]
 def plain(a):
     return [(x.base.data_ptr(), list(x.shape), list(x.strides), list(x.block_shape), x.padding) if hasattr(x, "block_shape") else
@@ -331,6 +331,8 @@ from tridil.problem import PASSES, Problem
 driver.set_active(stub_driver(TARGET))
 def layer(n, c, size, k, **rest):
     return Problem(n, c, size, size, k, 3, 3, padding=((2, 2), (2, 2)), dilation=(2, 2), **rest)
+ready, init = [], launch.Ready.__init__
+launch.Ready.__init__ = lambda self, item: ready.append(self) or init(self, item)
 out = {}
 for p in (layer(2, 64, 16, 64), layer(1, 3, 16, 24), layer(2, 64, 8, 64, dtype="float32"), layer(1, 32, 9, 32, groups=32), layer(1, 512, 4, 512),
           layer(8, 256, 32, 256)):
@@ -338,10 +340,11 @@ for p in (layer(2, 64, 16, 64), layer(1, 3, 16, 24), layer(2, 64, 8, 64, dtype="
     for pass_ in PASSES:
         config, precision, has_bias = cost_model.best(p, pass_, "cuda:TARGET"), "tf32" if p.dtype == "float32" else "ieee", pass_ == "fprop"
         bias = x.new_empty(p.k) if has_bias else None
+        ready.clear()
         launch.prepare(p, pass_, config, precision, has_bias)(*{"fprop": (x, w), "dgrad": (dy, w), "wgrad": (dy, x)}[pass_], bias)
         for item, source in aot.sources(p, pass_, config, "cuda:TARGET", precision, has_bias):
-            (jit,) = item._kernels.values()
-            out.setdefault(item.kernel, []).append(aot.compile_source(source, item.options, "cuda:TARGET").hash == jit.hash)
+            (jit,) = next(r for r in ready if r.launch == item).compiled.values()
+            out.setdefault(item.name, []).append(aot.compile_source(source, item.options, "cuda:TARGET").hash == jit.hash)
 print(json.dumps(out))
 """.replace("TARGET", str(target)))
     kernels = {"correlate", "correlate_flat", "wgrad", "sum_splits", "correlate_depthwise", "wgrad_depthwise", "sum_partials"}
@@ -359,8 +362,8 @@ from triton.runtime import driver
 from host_overhead import stub_driver
 from tridil import dilated_conv2d, launch
 driver.set_active(stub_driver(90))
-count, call = [], launch.Launch.__call__
-launch.Launch.__call__ = lambda self, tensors: count.append(self.kernel) or call(self, tensors)
+count, call = [], launch.Ready.__call__
+launch.Ready.__call__ = lambda self, tensors: count.append(self.fn) or call(self, tensors)
 names = set()
 for n, c, size, k, kwargs in ((2, 64, 20, 64, dict(padding=4, dilation=4)), (1, 512, 4, 512, dict(padding=2, dilation=2)),
                               (1, 3, 9, 5, dict(stride=2)), (2, 32, 9, 32, dict(padding=2, dilation=2, groups=32))):

@@ -9,6 +9,7 @@ import torch
 pytest.importorskip("triton")
 
 from tridil import config, cost_model, dispatch, launch, reference, testing
+from tridil.families.tma import architecture
 from tridil.problem import PASSES, problem_of
 
 
@@ -105,7 +106,7 @@ def test_every_candidate_gives_the_reference(name, pass_):
 
 def gathered(p, pass_):
     """Candidates of the pointer kernels."""
-    return [cfg for cfg in config.candidates(p, pass_, dispatch.target()) if cfg["kernel"] != "tma"]
+    return [cfg for cfg in config.candidates(p, pass_, dispatch.target()) if cfg.kernel != "tma"]
 
 
 @pytest.mark.parametrize("pass_", PASSES)
@@ -114,7 +115,7 @@ def test_both_kernels_serve_every_channel_count(kernel, pass_):
     """The flat kernel is a choice, not a need."""
     for channels, name in itertools.product((1, 40), ("aspp", "stride 2, dilation 2")):
         p = replace(GEOMETRIES[name], c=channels, k=24)
-        check(p, [pass_], [dict(cfg, kernel=kernel, SPLIT_K=cfg["SPLIT_K"] if pass_ == "wgrad" else 1) for cfg in gathered(p, pass_)[-1:]])
+        check(p, [pass_], [replace(cfg, kernel=kernel, SPLIT_K=cfg.SPLIT_K if pass_ == "wgrad" else 1) for cfg in gathered(p, pass_)[-1:]])
 
 
 @pytest.mark.parametrize("box", [(1, 1, 64), (1, 64, 1), (64, 1, 1), (1, 8, 8), (2, 4, 8), (4, 4, 4), (16, 2, 2), (1, 5, 7), (3, 3, 3), (1, 1, 33)])
@@ -123,7 +124,7 @@ def test_every_box(name, box):
     p = GEOMETRIES[name]
     sides = dict(zip(("BLOCK_IMG", "BLOCK_P", "BLOCK_Q"), box))
     for pass_ in PASSES:
-        cfgs = [{**c, **sides} for c in config.candidates(p, pass_, dispatch.target())[:1] + gathered(p, pass_)[:1]]
+        cfgs = [replace(c, **sides) for c in config.candidates(p, pass_, dispatch.target())[:1] + gathered(p, pass_)[:1]]
         check(p, [pass_], [cfg for cfg in cfgs if config.fits(cfg, p, pass_, dispatch.target()) is None])
 
 
@@ -133,7 +134,7 @@ def test_clamped_addresses_change_nothing(name, pass_):
     """pytorch#187222: a masked load must not need its address; with CLAMP no address leaves the tensor, without it the result is the same."""
     p = GEOMETRIES[name]
     cfg = gathered(p, pass_)[0]
-    clamped, = check(p, [pass_], [dict(cfg, CLAMP=True)], seed=3)
+    clamped, = check(p, [pass_], [replace(cfg, CLAMP=True)], seed=3)
     assert torch.isfinite(clamped).all()
 
 
@@ -142,7 +143,7 @@ def test_clamped_addresses_change_nothing(name, pass_):
 def test_clamping_is_bit_identical(pass_):
     p = GEOMETRIES["aspp"]
     cfg = gathered(p, pass_)[0]
-    a, b = check(p, [pass_], [dict(cfg, CLAMP=True), dict(cfg, CLAMP=False)])
+    a, b = check(p, [pass_], [replace(cfg, CLAMP=True), replace(cfg, CLAMP=False)])
     assert torch.equal(a, b)
 
 
@@ -150,7 +151,7 @@ def test_clamping_is_bit_identical(pass_):
 def test_eight_warps_in_a_flat_reduction_loop(pass_):
     """triton#1254, pytorch#173068."""
     p = problem((2, 48, 9, 9), (64, 48, 3, 3), padding=2, dilation=2)
-    cfgs = [dict(c, num_warps=8) for c in config.candidates(p, pass_, dispatch.target())[:2]]
+    cfgs = [replace(c, num_warps=8) for c in config.candidates(p, pass_, dispatch.target())[:2]]
     check(p, [pass_], cfgs)
 
 
@@ -165,7 +166,7 @@ def test_long_reduction_in_one_accumulator(stages):
     """triton#10821: 45 to 90 chained dots per accumulator."""
     p = problem((1, 80, 4, 5), (32, 80, 3, 3), padding=2, dilation=2)
     for pass_ in PASSES:
-        check(p, [pass_], [dict(config.candidates(p, pass_, dispatch.target())[-1], num_stages=stages)])
+        check(p, [pass_], [replace(config.candidates(p, pass_, dispatch.target())[-1], num_stages=stages)])
 
 
 @pytest.mark.parametrize("pass_", PASSES)
@@ -175,17 +176,17 @@ def test_split_k_sums_every_split(split, pass_):
     names = ["dilation beyond the map", "NCHW", "aspp", "groups", "49 taps", "stride 2, dilation 3", "stride beyond the filter"]
     for name in names[:2] + ["RGB"] if pass_ == "wgrad" else names:
         p = replace(GEOMETRIES[name], c=80) if name == "aspp" else GEOMETRIES[name]
-        cfgs = [dict(cfg, SPLIT_K=split) for cfg in config.candidates(p, pass_, dispatch.target())[:1] + gathered(p, pass_)[:1]]
-        for cfg in cfgs if pass_ != "wgrad" else ():                    # many short steps, and a kernel that splits them
-            cfg |= {"BLOCK_K": 16, "kernel": cfg["kernel"].removesuffix("_flat")}
+        cfgs = [replace(cfg, SPLIT_K=split) for cfg in config.candidates(p, pass_, dispatch.target())[:1] + gathered(p, pass_)[:1]]
+        if pass_ != "wgrad":                                             # many short steps, and a kernel that splits them
+            cfgs = [replace(cfg, BLOCK_K=16, kernel=cfg.kernel.removesuffix("_flat")) for cfg in cfgs]
         check(p, [pass_], cfgs)
 
 
 @pytest.mark.parametrize("pass_", PASSES)
 def test_reruns_are_bit_identical(pass_):
     p = replace(GEOMETRIES["aspp"], k=32, dtype="float32")
-    cfg = dict(cost_model.best(p, pass_, dispatch.target()), SPLIT_K=5)
-    first, again = check(p, [pass_], [cfg, dict(cfg)], seed=1)
+    cfg = replace(cost_model.best(p, pass_, dispatch.target()), SPLIT_K=5)
+    first, again = check(p, [pass_], [cfg, replace(cfg)], seed=1)
     assert torch.equal(first, again)
 
 
@@ -276,7 +277,7 @@ def test_illegal_config_raises_before_any_launch():
     good = gathered(p, "fprop")[0]
     for change in ({"BLOCK_N": 24}, {"BLOCK_K": 8}, {"num_stages": 0}, {"BLOCK_N": 4096}, {"kernel": "im2col"}, {"CLAMP": 1}, {"BLOCK_IMG": 0}):
         with pytest.raises(ValueError, match="does not fit"):
-            launch.fprop(p, x, w, bias, {**good, **change})
+            launch.fprop(p, x, w, bias, replace(good, **change))
     with pytest.raises(ValueError, match="exactly the entries"):
         launch.wgrad(p, dy, x, good)
 
@@ -322,8 +323,8 @@ DEPTHWISE = {
     ["VAN", "odd channels", "stride 2, dilation 3", "multiplier 2"], ["bfloat16", "float32", "float64"])])
 def test_depthwise(name, dtype, layout, monkeypatch):
     """The direct kernels alone; they read both layouts where they are."""
-    launched, call = [], launch.Launch.__call__
-    monkeypatch.setattr(launch.Launch, "__call__", lambda self, tensors: launched.append(self.kernel) or call(self, tensors))
+    launched, call = [], launch.Ready.__call__
+    monkeypatch.setattr(launch.Ready, "__call__", lambda self, tensors: launched.append(self.launch.name) or call(self, tensors))
     check(laid_out(DEPTHWISE[name], layout, dtype))
     assert set(launched) == {"correlate_depthwise", "wgrad_depthwise", "sum_partials"}
 
@@ -344,7 +345,7 @@ def test_depthwise_wgrad_sums_every_share(rows, split):
     """More shares than boxes, more rows than the filter has left."""
     for name in ("residues on both axes", "odd channels", "dilation beyond the map"):
         p = DEPTHWISE[name]
-        check(p, ["wgrad"], [cost_model.best(p, "wgrad", dispatch.target()) | {"ROWS": rows, "SPLIT_K": split}])
+        check(p, ["wgrad"], [replace(cost_model.best(p, "wgrad", dispatch.target()), ROWS=rows, SPLIT_K=split)])
 
 
 @pytest.mark.parametrize("layout", ["nhwc", "nchw"])
@@ -352,7 +353,7 @@ def test_depthwise_wgrad_sums_every_share(rows, split):
 def test_depthwise_reruns_are_bit_identical(pass_, layout):
     p = laid_out(DEPTHWISE["residues on both axes"], layout, "float32")
     cfg = cost_model.best(p, pass_, dispatch.target())
-    first, again = check(p, [pass_], [cfg, dict(cfg)], seed=1)
+    first, again = check(p, [pass_], [cfg, replace(cfg)], seed=1)
     assert torch.equal(first, again)
 
 
@@ -361,9 +362,9 @@ def test_depthwise_reads_both_layouts_in_place(monkeypatch):
     for layout, fmt in launch.FORMATS.items():
         p = laid_out(DEPTHWISE["residues on both axes"], layout)
         x, w, bias, dy = (t.contiguous(memory_format=fmt) if t.dim() == 4 else t for t in testing.random_tensors(p, kernel_device(), 0))
-        read, call = set(), launch.Launch.__call__
+        read, call = set(), launch.Ready.__call__
         with monkeypatch.context() as patch:
-            patch.setattr(launch.Launch, "__call__", lambda self, ts: read.update(t.data_ptr() for t in ts.values()) or call(self, ts))  # noqa: B023
+            patch.setattr(launch.Ready, "__call__", lambda self, ts: read.update(t.data_ptr() for t in ts.values()) or call(self, ts))  # noqa: B023
             check(p, tensors=(x, w, bias, dy))
         assert {t.data_ptr() for t in (x, w, bias, dy)} <= read
         other = next(f for f in launch.FORMATS.values() if f is not fmt)
@@ -429,18 +430,18 @@ def hopper(monkeypatch):
     """Descriptors run in the interpreter, and on the GPUs that have them."""
     if dispatch.interpreted():
         monkeypatch.setenv("TRIDIL_TARGET", "cuda:90")
-    if not config.has_tma(dispatch.target()):
+    if architecture(dispatch.target()) < 90:
         pytest.skip(f"{dispatch.target()} has no tensor descriptors")
     launched = []
-    call = launch.Launch.__call__
-    monkeypatch.setattr(launch.Launch, "__call__", lambda self, tensors: launched.append(self.kernel) or call(self, tensors))
+    call = launch.Ready.__call__
+    monkeypatch.setattr(launch.Ready, "__call__", lambda self, tensors: launched.append(self.launch.name) or call(self, tensors))
     return launched
 
 
 def tma_config(pass_, **change):
     tile = {"BLOCK_M": 32} if pass_ == "wgrad" else {"BLOCK_K": 32, "WEIGHT_FIRST": True}
-    return {"kernel": "tma", "BLOCK_IMG": 1, "BLOCK_P": 4, "BLOCK_Q": 8, "BLOCK_N": 64, **tile, "SPLIT_K": 1, "WARP_SPECIALIZE": False,
-            "num_warps": 4, "num_stages": 2, "maxnreg": None, **change}
+    return config.from_json({"kernel": "tma", "BLOCK_IMG": 1, "BLOCK_P": 4, "BLOCK_Q": 8, "BLOCK_N": 64, **tile, "SPLIT_K": 1, "WARP_SPECIALIZE": False,
+                             "num_warps": 4, "num_stages": 2, "maxnreg": None, **change}, pass_)
 
 
 @pytest.mark.parametrize("name, dtype", [*itertools.product(TMA, ["float16"]), *itertools.product(
@@ -453,7 +454,7 @@ def test_descriptors(name, dtype, hopper):
         for change in [*orders, {"SPLIT_K": 3}, {"BLOCK_IMG": 2, "BLOCK_Q": 4, "num_stages": 3}]:
             cfg = tma_config(pass_, **change)
             if p.groups > 1:
-                cfg["BLOCK_M" if pass_ == "wgrad" else "BLOCK_K"] = 16
+                cfg = replace(cfg, **{"BLOCK_M" if pass_ == "wgrad" else "BLOCK_K": 16})
             if config.fits(cfg, p, pass_, dispatch.target()) is None:
                 hopper.clear()
                 check(p, [pass_], [cfg], precision="tf32" if dtype == "float32" else "ieee")

@@ -34,8 +34,8 @@ def test_no_tap_is_wasted_in_strided_dgrad():
 
 @pytest.mark.parametrize("pass_", PASSES)
 def test_split_k_adds_one_fixed_order_sum(pass_):
-    one, two = (launch.plan(P, pass_, dict(cfg(P, pass_), kernel="gather", SPLIT_K=n)) for n in (1, 4))
-    assert len(one) == 1 and [item.kernel for item in two] == [one[0].kernel, "sum_splits"]
+    one, two = (launch.plan(P, pass_, replace(cfg(P, pass_), kernel="gather", SPLIT_K=n)) for n in (1, 4))
+    assert len(one) == 1 and [item.name for item in two] == [one[0].name, "sum_splits"]
     assert two[0].grid[0] == 4 * one[0].grid[0]
     result = {"fprop": P.y_shape, "dgrad": P.x_shape, "wgrad": P.w_shape}[pass_]
     assert one[0].workspace == 0 and two[0].workspace == 4 * math.prod(result)
@@ -43,8 +43,8 @@ def test_split_k_adds_one_fixed_order_sum(pass_):
 
 def test_split_strided_dgrad_sums_each_residue_class():
     odd = replace(P, stride=(2, 2), dilation=(3, 3))
-    items = launch.plan(odd, "dgrad", dict(cfg(odd, "dgrad"), kernel="gather", SPLIT_K=3))
-    assert [item.kernel for item in items] == ["correlate", "sum_splits"] * 4
+    items = launch.plan(odd, "dgrad", replace(cfg(odd, "dgrad"), kernel="gather", SPLIT_K=3))
+    assert [item.name for item in items] == ["correlate", "sum_splits"] * 4
     assert max(item.workspace for item in items) == 3 * 2 * 16 * 5 * 5
 
 
@@ -69,10 +69,10 @@ def test_results_are_allocated_once_and_nothing_else_is(monkeypatch):
     empty = torch.empty
     monkeypatch.setattr(torch, "empty", lambda *a, **kw: allocated.append(empty(*a, **kw)) or allocated[-1])
     pointers = []
-    monkeypatch.setattr(launch.Launch, "__call__", lambda self, tensors: pointers.append([tensors[role].data_ptr() for _, role, _ in self.tensors]))
+    monkeypatch.setattr(launch.Ready, "__call__", lambda self, tensors: pointers.append([tensors[role].data_ptr() for _, role, _ in self.places]))
     launch.fprop(p, x, w, bias, cfg(p, "fprop"))
     launch.dgrad(p, dy, w, cfg(p, "dgrad"))
-    launch.wgrad(p, dy, x, dict(cfg(p, "wgrad"), SPLIT_K=3))
+    launch.wgrad(p, dy, x, replace(cfg(p, "wgrad"), SPLIT_K=3))
     y, dx, dw, partials = allocated
     assert partials.numel() == 3 * dw.numel() and partials.dtype == torch.float32
     assert pointers == [[t.data_ptr() for t in ts] for ts in ((x, w, bias, y), (dy, w, w, dx), (x, dy, partials), (partials, x, dw))]
@@ -83,7 +83,7 @@ def test_config_is_checked_against_the_target(pass_, monkeypatch):
     """A tile for 227 KiB of shared memory is refused where there are 99 KiB."""
     x, w, bias, dy = testing.random_tensors(P, torch.device("cpu"), 0)
     monkeypatch.setenv("TRIDIL_TARGET", "cuda:86")
-    big = dict(cfg(P, pass_), num_stages=12, **{"BLOCK_M" if pass_ == "wgrad" else "BLOCK_K": 64})
+    big = replace(cfg(P, pass_), num_stages=12, **{"BLOCK_M" if pass_ == "wgrad" else "BLOCK_K": 64})
     with pytest.raises(ValueError, match="cuda:86 has 101376"):
         getattr(launch, pass_)(P, *{"fprop": (x, w, bias), "dgrad": (dy, w), "wgrad": (dy, x)}[pass_], big)
     assert dispatch.target() == "cuda:86"

@@ -186,7 +186,7 @@ def test_the_target_reaches_the_config(monkeypatch, prepared, device, seed):
         monkeypatch.setenv("TRIDIL_TARGET", target)
         assert dispatch.target() == target
         OPS["fprop"](*arguments(CASES["dilated"], "fprop", device))
-        assert [row for row in prepared if row[2]["CLAMP"] is clamp]
+        assert [row for row in prepared if row[2].CLAMP is clamp]
     assert len(prepared) == 2
 
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import tridil
-from tridil import assumed, cache, cost_model, devices, dispatch, reference, testing, tuner
+from tridil import assumed, cache, config, cost_model, devices, dispatch, reference, testing, tuner
 from tridil.problem import PASSES, Problem
 
 P = Problem(2, 64, 9, 9, 64, 3, 3, padding=((2, 2), (2, 2)), dilation=(2, 2))
@@ -205,7 +205,7 @@ def test_order_of_lookup(monkeypatch):
     model, user, shipped, override = ranked()[:4]
 
     def table(cfg, **change):
-        return {cache.key(P, "fprop"): {NAME: {"config": cfg, "ms": 1.0, "aten_ms": 2.0, "date": "2026-01-01", **cache.fingerprint(), **change}}}
+        return {cache.key(P, "fprop"): {NAME: {"config": config.to_json(cfg), "ms": 1.0, "aten_ms": 2.0, "date": "2026-01-01", **cache.fingerprint(), **change}}}
     assert lookup() == (model, "cost model (nothing measured)", None)
     monkeypatch.setattr(cache, "shipped", lambda target: table(shipped))
     assert lookup()[:2] == (shipped, "shipped table: measured 2026-01-01")
@@ -222,7 +222,7 @@ def test_order_of_lookup(monkeypatch):
 
 def test_hints_of_every_kind(monkeypatch):
     def add(problem, name=NAME, **change):
-        record = {"config": ranked()[1], "ms": 1.0, "aten_ms": 0.001, "date": "2026-01-01", **cache.fingerprint(), **change}
+        record = {"config": config.to_json(ranked()[1]), "ms": 1.0, "aten_ms": 0.001, "date": "2026-01-01", **cache.fingerprint(), **change}
         cache.add(TARGET, {cache.key(problem, "fprop"): {name: record}})
     add(replace(P, n=8))
     assert lookup()[:2] == (ranked()[1], "hint of the user's cache: measured at batch size 8") and lookup()[2] is None
@@ -237,14 +237,14 @@ def test_hints_of_every_kind(monkeypatch):
 
 
 def test_a_hint_that_does_not_fit_is_passed_over():
-    cfg = dict(ranked()[0], BLOCK_N=24)
-    cache.add(TARGET, {cache.key(P, "fprop"): {NAME: {"config": cfg, "ms": 1.0, "date": "2026", **cache.fingerprint()}}})
+    cfg = replace(ranked()[0], BLOCK_N=24)
+    cache.add(TARGET, {cache.key(P, "fprop"): {NAME: {"config": config.to_json(cfg), "ms": 1.0, "date": "2026", **cache.fingerprint()}}})
     assert lookup() == (ranked()[0], "cost model (nothing measured)", None)
 
 
 # ---- the choice
 def measured(problem=P, pass_="fprop", ms=1.0, aten_ms=2.0):
-    record = {"config": ranked(problem, pass_)[0], "ms": ms, "aten_ms": aten_ms, "date": "2026-01-01", **cache.fingerprint()}
+    record = {"config": config.to_json(ranked(problem, pass_)[0]), "ms": ms, "aten_ms": aten_ms, "date": "2026-01-01", **cache.fingerprint()}
     cache.add(TARGET, {cache.key(problem, pass_): {NAME: record}})
 
 

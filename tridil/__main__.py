@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 
 from . import __version__, cache, dispatch
-from .config import describe, device_limits
+from . import config as cfg
+from . import devices
 from .problem import PASSES, Problem, problem_of
 from .workloads import SUITES
 
@@ -99,7 +100,7 @@ def tune(args) -> int:
     rows = tuner.gather(rows)
     if int(os.environ.get("RANK", 0)) == 0:
         for row in rows:
-            result = "every candidate was rejected" if row["config"] is None else f"{row['ms']:.4f} ms {describe(row['config'])}"
+            result = "every candidate was rejected" if row["config"] is None else f"{row['ms']:.4f} ms {cfg.describe(row['config'])}"
             print(f"{row['problem'].key()} | {row['pass']}: {result}; ATen {row['aten_ms'] or float('nan'):.4f} ms; {row['tried']} tried, "
                   f"{len(row['rejected'])} rejected")
         print(f"{len(rows)} measured, kept in {cache.path(dispatch.target())}")
@@ -128,10 +129,18 @@ def show_cache(args) -> int:
         return 0
     for key, records in entries.items():
         for device, r in records.items():
-            print(f"{key} | {device}: {r['ms']:.4f} ms, ATen {r.get('aten_ms') or float('nan'):.4f} ms | {describe(r['config'])} | {r['date'][:10]}"
+            print(f"{key} | {device}: {r['ms']:.4f} ms, ATen {r.get('aten_ms') or float('nan'):.4f} ms | {written(r['config'])} | {r['date'][:10]}"
                   f"{'' if cache.is_fresh(r) else ' (stale: a hint only)'}")
     print(f"{len(entries)} entries for {target} in {cache.path(target)} and the shipped table")
     return 0
+
+
+def written(config: dict) -> str:
+    """`config.describe` of a config as files have it."""
+    try:
+        return cfg.describe(cfg.from_json(config, "wgrad" if "BLOCK_M" in config or "ROWS" in config else "fprop"))
+    except ValueError as e:
+        return f"not of this version ({e})"
 
 
 def seconds(text: str) -> float:
@@ -163,8 +172,8 @@ def aot(args) -> int:
     rows = report(jobs, target, args.save)
     if args.json:
         Path(args.json).write_text(json.dumps(rows, indent=1))
-    bad = [row for row in rows if row.get("failure") or row["spills"] or row["shared_bytes"] > device_limits(target)[1]]
-    frame = pd.DataFrame([dict(row, layer=row["layer"][:40], config=describe(row["config"]) if row.get("config") else "", loads=str(row.get("loads")),
+    bad = [row for row in rows if row.get("failure") or row["spills"] or row["shared_bytes"] > devices.of_target(target).limits[1]]
+    frame = pd.DataFrame([dict(row, layer=row["layer"][:40], config=written(row["config"]) if row.get("config") else "", loads=str(row.get("loads")),
                                **{"executed/useful": round(row.get("executed_macs", 0) / row["useful_macs"], 3)}) for row in rows])
     columns = ("layer", "pass", "kernel", "config", "registers", "spills", "shared_bytes", "ctas_per_sm", "mma", "loop_instructions", "per_fma",
                "overhead", "cutlass", "bound", "limiter", "l2_bytes_per_fma", "loads", "executed/useful", "failure")

@@ -13,7 +13,8 @@ from functools import lru_cache
 from pathlib import Path
 from threading import TIMEOUT_MAX
 
-from . import sass
+from . import families, sass
+from .families import Config
 from .problem import DTYPE_BYTES, Problem
 
 # overhead of CUTLASS 4.2's implicit GEMM convolution (BSD-3, compiled with nvcc; 3x3, fp16, C = 256), best of its tiles, counted the same way
@@ -23,7 +24,7 @@ LOOP = ("loop_instructions", "overhead", "loop_ldsm", "bound", "limiter", "l2_by
 _TYPES = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32", "float64": "fp64"}
 
 
-def sources(problem: Problem, pass_: str, config: dict, target: str, precision: str = "tf32", has_bias: bool = False) -> list:
+def sources(problem: Problem, pass_: str, config: Config, target: str, precision: str = "tf32", has_bias: bool = False) -> list:
     """[(Launch, triton's ASTSource)] of one pass, specialised as the JIT specialises it; pointers are taken as 16-byte aligned.
 
     Raises ValueError when config does not fit, RuntimeError when Triton interprets kernels in this process.
@@ -41,7 +42,7 @@ def sources(problem: Problem, pass_: str, config: dict, target: str, precision: 
     element, partial = _TYPES[problem.dtype], "fp64" if problem.dtype == "float64" else "fp32"
     out = []
     for item in launch.plan(problem, pass_, config, precision, has_bias):
-        fn, scalars, constants = item.fn, dict(item.scalars), dict(launch._constexprs(item.constexprs))
+        fn, scalars, constants = launch.kernel_of(item), dict(item.scalars), dict(launch.constexprs(item.constexprs))
         tensors = {name: (partial if role == "partials" else element, box) for name, role, box in item.tensors}
         signature, attrs = {}, {}                              # written as the JIT writes them: Triton's cache is keyed by their text
         for i, (name, parameter) in enumerate(zip(fn.arg_names, fn.params)):
@@ -73,13 +74,13 @@ def compile_source(source, options, target: str):
     return triton.compile(source, target=gpu, options=dict(options))
 
 
-def compile_pass(problem: Problem, pass_: str, config: dict, target: str, precision: str = "tf32") -> list:
+def compile_pass(problem: Problem, pass_: str, config: Config, target: str, precision: str = "tf32") -> list:
     """[(Launch, triton's CompiledKernel)] of one pass, fprop with a bias. Errors as in `sources`."""
     found = sources(problem, pass_, config, target, precision, has_bias=pass_ == "fprop")
     return [(item, compile_source(source, item.options, target)) for item, source in found]
 
 
-def resources(problem: Problem, pass_: str, config: dict | None = None, target: str = "cuda:90", precision: str = "tf32",
+def resources(problem: Problem, pass_: str, config: Config | None = None, target: str = "cuda:90", precision: str = "tf32",
               save: Path | None = None, name: str = "") -> list[dict]:
     """One row per compiled kernel of a pass.
 
@@ -95,17 +96,18 @@ def resources(problem: Problem, pass_: str, config: dict | None = None, target: 
     rows = []
     for i, (item, kernel) in enumerate(compile_pass(problem, pass_, config, target, precision)):
         if target.startswith("cuda"):
-            found = _read_cubin(kernel, int(target[5:]), cfg.tile(config, pass_), config["num_warps"], DTYPE_BYTES[problem.dtype])
+            tile = families.of(config.kernel).tile(config, pass_)
+            found = _read_cubin(kernel, int(target[5:]), tile, config.num_warps, DTYPE_BYTES[problem.dtype])
         else:
             found = _read_amdgcn(kernel.asm["amdgcn"])
         if save:
-            stem = re.sub(r"[^\w.-]+", "_", f"{name}-{pass_}-{item.kernel}-{i}").strip("_")
+            stem = re.sub(r"[^\w.-]+", "_", f"{name}-{pass_}-{item.name}-{i}").strip("_")
             Path(save, f"{stem}.ptx" if "ptx" in kernel.asm else f"{stem}.amdgcn").write_text(kernel.asm["ptx" if "ptx" in kernel.asm else "amdgcn"])
             if "sass" in found:
                 Path(save, f"{stem}.sass").write_text(found["sass"])
         found.pop("sass", None)
         yardstick = CUTLASS.get((pass_, target)) if found["overhead"] is not None and problem.dtype == "float16" else None
-        rows.append(dict(kernel=item.kernel, target=target, config=config, **found, shared_bytes=kernel.metadata.shared, cutlass=yardstick))
+        rows.append(dict(kernel=item.name, target=target, config=cfg.to_json(config), **found, shared_bytes=kernel.metadata.shared, cutlass=yardstick))
     return rows
 
 
@@ -129,13 +131,11 @@ def compiling(jobs: list, target: str):
     Gives `compiled(problem, pass_, precision, config, timeout=None)`: waits for a job for at most `timeout` seconds and says whether it is done, also
     of a job that it was not given. What fails here fails again where it is launched. At the end of the context what was not begun is dropped.
     """
-    def key(problem, pass_, precision, config):
-        return problem, pass_, precision, tuple(config.items())
     pool = ThreadPoolExecutor(_workers(jobs))                        # Triton and ptxas work outside of Python's lock
-    futures = {key(*job): pool.submit(_try_to_compile, (*job, target)) for job in jobs}
+    futures = {tuple(job): pool.submit(_try_to_compile, (*job, target)) for job in jobs}
 
     def compiled(problem, pass_, precision, config, timeout: float | None = None) -> bool:
-        future = futures.get(key(problem, pass_, precision, config))
+        future = futures.get((problem, pass_, precision, config))
         return future is None or not wait([future], None if timeout is None else min(max(timeout, 0), TIMEOUT_MAX)).not_done
     try:
         yield compiled

@@ -18,13 +18,16 @@ CUDNN = {"fprop": 0.6, "dgrad": 0.55, "wgrad": 0.5}
 DEPTHWISE_INSTRUCTIONS = 8
 MARGIN = 1.1                # how much faster than the estimate of cuDNN the prediction must be before "auto" relies on it
 
+GEMM_REGISTERS = 90         # registers of a thread beside the accumulator: addresses, masks and the copies in flight (static counts: 70 to 110)
+
 # direct kernels: instructions of a lane's element (to load and convert a column, a weight), of a column's address and masks, of an iteration, of a
-# program. Static counts (fp16, 3x3 to 7x7, sm_80 and sm_90)
+# program; of wgrad, to add up a sum over the lanes of a warp and to store it. Static counts (fp16, 3x3 to 7x7, sm_80 and sm_90)
 DIRECT_COLUMN, DIRECT_ADDRESS, DIRECT_WEIGHT, DIRECT_ITERATION, DIRECT_WGRAD_ITERATION, DIRECT_PROGRAM = 1, 6, 2.7, 40, 160, 250
+DIRECT_COLUMN_MASK, DIRECT_SUM, DIRECT_SUM_STORE = 6, 12, 20
+DIRECT_REGISTERS = 50       # registers of a thread beside sums, weights and columns (static counts: 35 to 60)
 DIRECT_L2 = 0.5             # share of L2's peak bandwidth that they reach
 DIRECT_LEAST = 1500         # clocks of a launch, at least
 BUSY_WARPS = 12             # warps of an SM that keep memory busy
 ISSUED = 0.8                # share of its issue slots that a scheduler fills
 OVERLAP = 0.2               # share of the shorter of waves and memory that the longer does not hide
-
 FIRST_USE = 2.0             # seconds that measuring one pass may take when a convolution is used for the first time

@@ -144,7 +144,7 @@ def explain(problem: Problem, device, backend: str = "auto", target_: str | None
         else:
             runs, why = choice.backend, choice.why
         record, config = choice.record or {}, choice.config
-        rows.append({"pass": pass_, "backend": runs, "why": why, "kernel": config["kernel"],
+        rows.append({"pass": pass_, "backend": runs, "why": why, "kernel": config.kernel,
                      "kernel_why": cost_model.why(problem, pass_, config, spec, precision), "config": cfg.describe(config), "source": choice.source,
                      "dense_macs": problem.dense_macs, "useful_macs": problem.useful_macs,
                      "executed_macs": cfg.executed_macs(problem, pass_, config), "ms": record.get("ms"),

@@ -3,8 +3,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import astuple, dataclass, replace
-from functools import cached_property, lru_cache
+from functools import cached_property
 from operator import index
+
+import numpy as np
 
 PASSES = ("fprop", "dgrad", "wgrad")
 DTYPE_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
@@ -66,17 +68,32 @@ class Axis:
         """Number of (output, tap) pairs that read the image."""
         return sum(hi - lo for lo, hi in map(self.live_out, range(self.taps)))
 
-    @lru_cache(maxsize=4096)
-    def steps(self, block: int) -> tuple[int, int]:
-        """(sum, maximum) over blocks of `block` outputs of the number of taps that are live for the block: what tiles walk."""
-        live = [hi - lo for lo, hi in (self.live(i, min(i + block, self.out) - 1) for i in range(0, self.out, block))]
-        return sum(live), max(live, default=0)
+    @cached_property
+    def _spans(self) -> np.ndarray:
+        """(2, taps): a block of outputs reads the image through a tap when it ends at or after the first and begins at or before the last. Without taps
+        that read padding only; both fall from tap to tap."""
+        shifts = (self.offset + t * self.dilation for t in range(self.taps))
+        spans = ((max(0, -(shift // self.stride)), min(self.out - 1, (self.size - 1 - shift) // self.stride)) for shift in shifts)
+        return np.array([(first, last) for first, last in spans if first < self.out and last >= 0], np.int64).reshape(-1, 2).T
 
-    @lru_cache(maxsize=4096)
-    def steps_out(self, block: int) -> tuple[int, int]:
-        """(sum, maximum) over taps of the number of blocks of `block` of the tap's live outputs: what a reduction over outputs walks (wgrad)."""
-        blocks = [-(-(hi - lo) // block) for lo, hi in map(self.live_out, range(self.taps))]
-        return sum(blocks), max(blocks)
+    def steps(self, sizes) -> np.ndarray:
+        """For each of `sizes`: over blocks of so many outputs the sum of the number of taps that are live for the block, which is what tiles walk."""
+        first, last = self._spans[..., None] // np.asarray(sizes)
+        return np.maximum(last - first + 1, 0).sum(0)
+
+    def live_blocks(self, sizes) -> np.ndarray:
+        """(taps, sizes): number of blocks of so many outputs for which at least 1, 2, ... taps are live. Their sum is `steps`."""
+        first, end = self._spans[..., None] // np.asarray(sizes)
+        end, taps = end + 1, len(first)
+        # blocks of taps t .. t + c all live begin with those of t and end with those of t + c: without what t - 1 counts already
+        before = np.concatenate([end[:1], first[:-1]])
+        return np.array([np.maximum(np.minimum(end[c:], before[:taps - c]) - first[:taps - c], 0).sum(0) for c in range(taps)]
+                        ).reshape(taps, *np.shape(sizes))
+
+    def steps_out(self, sizes) -> np.ndarray:
+        """(taps, sizes): number of blocks of so many of the tap's live outputs: what a reduction over outputs walks (wgrad)."""
+        lengths = np.array([hi - lo for lo, hi in map(self.live_out, range(self.taps))], np.int64)
+        return -(-lengths[:, None] // np.asarray(sizes))
 
 
 @dataclass(frozen=True)

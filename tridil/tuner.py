@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -19,12 +19,13 @@ import torch
 
 from . import assumed, cache, clock, cost_model, devices, dispatch
 from . import config as cfg
+from .families import Config
 from .problem import PASSES, Problem
 
 log = logging.getLogger("tridil")
 # called with no arguments whenever an answer of `resolve` may have changed: those who keep answers forget them
 listeners: list = []
-_overrides: dict[str, dict] = {}
+_overrides: dict[str, Config] = {}
 _told: set[tuple] = set()
 
 
@@ -34,13 +35,15 @@ def _changed():
 
 
 @contextmanager
-def override(**configs: dict):
-    """Within the context the passes named (fprop=, dgrad=, wgrad=) run the given configs, whatever was measured; for tests and experiments."""
+def override(**configs: Config | Mapping):
+    """Within the context the passes named (fprop=, dgrad=, wgrad=) run the given configs, as objects or as they are written in files, whatever was
+    measured; for tests and experiments."""
     global _overrides
     unknown = set(configs) - set(PASSES)
     if unknown:
         raise ValueError(f"unknown passes {sorted(unknown)}: use {', '.join(PASSES)}")
-    before, _overrides = _overrides, _overrides | configs
+    given = {pass_: c if isinstance(c, Config) else cfg.from_json(c, pass_) for pass_, c in configs.items()}
+    before, _overrides = _overrides, _overrides | given
     _changed()
     try:
         yield
@@ -55,7 +58,7 @@ class Choice:
 
     record is the measurement behind the config, None where there is none; prediction is the cost model's of config.
     """
-    config: dict
+    config: Config
     source: str
     backend: str
     why: str
@@ -73,22 +76,27 @@ def device_spec(target: str, device=None) -> tuple[devices.Device, str]:
     return spec, spec.name
 
 
-def lookup(problem: Problem, pass_: str, target: str, precision: str, spec: devices.Device, name: str) -> tuple[dict, str, dict | None]:
+def lookup(problem: Problem, pass_: str, target: str, precision: str, spec: devices.Device, name: str) -> tuple[Config, str, dict | None]:
     """(config, source, record): the record only of a fresh measurement of this very problem on this GPU."""
-    def fits(config):
-        return cfg.fits(config, problem, pass_, target) is None
+    def legal(record):
+        """The config of a record, if it is one for this pass."""
+        try:
+            config = cfg.from_json(record["config"], pass_)
+        except ValueError:                                  # of another version
+            return None
+        return config if cfg.fits(config, problem, pass_, target) is None else None
     if pass_ in _overrides:
         return _overrides[pass_], "override", None
     tables = [("user's cache", cache.user(target)), ("shipped table", cache.shipped(target))]
     key = cache.key(problem, pass_, precision)
     for table, entries in tables:
         record = entries.get(key, {}).get(name)
-        if record and cache.is_fresh(record) and fits(record["config"]):
-            return record["config"], f"{table}: measured {record['date'][:10]}", record
+        if record and cache.is_fresh(record) and (config := legal(record)):
+            return config, f"{table}: measured {record['date'][:10]}", record
     for table, entries in tables:
         for what, hint in _hints(problem, pass_, precision, entries, name):
-            if fits(hint["config"]):
-                return hint["config"], f"hint of the {table}: {what}", None
+            if config := legal(hint):
+                return config, f"hint of the {table}: {what}", None
     return cost_model.best(problem, pass_, spec, precision), "cost model (nothing measured)", None
 
 
@@ -136,7 +144,7 @@ def aten_ms(record: dict) -> tuple[float, str] | None:
     return None
 
 
-def resolve(problem: Problem, pass_: str, target: str, precision: str, device=None, allow_aten: bool = False) -> dict | None:
+def resolve(problem: Problem, pass_: str, target: str, precision: str, device=None, allow_aten: bool = False) -> Config | None:
     """The config that runs one pass, or None where ATen is known to be faster (only with allow_aten).
 
     device: the tensors' torch.device. Where nothing was measured there, it is measured now if torch.backends.cudnn.benchmark or TRIDIL_TUNE=1 says so
@@ -198,7 +206,7 @@ class Gpu:
         from .testing import random_tensors
         return tuple(t.contiguous(memory_format=FORMATS[problem.layout]) if t.dim() == 4 else t for t in random_tensors(problem, self.device))
 
-    def prepare(self, problem: Problem, pass_: str, config: dict | None, precision: str) -> Callable:
+    def prepare(self, problem: Problem, pass_: str, config: Config | None, precision: str) -> Callable:
         """Function of a pass's two tensors: by a config, or (None) by ATen."""
         from . import launch, ops
         return partial(ops.aten, problem, pass_) if config is None else launch.prepare(problem, pass_, config, precision)
@@ -312,7 +320,7 @@ def _is_measured(problem, pass_, precision, gpu) -> bool:
     return record is not None and cache.is_fresh(record)
 
 
-def _measure(problem: Problem, pass_: str, precision: str, configs: list[dict], gpu: Gpu, deadline: float, settings, compiled) -> dict:
+def _measure(problem: Problem, pass_: str, precision: str, configs: list[Config], gpu: Gpu, deadline: float, settings, compiled) -> dict:
     """One row of `tune`. A result outside its error budget, against float64 (where memory is short: against ATen), rejects its config."""
     from .testing import budget, reduction_depth
     x, w, _, dy = gpu.tensors(problem)
@@ -348,7 +356,7 @@ def _measure(problem: Problem, pass_: str, precision: str, configs: list[dict], 
             rejected.append((config, reason))
             log.warning("tridil: rejected %s for %s of %s: %s", cfg.describe(config), pass_, problem.key(), reason)
         if not queue and best and best[0] in configs:                    # at last the winner's neighbours in pipeline depth
-            near = (dict(best[0], num_stages=best[0]["num_stages"] + change) for change in (-1, 1))
+            near = (replace(best[0], num_stages=best[0].num_stages + change) for change in (-1, 1))
             queue = [c for c in near if c not in seen and cfg.fits(c, problem, pass_, gpu.target) is None]
     config, ms = best or (None, None)
     predicted = 1e3 * cost_model.predict(problem, pass_, config, gpu.spec, precision).seconds if config else None
@@ -386,7 +394,7 @@ def _keep(row: dict) -> None:
     """Writes a row of `tune` into the user's cache."""
     if row["config"] is not None:
         times = {name: row[name] and round(row[name], 6) for name in ("ms", *ATEN)}
-        record = {"config": row["config"], **times, **cache.fingerprint(), "torch": torch.__version__, "date": row["date"]}
+        record = {"config": cfg.to_json(row["config"]), **times, **cache.fingerprint(), "torch": torch.__version__, "date": row["date"]}
         cache.add(row["target"], {cache.key(row["problem"], row["pass"], row["precision"]): {row["device"]: record}})
 
 

@@ -1,0 +1,233 @@
+"""What every kernel family says of itself: the rest of the package asks it through `Family`, and knows no kernel by name.
+
+Imports neither torch nor Triton. Sizes in elements, times in seconds, clocks of an SM.
+"""
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from functools import lru_cache
+from math import gcd, prod
+
+import numpy as np
+
+from ..devices import Device
+from ..problem import DTYPE_BYTES, Axis, Problem
+
+UNITS = {"tensor": "tensor cores", "issue": "instruction issue", "shared": "shared memory", "l2": "L2 bandwidth"}
+
+
+@dataclass(frozen=True)
+class Config:
+    """One way to run one pass: the kernel's compile-time sizes and options, by their names in the kernel. Each family derives its own.
+
+    kernel names it on disk. num_warps, num_stages, maxnreg: options of Triton's compiler; maxnreg is the registers that a thread may have (None: the
+    compiler decides, and ptxas may spill for occupancy). SPLIT_K: parts of the reduction that are summed afterwards.
+    """
+    kernel: str
+    SPLIT_K: int
+    num_warps: int
+    num_stages: int
+    maxnreg: int | None
+
+    @classmethod
+    @lru_cache
+    def names(cls) -> tuple[str, ...]:
+        return tuple(field.name for field in fields(cls))
+
+    def constexprs(self) -> dict[str, object]:
+        """What the kernel is compiled with."""
+        return {name: getattr(self, name) for name in self.names() if name.isupper() and name != "SPLIT_K"}
+
+    def options(self) -> dict[str, int]:
+        """What Triton's compiler is told."""
+        return {name: getattr(self, name) for name in ("num_warps", "num_stages", "maxnreg") if getattr(self, name) is not None}
+
+
+def columns(configs: Sequence[Config]) -> dict[str, np.ndarray]:
+    """Field -> its values in all configs, which are of one class."""
+    return {name: np.array([getattr(config, name) for config in configs]) for name in configs[0].names() if name not in ("kernel", "maxnreg")}
+
+
+@dataclass(frozen=True)
+class Box:
+    """How a tensor descriptor sees a tensor: sizes and strides in elements, where it begins, and the sizes of its boxes."""
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    block: tuple[int, ...]
+    offset: int = 0
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel launch but for its tensors.
+
+    kernel: "module:function". tensors: (argument, role, Box or None for a pointer), roles being "a" and "b" (the pass's operands), "bias", "out" and
+    "partials" (fp32, or fp64 for fp64; `workspace` elements). constexprs: Triton's types by their names. options are num_warps and the like.
+    """
+    kernel: str
+    grid: tuple[int, int, int]
+    tensors: tuple[tuple[str, str, Box | None], ...]
+    scalars: tuple[tuple[str, int], ...]
+    constexprs: tuple[tuple[str, object], ...]
+    options: tuple[tuple[str, int], ...]
+    workspace: int = 0
+
+    @property
+    def name(self) -> str:
+        """The kernel's function."""
+        return self.kernel.partition(":")[2]
+
+
+def launch(kernel: str, programs: int, tensors, scalars: dict, constexprs: dict, options: dict, workspace: int = 0) -> Launch:
+    """The Launch of a kernel of this package, "module:function" in tridil.kernels."""
+    return Launch(f"{__package__.rpartition('.')[0]}.kernels.{kernel}", (programs, 1, 1), tensors, tuple(scalars.items()), tuple(constexprs.items()),
+                  tuple(options.items()), workspace)
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """seconds of a pass, what limits it in words, and the seconds that its parts would take alone (they overlap)."""
+    seconds: float
+    limiter: str
+    parts: dict[str, float]
+
+    def __str__(self):
+        parts = ", ".join(f"{name} {1e6 * seconds:.3g}" for name, seconds in self.parts.items())
+        return f"{1e6 * self.seconds:.4g} us predicted, limited by {self.limiter} (alone, in us: {parts})"
+
+
+class Family:
+    """One kind of kernel: which configs are legal and sensible, the work of each, its time, its launches, and why it runs.
+
+    kernels: its names in configs on disk and in reports.
+    """
+    kernels: tuple[str, ...] = ()
+
+    def config_class(self, pass_: str) -> type[Config]:
+        """The class of a pass's configs."""
+        raise NotImplementedError
+
+    def fits(self, config: Config, problem: Problem, pass_: str, target: str) -> str | None:
+        """None when `config` is legal for this pass of `problem` on `target`, else the reason, with the values."""
+        raise NotImplementedError
+
+    def options(self, problem: Problem, pass_: str, target: str, precision: str) -> list[Config]:
+        """Sensible configs, of which `fits` may refuse some; none for what the family is not meant for. precision ("tf32" or "ieee") matters for
+        float32."""
+        raise NotImplementedError
+
+    def why_not(self, problem: Problem, pass_: str, target: str, precision: str) -> str | None:
+        """Why there are no options, where one would expect some."""
+        return None
+
+    def seconds(self, problem: Problem, pass_: str, configs: Sequence[Config], device: Device, precision: str) -> np.ndarray:
+        """Predicted time of each config, on channels_last tensors."""
+        raise NotImplementedError
+
+    def predict(self, problem: Problem, pass_: str, config: Config, device: Device, precision: str) -> Prediction:
+        """The same for one, with what limits it."""
+        raise NotImplementedError
+
+    def why(self, problem: Problem, pass_: str, config: Config, device: Device, precision: str) -> str:
+        """Why this kernel, in words."""
+        raise NotImplementedError
+
+    def tile(self, config: Config, pass_: str) -> tuple[int, int, int]:
+        """(M, N, K) of the tile product of one step."""
+        raise NotImplementedError
+
+    def programs(self, problem: Problem, pass_: str, config: Config, axes: tuple[Axis, Axis]) -> int:
+        """Programs of one launch, which runs the correlations `axes`."""
+        raise NotImplementedError
+
+    def executed_macs(self, problem: Problem, pass_: str, config: Config) -> int:
+        """Multiply-accumulates that the tiles execute: live taps only, overhang of every tile side included."""
+        raise NotImplementedError
+
+    def requested_bytes(self, problem: Problem, pass_: str, config: Config) -> int:
+        """Bytes that the programs load from operands and store to the result, re-reads in L1 and L2 included."""
+        raise NotImplementedError
+
+    def has_partials(self, config: Config, pass_: str) -> bool:
+        """Whether partial results are written and summed."""
+        return config.SPLIT_K > 1
+
+    def covers(self, problem: Problem, pass_: str) -> bool:
+        """Whether the launches write every element of the result; else it begins as zeros."""
+        return pass_ != "dgrad" or problem.dgrad_covers
+
+    def operand_format(self, problem: Problem) -> tuple[str, int]:
+        """(memory format, alignment of the base in bytes) in which the launches read their operands."""
+        raise NotImplementedError
+
+    def plan(self, problem: Problem, pass_: str, config: Config, precision: str, has_bias: bool) -> list[Launch]:
+        """The launches of one pass, whose result has problem.layout; precision: "ieee", "tf32" or (interpreter) "upcast"."""
+        raise NotImplementedError
+
+
+# ---- what several families need
+def up(x: int) -> int:
+    """The next power of two."""
+    return 1 << max(x - 1, 0).bit_length()
+
+
+def pixels(config) -> int:
+    """Rows of a tile that hold its pixel box, a power of two; of a direct kernel its lanes."""
+    return up(config.BLOCK_IMG * config.BLOCK_P * config.BLOCK_Q)
+
+
+def result_shape(problem: Problem, pass_: str) -> tuple[int, int, int, int]:
+    return {"fprop": problem.y_shape, "dgrad": problem.x_shape, "wgrad": problem.w_shape}[pass_]
+
+
+def elements(problem: Problem) -> int:
+    """Of the largest tensor."""
+    return max(map(prod, (problem.x_shape, problem.w_shape, problem.y_shape)))
+
+
+def strides(shape, layout: str) -> tuple[int, int, int, int]:
+    """Strides, in PyTorch's order (N, C, H, W), of a tensor of that order's shape in memory format `layout`."""
+    _, c, h, w = shape
+    return (h * w * c, 1, w * c, c) if layout == "nhwc" else (c * h * w, h * w, w, 1)
+
+
+def steps(h: Axis, w: Axis) -> dict[str, int]:
+    """How the kernels name what both axes of a correlation walk."""
+    return dict(H=h.size, W=w.size, off_h=h.offset, off_w=w.offset, dil_h=h.dilation, dil_w=w.dilation)
+
+
+def accumulator(problem: Problem) -> str:
+    return "float64" if problem.dtype == "float64" else "float32"
+
+
+def vector(problem: Problem) -> int:
+    """Elements of 16 bytes."""
+    return 16 // DTYPE_BYTES[problem.dtype]
+
+
+def aligned(problem: Problem, *sizes: int) -> int:
+    """Elements of the longest vector of at most 16 bytes that all sizes are multiples of."""
+    return gcd(vector(problem), *sizes)
+
+
+def not_positive(config: Config, names: Sequence[str]) -> str | None:
+    """Which of these entries is no positive int."""
+    for name in names:
+        value = getattr(config, name)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            return f"{name} must be a positive int, got {value!r}"
+    return None
+
+
+def no_power_of_two(config: Config, names: Sequence[str]) -> str | None:
+    for name in names:
+        if getattr(config, name) & (getattr(config, name) - 1):
+            return f"{name} must be a power of two, got {getattr(config, name)}"
+    return None
+
+
+def bad_maxnreg(config: Config, target: str) -> str | None:
+    if config.maxnreg is not None and (target.startswith("hip") or config.maxnreg not in range(24, 256)):
+        return f"maxnreg must be None, or on CUDA targets 24 to 255, got {config.maxnreg!r} for {target}"
+    return None
