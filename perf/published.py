@@ -155,24 +155,24 @@ def miopen(n: list[int] | None = None) -> pd.DataFrame:
     rows = rows.assign(case=np.where(rows["r"] == 1, "1x1", "d" + rows["dil_h"].astype(str)))
     times = rows.pivot(index=["gpu", "pass", "dtype", "n"], columns="case", values="best_ms").reset_index()
     counts = pd.DataFrame([_of_case(row, case) for row in times.to_dict("records") for case in ("1x1", "d12", "d36")])
-    useful, executed, roof = (counts[name].to_numpy().reshape(-1, 3).T for name in ("useful", "executed", "roof"))
+    useful, executed, roof, estimate = (counts[name].to_numpy().reshape(-1, 3).T for name in ("useful", "executed", "roof", "estimate"))
     times = times.assign(over_1x1=times["d36"] / times["1x1"], over_d12=times["d36"] / times["d12"], useful=useful[2] / useful[1],
                          executed=executed[2] / executed[1], executed_1x1=executed[2] / useful[0], roof_1x1=times["1x1"] / roof[0],
-                         roof_d36=times["d36"] / roof[2])
+                         roof_d36=times["d36"] / roof[2], estimate=estimate[2] / times["d36"])
     groups = times.groupby(["gpu", "pass"])
-    mean = groups[["over_1x1", "over_d12", "useful", "executed", "executed_1x1", "roof_1x1", "roof_d36"]].agg(geometric_mean)
+    mean = groups[["over_1x1", "over_d12", "useful", "executed", "executed_1x1", "roof_1x1", "roof_d36", "estimate"]].agg(geometric_mean)
     return mean.assign(rows=groups.size(), least=groups["over_1x1"].min(), most=groups["over_1x1"].max()).reset_index()
 
 
 def _of_case(row: dict, case: str) -> dict:
-    """Useful MACs, those that tridil's default tiles execute, and the roof in ms; the useful ones of d=36 are those of the 1x1."""
+    """Useful MACs (those of d=36 are those of the 1x1), MACs that tridil's default tiles execute, roof and estimate of the library in ms."""
     d, taps = (1, 1) if case == "1x1" else (int(case[1:]), 3)
     pad = d if taps > 1 else 0
     problem = Problem(row["n"], 2048, 28, 28, 256, taps, taps, (1, 1), ((pad, pad), (pad, pad)), (d, d), 1, DTYPES[row["dtype"]], "nhwc")
     device = next(device for device in devices.DEVICES if device.name == AMD[row["gpu"]])
     config = cost_model.best(problem, row["pass"], device, "ieee")
     return {"useful": problem.useful_macs, "executed": cfg.executed_macs(problem, row["pass"], config),
-            "roof": 1e3 * cost_model.roof(problem, device, "ieee")}
+            "roof": 1e3 * cost_model.roof(problem, device, "ieee"), "estimate": 1e3 * cudnn.seconds(problem, row["pass"], device, "ieee")}
 
 
 def table(rows: pd.DataFrame, names: dict[str, str]) -> str:
@@ -181,10 +181,11 @@ def table(rows: pd.DataFrame, names: dict[str, str]) -> str:
 
 def show_miopen() -> None:
     print("MIOpen's best solver, published (find-db of October 2024): 3x3 at d=36 on 28x28, 2048 -> 256 channels, of which one tap reads the image,\n"
-          "geometric means over dtypes and batch sizes; MACs of tridil are counted from its default tiles, roofs are predicted\n")
+          "geometric means over dtypes and batch sizes; MACs of tridil are counted from its default tiles, roofs and the estimate predicted\n")
     print(table(miopen(), {"gpu": "GPU", "pass": "pass", "rows": "rows", "over_1x1": "time / 1x1", "least": "least", "most": "most",
                            "executed_1x1": "tridil's MACs / 1x1", "over_d12": "time / d=12", "useful": "useful MACs / d=12",
-                           "executed": "tridil's MACs / d=12", "roof_1x1": "1x1 / roof", "roof_d36": "d=36 / roof"}))
+                           "executed": "tridil's MACs / d=12", "roof_1x1": "1x1 / roof", "roof_d36": "d=36 / roof",
+                           "estimate": "estimate / d=36"}))
     print("\nIt does not prove that cuDNN does the same, nor that tridil is faster on AMD: its kernels compile for these GPUs and were never\n"
           "timed there. The times are of one find-db; the file says neither the memory format nor the clocks.")
 

@@ -36,7 +36,8 @@ def seconds(problem: Problem, pass_: str, device: Device, precision: str = "tf32
     times = dict.fromkeys(shapes, assumed.CUDNN_TRAFFIC["nhwc" if found in ("depthwise", "pointwise") else problem.layout])
     if found == "depthwise":
         pixels = prod(shapes["x"]) * problem.k // problem.c if pass_ == "dgrad" else prod(shapes["y"])
-        work = pixels * _instructions(problem, pass_) / 128 / hertz
+        scalar = device.fma[problem.dtype == "float64"] * assumed.ATTAINED
+        work = max(pixels * _instructions(problem, pass_) / 128, problem.dense_macs / scalar) / hertz
     else:
         share = assumed.CUDNN[pass_] * (assumed.CUDNN_FAR.get(device.target, 1) if found == "far" else 1)
         share = assumed.CUDNN_STRIDED if found == "strided dgrad" else share
