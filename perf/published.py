@@ -84,6 +84,13 @@ def compared(rows: pd.DataFrame) -> pd.DataFrame:
     return pd.concat([rows, found], axis=1)
 
 
+def by_kind(rows: pd.DataFrame) -> pd.DataFrame:
+    """Geometric means over the rows of `compared`, for each kind: eager mode over the roof, Inductor, tridil without and with its copies."""
+    over = {"roof": rows["roof"], "inductor": rows["inductor"], "tridil": rows["tridil"], "copied": rows["tridil"] + rows["copies"]}
+    groups = rows[["kind"]].assign(**{name: rows["eager"] / ms for name, ms in over.items()}).groupby("kind")
+    return groups[list(over)].agg(geometric_mean).assign(rows=groups.size()).reset_index()
+
+
 def evidence() -> pd.DataFrame:
     """Every time of ATen that is known, with the estimate of it: kind, source, name, problem, pass, ms, estimate (ms), fitted."""
     rows = [{"source": "published", "name": f"{row['no']} on {row['gpu']}", "problem": row["problem"], "pass": row["pass"], "gpu": row["gpu"],
@@ -208,7 +215,11 @@ def main(argv=None, gpu: Gpu | None = None) -> int:
     print("Milliseconds. Published: eager, inductor (float32 with tf32, NCHW). Predicted: roof; tridil on channels_last tensors, and the\n"
           "copies that it makes of NCHW ones; the estimate of ATen\n")
     columns = ("no", "operator", "gpu", "kind", "roof", "tridil", "copies", "estimate", "eager", "inductor")
-    print(table(compared(rows), dict(zip(columns, columns))))
+    beside = compared(rows)
+    print(table(beside, dict(zip(columns, columns))))
+    print("\nEager mode over the others, geometric means\n")
+    print(table(by_kind(beside), {"kind": "kind", "rows": "rows", "roof": "over roof", "inductor": "over inductor", "tridil": "over tridil",
+                                  "copied": "over tridil with copies"}))
     if missing := sorted({row["operator"] for _, row in rows[rows["problem"].isna()].iterrows()}):
         print(f"\nnot covered by tridil: {', '.join(missing)}")
     print(f"\nEstimate of ATen over its time, geometric means of published and measured rows of at least {LEAST_MS} ms: those that it was fitted\n"
