@@ -34,7 +34,8 @@ def test_kinds_of_the_estimate_of_aten():
     for kind, change in KINDS.items():
         p = replace(D2, **change)
         assert {cudnn.kind(p, pass_) for pass_ in PASSES} == {kind} == {cudnn.kind(replace(p, stride=(2, 2)), pass_) for pass_ in ("fprop", "wgrad")}
-        assert cudnn.kind(replace(p, stride=(2, 2)), "dgrad") == ("depthwise" if kind == "depthwise" else "strided dgrad")
+        assert cudnn.kind(replace(p, stride=(2, 2)), "dgrad") == (kind if kind in ("depthwise", "pointwise") else "strided dgrad")
+        assert cudnn.kind(replace(p, stride=(2, 2), dilation=(1, 1)), "dgrad") == (kind if kind != "far" else "dense")
     assert cudnn.kind(replace(D2, c=16), "fprop") == "dense" and cudnn.kind(replace(D2, k=12), "fprop") == "narrow"
     assert cudnn.kind(replace(D2, k=12, dtype="float32"), "fprop") == "dense", "48 bytes"
 

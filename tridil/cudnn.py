@@ -14,11 +14,11 @@ from .problem import DTYPE_BYTES, Problem
 
 
 def kind(problem: Problem, pass_: str) -> str:
-    """What the estimate depends on: "depthwise", "strided dgrad", "grouped", "pointwise" (1x1 taps), "narrow" (a tensor of few, unaligned channels),
-    "far" (dilation 12 or more) or "dense"."""
+    """What the estimate depends on: "depthwise", "strided dgrad" (dilated, too: both rows are), "grouped", "pointwise" (1x1 taps), "narrow" (a tensor
+    of few, unaligned channels), "far" (dilation 12 or more) or "dense"."""
     if problem.groups == problem.c and problem.groups > 1:
         return "depthwise"
-    if pass_ == "dgrad" and problem.stride != (1, 1):
+    if pass_ == "dgrad" and problem.stride != (1, 1) and problem.dilation != (1, 1):
         return "strided dgrad"
     if problem.groups > 1:
         return "grouped"
@@ -57,7 +57,7 @@ def _is_narrow(problem: Problem, channels: int) -> bool:
 def _macs(problem: Problem, pass_: str) -> float:
     """Multiply-accumulates that cuDNN executes: all taps, of a strided dgrad at every pixel of dx; channels in whole blocks."""
     c, k = problem.c // problem.groups, problem.k // problem.groups
-    macs = problem.dense_macs / (c * k) * (prod(problem.stride) if pass_ == "dgrad" else 1)
+    macs = problem.dense_macs / (c * k) * (prod(problem.stride) if kind(problem, pass_) == "strided dgrad" else 1)
     if problem.groups > 1:                                               # groups of fewer than 16 channels share a block
         return macs * _up(c, 32) * _up(k, 32) * min(1, max(c, k) / 16)
     reduced, out = (k, c) if pass_ == "dgrad" else (c, k)
