@@ -14,7 +14,8 @@ from tridil import aot, config, cost_model, devices, dispatch
 from tridil.problem import Problem
 
 P = Problem(4, 256, 60, 60, 256, 3, 3, padding=((2, 2), (2, 2)), dilation=(2, 2))
-MMA = {"cuda:80": "HMMA", "cuda:86": "HMMA", "cuda:89": "HMMA", "cuda:90": "HGMMA", "cuda:100": "UTCHMMA", "cuda:120": "HMMA", "hip:gfx942": "v_mfma"}
+MMA = {"cuda:80": "HMMA", "cuda:86": "HMMA", "cuda:89": "HMMA", "cuda:90": "HGMMA", "cuda:100": "UTCHMMA", "cuda:120": "HMMA", "hip:gfx942": "v_mfma",
+       "hip:gfx90a": "v_mfma", "hip:gfx908": "v_mfma"}
 COLUMNS = {"layer", "pass", "kernel", "target", "config", "registers", "spills", "shared_bytes", "ctas_per_sm", "mma", "loads", "overhead", "limiter",
            "dense_macs", "useful_macs", "executed_macs"}
 # instructions of the main loop that are not products, per 2048 FMA, at 128x128x64 and 128x256x64 (3x3, C = K = 256, fp16; Triton 3.7.1). A change may

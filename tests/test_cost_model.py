@@ -3,7 +3,7 @@ from dataclasses import replace
 
 import pytest
 
-from tridil import config, cost_model, devices, workloads
+from tridil import config, cost_model, cudnn, devices, workloads
 from tridil.families.gemm import waves_of
 from tridil.problem import PASSES, Problem
 
@@ -24,7 +24,51 @@ def test_no_prediction_beats_the_roof(device, pass_):
         found = cost_model.predict(p, pass_, cost_model.best(p, pass_, device), device)
         assert found.seconds >= cost_model.roof(p, device) and found.seconds >= found.parts["launches"] > 0
         assert found.limiter and found.seconds <= sum(found.parts.values()) and found.limiter in str(found)
-        assert cost_model.cudnn(p, pass_, device) >= p.useful_macs / (device.mma_rate(p.dtype) * device.sms * device.clock * 1e9)
+
+
+KINDS = {"dense": {}, "far": {"dilation": (1, 12)}, "narrow": {"c": 3}, "pointwise": {"r": 1, "s": 1}, "grouped": {"groups": 2},
+         "depthwise": {"groups": 256}}
+D2 = replace(P, dilation=(2, 2), padding=((2, 2), (2, 2)))
+
+
+def test_kinds_of_the_estimate_of_aten():
+    for kind, change in KINDS.items():
+        p = replace(D2, **change)
+        assert {cudnn.kind(p, pass_) for pass_ in PASSES} == {kind} == {cudnn.kind(replace(p, stride=(2, 2)), pass_) for pass_ in ("fprop", "wgrad")}
+        assert cudnn.kind(replace(p, stride=(2, 2)), "dgrad") == (kind if kind in ("depthwise", "pointwise") else "strided dgrad")
+        assert cudnn.kind(replace(p, stride=(2, 2), dilation=(1, 1)), "dgrad") == (kind if kind != "far" else "dense")
+    assert cudnn.kind(replace(D2, c=16), "fprop") == "dense" and cudnn.kind(replace(D2, k=12), "fprop") == "narrow"
+    assert cudnn.kind(replace(D2, k=12, dtype="float32"), "fprop") == "dense", "48 bytes"
+
+
+@pytest.mark.parametrize("device", devices.DEVICES, ids=lambda d: d.name)
+@pytest.mark.parametrize("pass_", PASSES)
+def test_the_estimate_of_aten(device, pass_):
+    """Never below the roof; grows with the work; copies of NCHW tensors are not held against either side, direct kernels run in place."""
+    for kind, change in KINDS.items():
+        for more in ({}, {"dtype": "float32"}, {"dtype": "float64"}, {"stride": (2, 1)}, {"n": 1, "h": 13}):
+            p = replace(D2, **{**change, **more})
+            nchw, twice = replace(p, layout="nchw"), replace(p, n=2 * p.n)
+            assert cost_model.roof(p, device) < cost_model.cudnn(p, pass_, device) < cost_model.cudnn(twice, pass_, device)
+            assert cudnn.seconds(p, pass_, device) == cost_model.cudnn(p, pass_, device)
+            assert cost_model.cudnn(nchw, pass_, device) == cudnn.seconds(nchw if kind == "depthwise" else p, pass_, device)
+            if kind not in ("depthwise", "pointwise"):
+                assert cudnn.seconds(nchw, pass_, device) > cudnn.seconds(p, pass_, device)
+
+
+def test_the_estimate_of_aten_where_no_row_is_near():
+    """Then it is the faster of what could be: dilation 12 is slow where it was measured; cuDNN's depthwise kernels without dilation reach memory's
+    speed; groups of fewer than 16 channels share blocks."""
+    assert cudnn.seconds(D2, "fprop", H100) < 0.8 * cudnn.seconds(P, "fprop", H100)
+    assert cudnn.seconds(D2, "fprop", A100) == cudnn.seconds(P, "fprop", A100)
+    depthwise = replace(D2, groups=256, n=64)
+    for layout, dtype, is_native in (("nhwc", "float16", False), ("nhwc", "float32", False), ("nchw", "float16", False), ("nchw", "bfloat16", True),
+                                     ("nchw", "float32", True)):
+        p = replace(depthwise, layout=layout, dtype=dtype)
+        ratio = cudnn.seconds(replace(p, dilation=(1, 1)), "fprop", H100) / cudnn.seconds(p, "fprop", H100)
+        assert ratio > 0.9 if is_native else ratio < 0.6
+    times = [cudnn.seconds(replace(D2, n=512, groups=groups), "wgrad", H100) for groups in (8, 16, 32, 64)]     # 32, 16, 8, 4 channels
+    assert times[0] < times[1] and max(times[1:]) / min(times[1:]) < 1.1
 
 
 @pytest.mark.parametrize("pass_", PASSES)

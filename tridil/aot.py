@@ -157,12 +157,14 @@ def _workers(jobs: list) -> int:
 def _rows(job) -> list[dict]:
     from . import config as cfg
     from . import cost_model
+    from .ops import fp32_precision
     name, problem, pass_, target, save = job
     head = {"layer": name, "pass": pass_}
     tail = {"dense_macs": problem.dense_macs, "useful_macs": problem.useful_macs}
     try:
-        config = cost_model.best(problem, pass_, target)
-        rows = resources(problem, pass_, config, target, save=save, name=name)
+        precision = fp32_precision(target)
+        config = cost_model.best(problem, pass_, target, precision)
+        rows = resources(problem, pass_, config, target, precision, save, name)
     except Exception as e:                                      # ptxas and LLVM fail in many ways; the row says how
         return [head | {"kernel": None, "target": target, "failure": f"{type(e).__name__}: {e}".replace("\n", " ")[:300]} | tail]
     return [head | row | tail | {"executed_macs": cfg.executed_macs(problem, pass_, config)} for row in rows]

@@ -5,10 +5,12 @@ the clock of a GPU.
 """
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import lru_cache
 
 from . import assumed, devices, families
 from . import config as cfg
+from . import cudnn as aten
 from .devices import Device
 from .families import Config, Prediction
 from .problem import Problem
@@ -26,19 +28,9 @@ def predict(problem: Problem, pass_: str, config: Config, device: Device, precis
 
 
 def cudnn(problem: Problem, pass_: str, device: Device, precision: str = "tf32") -> float:
-    """Seconds that cuDNN (for depthwise layers PyTorch's own kernels) is given: an estimate in its favour, to be replaced by measurements."""
-    c, k, taps = problem.c // problem.groups, problem.k // problem.groups, problem.r * problem.s
-    hertz = device.sms * device.clock * 1e9
-    memory = problem.bytes / (device.dram * 1e9 * assumed.DRAM)
-    if problem.groups == problem.c and problem.groups > 1:
-        return max(problem.dense_macs * assumed.DEPTHWISE_INSTRUCTIONS / 128 / hertz, memory) + assumed.LAUNCH
-
-    def up(size, block):
-        return -(-size // block) * block
-    sides = {"fprop": (problem.n * problem.p * problem.q, k, c), "dgrad": (problem.n * problem.p * problem.q, c, k),
-             "wgrad": (k, c, problem.n * problem.p * problem.q)}[pass_]
-    macs = problem.groups * taps * up(sides[0], 64) * up(sides[1], 64 if sides[1] > 32 else 32) * up(sides[2], 32 if sides[2] > 8 else 8)
-    return max(macs / (device.mma_rate(problem.dtype, precision) * assumed.CUDNN[pass_] * hertz), memory) + assumed.LAUNCH
+    """Seconds that ATen is given (cudnn.py), on channels_last tensors as in `predict`: of others both make copies; depthwise layers run in place."""
+    is_depthwise = aten.kind(problem, pass_) == "depthwise"
+    return aten.seconds(problem if is_depthwise else replace(problem, layout="nhwc"), pass_, device, precision)
 
 
 def _ranked(problem: Problem, pass_: str, device: Device, precision: str) -> list[Config]:
