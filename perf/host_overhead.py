@@ -1,5 +1,6 @@
 #!/usr/bin/env python
-"""Host time of eager calls, without a GPU: how long until the launch, over a bare Triton launch of the same kernels with the same arguments.
+"""Host time of eager calls, without a GPU: how long until the launch, over a bare Triton launch of the same kernels with the same arguments; and how long
+the search for tiles takes of the three passes of a shape that was never seen, over its goal of 3 ms.
 
 Kernels are compiled for --target (ptxas comes with Triton) and launched on CPU tensors through a driver whose launcher does nothing, so what is
 timed is Python: argument checks, lookups, allocation, autograd, Triton. All take turns in one run; figures are medians, ratios those of rounds.
@@ -9,8 +10,9 @@ from __future__ import annotations
 import argparse
 import gc
 import sys
+from dataclasses import replace
 from functools import partial
-from itertools import permutations
+from itertools import permutations, product
 from pathlib import Path
 from statistics import median
 from time import perf_counter_ns
@@ -21,13 +23,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from torch.nn import functional as F
 
-from tridil import dilated_conv2d, dispatch, functional, tuner
-from tridil.problem import Problem
+from tridil import cost_model, devices, dilated_conv2d, dispatch, functional, tuner
+from tridil.problem import PASSES, Problem
 
 # a dilated layer of DeepLabV3-ResNet50, which takes one kernel per pass but for wgrad's sum; what runs through ATen is small, since it computes
 LAYER = Problem(4, 256, 60, 60, 256, 3, 3, padding=((2, 2), (2, 2)), dilation=(2, 2))
 SMALL = Problem(1, 64, 32, 32, 64, 3, 3, padding=((2, 2), (2, 2)), dilation=(2, 2), dtype="float32", layout="nchw")
-TARGETS = {"no grad": 2.5, "forward+backward": 3.0, "aten, forward+backward": 1.15, "auto that chose ATen": 1.15}
+TARGETS = {"no grad": 2.5, "forward+backward": 3.0, "aten, forward+backward": 1.15, "auto that chose ATen": 1.15, "new shape, dense": 1,
+           "new shape, depthwise": 1}
+GOAL = 3000                 # microseconds of the search for the three passes of a new shape
 
 
 def stub_driver(arch: int):
@@ -104,6 +108,18 @@ def recorded(f) -> list:
     return [(item.launch.name, partial(item.fn[item.grid], *arguments, **item.options)) for item, arguments in seen]
 
 
+def searched(target: str, groups: int) -> list[float]:
+    """Microseconds of the search for each of 42 shapes: 256 channels, maps of 30 to 72 pixels."""
+    device, times = devices.of_target(target), []
+    for h, w in product(range(30, 73, 7), range(31, 73, 8)):
+        begin = perf_counter_ns()
+        problem = replace(LAYER, h=h, w=w, groups=groups)
+        for pass_ in PASSES:
+            cost_model.best(problem, pass_, device)
+        times.append((perf_counter_ns() - begin) / 1e3)
+    return times
+
+
 def measure(target: str, repetitions: int) -> list[dict]:
     """Rows of one target: what, kernels, microseconds, those of its yardstick, their ratio and its target."""
     from triton.runtime import driver
@@ -143,6 +159,9 @@ def measure(target: str, repetitions: int) -> list[dict]:
     rows = [("no grad", names(bare_forward), us["no grad"], us["bare"]), ("forward+backward", names(bare_all), us["train"], us["bare all"]),
             ("aten, forward+backward", "", us["aten"], us["F.conv2d"]), ("auto that chose ATen", "", us["auto"], us["F.conv2d"]),
             ("aten, tiny layer", "", us["aten, tiny"], us["F.conv2d, tiny"])]
+    for kind, groups in (("dense", 1), ("depthwise", LAYER.c)):
+        found = searched(target, groups)
+        rows.append((f"new shape, {kind}", "", found, [GOAL] * len(found)))
     return [{"target": target, "call": name, "kernels": kernels, "us": median(a), "yardstick_us": median(b),
              "ratio": median(x / y for x, y in zip(a, b)), "at_most": TARGETS.get(name)}
             for name, kernels, a, b in rows]

@@ -414,7 +414,8 @@ def test_host_overhead_reports(tmp_path):
     lines = done.stdout.splitlines()
     assert lines[0].split() == ["target", "call", "kernels", "us", "yardstick_us", "ratio", "at_most"]
     for kernels, most in (("no grad correlate_tma", "2.50"), ("forward+backward correlate_tma correlate_tma wgrad_tma sum_splits", "3.00"),
-                          ("aten, forward+backward", "1.15"), ("auto that chose ATen", "1.15")):
+                          ("aten, forward+backward", "1.15"), ("auto that chose ATen", "1.15"), ("new shape, dense", "1.00"),
+                          ("new shape, depthwise", "1.00")):
         row, = (line for line in lines if " ".join(line.split()).startswith(f"cuda:90 {kernels} "))
         *_, us, yardstick, ratio, at_most = row.split()
         assert at_most == most and float(us) > 0 and float(yardstick) > 0 and float(ratio) > 0

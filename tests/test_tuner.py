@@ -370,6 +370,22 @@ def test_nothing_is_measured_while_a_graph_is_captured(cuda, monkeypatch):
 
 
 # ---- what people see
+def test_info_names_what_was_measured(cuda, capsys, monkeypatch):
+    from tridil.__main__ import main
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: NAME)
+
+    def line():
+        assert main(["info"]) == 0
+        return capsys.readouterr().out.splitlines()[-1]
+    assert "0 passes in your cache, 0 passes in the shipped table" in line() and "To measure: python -m tridil tune" in line()
+    measured()
+    assert "1 passes in your cache" in line() and str(cache.path(TARGET)) in line() and "To measure" not in line()
+    record = {"config": config.to_json(ranked()[0]), "ms": 1.0, "date": "2026-01-01", "code": "another", "triton": "0"}
+    cache.add(TARGET, {cache.key(P, "wgrad"): {NAME: record}})
+    assert "1 passes in your cache and 1 by other sources, which are hints" in line()
+
+
 def test_explain_measured_and_predicted(cuda, monkeypatch):
     monkeypatch.setattr(dispatch, "can_run", lambda problem, device: None)
     measured(pass_="fprop", ms=1.0, aten_ms=2.0)

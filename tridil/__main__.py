@@ -33,7 +33,21 @@ def info(args) -> int:
     for device in devices:
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
         print(f"{str(device):8} {name}: auto runs {dispatch.choose(small, device)}; triton {dispatch.can_run(small, device) or 'can run'}")
+        if device.type == "cuda":
+            print(f"         {measured_on(name)}")
     return 0
+
+
+def measured_on(name: str) -> str:
+    """What was measured on a GPU of that name, and what to run next."""
+    target, counts = dispatch.target(), []
+    for table, entries in (("your cache", cache.user(target)), ("the shipped table", cache.shipped(target))):
+        records = [records[name] for records in entries.values() if name in records]
+        fresh = sum(map(cache.is_fresh, records))
+        counts += [(f"{fresh} passes in {table}" + (f" and {len(records) - fresh} by other sources, which are hints" if fresh < len(records) else ""), fresh)]
+    known = sum(fresh for _, fresh in counts)
+    advice = "" if known else "; until then tiles and backend are predicted. To measure: python -m tridil tune --suite deeplab, or --model package.module:factory"
+    return f"measured: {', '.join(text for text, _ in counts)} ({cache.path(target)}){advice}"
 
 
 def parse_shape(text: str, dtype: str = "float16", layout: str = "nhwc") -> Problem:

@@ -5,8 +5,10 @@ the clock of a GPU.
 """
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import lru_cache
+from operator import itemgetter
 
 from . import assumed, devices, families
 from . import config as cfg
@@ -33,29 +35,29 @@ def cudnn(problem: Problem, pass_: str, device: Device, precision: str = "tf32")
     return aten.seconds(problem if is_depthwise else replace(problem, layout="nhwc"), pass_, device, precision)
 
 
-def _ranked(problem: Problem, pass_: str, device: Device, precision: str) -> list[Config]:
-    """The options of all families, legal or not, the fastest prediction first."""
-    found = []
+def _ranked(problem: Problem, pass_: str, device: Device, precision: str) -> Iterator[Config]:
+    """The candidates of all families, the fastest prediction first; made as they are asked for. Raises ValueError when there is none."""
+    found, none = [], True
     for family in families.FAMILIES:
-        if options := family.options(problem, pass_, device.target, precision):
-            found += zip(family.seconds(problem, pass_, options, device, precision).tolist(), options)
-    return [config for _, config in sorted(found, key=lambda item: item[0])]
+        seconds, config = family.search(problem, pass_, device, precision)
+        found += [(value, config, i) for i, value in enumerate(seconds.tolist())]
+    for _, config, i in sorted(found, key=itemgetter(0)):
+        option = config(i)
+        if cfg.fits(option, problem, pass_, device.target) is None:
+            none = False
+            yield option
+    if none:
+        raise ValueError(f"no tile fits {pass_} of {problem.key()} on {device.target}")
 
 
 def rank(problem: Problem, pass_: str, device: Device, precision: str = "tf32") -> list[Config]:
     """The candidates for a device, the fastest prediction first. Raises ValueError when no tile fits."""
-    found = [config for config in _ranked(problem, pass_, device, precision) if cfg.fits(config, problem, pass_, device.target) is None]
-    if not found:
-        raise ValueError(f"no tile fits {pass_} of {problem.key()} on {device.target}")
-    return found
+    return list(_ranked(problem, pass_, device, precision))
 
 
 @lru_cache(maxsize=4096)
 def _best(problem: Problem, pass_: str, device: Device, precision: str) -> Config:
-    for config in _ranked(problem, pass_, device, precision):
-        if cfg.fits(config, problem, pass_, device.target) is None:
-            return config
-    raise ValueError(f"no tile fits {pass_} of {problem.key()} on {device.target}")
+    return next(_ranked(problem, pass_, device, precision))
 
 
 def best(problem: Problem, pass_: str, device: Device | str, precision: str = "tf32") -> Config:

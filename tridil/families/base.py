@@ -4,10 +4,11 @@ Imports neither torch nor Triton. Sizes in elements, times in seconds, clocks of
 """
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from functools import lru_cache
 from math import gcd, prod
+from operator import attrgetter
 
 import numpy as np
 
@@ -46,7 +47,8 @@ class Config:
 
 def columns(configs: Sequence[Config]) -> dict[str, np.ndarray]:
     """Field -> its values in all configs, which are of one class."""
-    return {name: np.array([getattr(config, name) for config in configs]) for name in configs[0].names() if name not in ("kernel", "maxnreg")}
+    names = [name for name in configs[0].names() if name not in ("kernel", "maxnreg")]
+    return dict(zip(names, np.array(list(map(attrgetter(*names), configs)), np.int64).T))
 
 
 @dataclass(frozen=True)
@@ -124,6 +126,11 @@ class Family:
     def seconds(self, problem: Problem, pass_: str, configs: Sequence[Config], device: Device, precision: str) -> np.ndarray:
         """Predicted time of each config, on channels_last tensors."""
         raise NotImplementedError
+
+    def search(self, problem: Problem, pass_: str, device: Device, precision: str) -> tuple[np.ndarray, Callable[[int], Config]]:
+        """(predicted time of each option, function that gives the option of an index): what every new shape costs the host."""
+        configs = self.options(problem, pass_, device.target, precision)
+        return self.seconds(problem, pass_, configs, device, precision) if configs else np.zeros(0), configs.__getitem__
 
     def predict(self, problem: Problem, pass_: str, config: Config, device: Device, precision: str) -> Prediction:
         """The same for one, with what limits it."""

@@ -5,7 +5,7 @@ filter rows. SPLIT_K is wgrad's alone. Figures of many configs are arrays, as in
 """
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product
@@ -172,13 +172,13 @@ class Depthwise(Family):
     def options(self, problem: Problem, pass_: str, target: str, precision: str) -> list[Config]:
         """Boxes of lanes that fill their warps with vectors of 16 bytes along the contiguous axis, as many outputs per lane as its grid has; of the
         boxes of one kernel the one that is predicted to be the fastest."""
-        if not is_depthwise(problem) or not problem.axes(pass_):
-            return []
-        device, build = devices.of_target(target), self.config_class(pass_)
-        maxnreg = 255 if target.startswith("cuda") else None
-        kernels, shapes = self._kernels(problem, pass_, target)
+        seconds, config = self.search(problem, pass_, devices.of_target(target), precision)
+        return [config(i) for i in range(len(seconds))]
+
+    def search(self, problem: Problem, pass_: str, device: Device, precision: str) -> tuple[np.ndarray, Callable[[int], Config]]:
+        kernels, shapes = self._kernels(problem, pass_, device.target) if is_depthwise(problem) and problem.axes(pass_) else ({}, [])
         if not shapes:
-            return []
+            return np.zeros(0), [].__getitem__
         counts = [len(boxes) for boxes in shapes]
         c = {name: np.repeat(values, counts) for name, values in kernels.items()}
         c |= zip(("BLOCK_IMG", "BLOCK_P", "BLOCK_Q"), np.concatenate(shapes).T)
@@ -186,8 +186,8 @@ class Depthwise(Family):
         seconds = self._times(problem, pass_, c, device)["seconds"]
         ends = np.cumsum(counts).tolist()
         picks = [end - count + int(seconds[end - count:end].argmin()) for count, end in zip(counts, ends)]
-        rows = zip(*(values[picks].tolist() for values in c.values()))
-        return [build(kernel="depthwise", num_stages=1, maxnreg=maxnreg, **dict(zip(c, row))) for row in rows]
+        fixed, build = dict(kernel="depthwise", num_stages=1, maxnreg=255 if device.target.startswith("cuda") else None), self.config_class(pass_)
+        return seconds[picks], lambda i: build(**fixed, **{name: int(values[picks[i]]) for name, values in c.items()})
 
     def _kernels(self, problem: Problem, pass_: str, target: str) -> tuple[dict[str, np.ndarray], list[np.ndarray]]:
         """(what kernels are compiled for, by field, and for each the boxes that it may have)."""
@@ -377,11 +377,12 @@ def registers(c: dict, lanes, problem: Problem, shift: int, target: str):
 def lane_shapes(count: int, images: int, rows: int, lanes: int) -> np.ndarray:
     """Boxes of `count` lanes, or of as many as there are: all of nearly one size along each side."""
     def even(size, most):
-        return -(-size // -(-size // max(min(size, most), 1)))
+        """Sizes of at most `most` and its halves in which `size` is shared out evenly."""
+        return {-(-size // -(-size // min(size, most >> e))) for e in range(most.bit_length())}
     shapes = set()
-    for q in {even(lanes, count >> e) for e in range(count.bit_length())}:
-        for p in {even(rows, count // q >> e) for e in range((count // q).bit_length())}:
-            shapes.add((even(images, count // (p * q)), p, q))
+    for q in even(lanes, count):
+        for p in even(rows, count // q):
+            shapes.add((-(-images // -(-images // max(min(images, count // (p * q)), 1))), p, q))
     full = [shape for shape in shapes if 2 * prod(shape) > count]
     return np.array(full or [(count // 2 // (rows * lanes) + 1, rows, lanes)])
 

@@ -10,7 +10,7 @@ assumed stands in assumed.py. Figures of many configs are arrays: the search ask
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from math import prod
 
@@ -77,9 +77,9 @@ def sides_of(count: int, powers: bool) -> tuple[np.ndarray, np.ndarray, np.ndarr
     return b, p, count // (b * p)
 
 
+@lru_cache(maxsize=1024)
 def boxes(count: int, images: int, height: int, width: int, powers: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(images, height, width) of pixel boxes for a tile of `count` rows on maps of these sides: of powers of two, or any that need as many rows."""
-    images, height, width = (min(up(side) if powers else side, count) for side in (images, height, width))
     b, p, most = sides_of(count, powers)
     some = (b <= images) & (p <= height)
     b, p, q = b[some], p[some], np.minimum(most[some], width)
@@ -129,7 +129,7 @@ class Search:
         return self._found[key]
 
     def _best(self, count, powers, spills, flat):
-        b, p, q = boxes(count, *self.sides, powers)
+        b, p, q = boxes(count, *(min(up(side) if powers else side, count) for side in self.sides), powers)
         if spills:
             # rows of a thread lie 16 apart: with such sides their offsets are multiples of one value, which the compiler keeps in registers
             kept = (q != 16) & ~((p == 2) & (q == 8))
@@ -283,12 +283,15 @@ class Gemm(Family):
 
     def splits(self, option: GemmConfig, search: Search, target: str) -> list[GemmConfig]:
         """option, and the same with the reduction split so that the programs fill about half of the target's SMs, all and twice."""
-        most = search.most_splits(self.tile(option, search.pass_)[2])
+        problem, pass_, tile = search.problem, search.pass_, self.tile(option, search.pass_)
+        most = search.most_splits(tile[2])
         if most < 2:
             return [option]
-        programs, sms = max(self.grid(search.problem, search.pass_, option), 1), devices.of_target(target).sms
+        fields, flat = vars(option), self.flat(option.kernel)
+        programs = max([1, *(self._programs(problem, pass_, fields, tile, axes, flat) for axes in problem.axes(pass_))])
+        sms = devices.of_target(target).sms
         found = {min(most, max(2, sms * waves // (2 * programs))) for waves in (1, 2, 4)} if programs < 2 * sms else set()
-        return [option] + [replace(option, SPLIT_K=split) for split in sorted(found)]
+        return [option, *(type(option)(**fields | {"SPLIT_K": split}) for split in sorted(found))]
 
     # ---- work
     def programs(self, problem: Problem, pass_: str, config: GemmConfig, axes: tuple[Axis, Axis]) -> int:
