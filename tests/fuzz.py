@@ -22,6 +22,7 @@ if __name__ == "__main__" and not torch.cuda.is_available():
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from tridil import config, cost_model, dispatch, launch, reference, testing  # noqa: E402
+from tridil.families.tma import architecture  # noqa: E402
 from tridil.problem import PASSES  # noqa: E402
 
 
@@ -119,7 +120,7 @@ def main(argv=None) -> int:
     parser.add_argument("--dtypes", default="float16,float32", help="comma-separated (fp32 does not run on tensor cores)")
     parser.add_argument("--kernel", choices=["tma"], help="run this kernel only, on a target that has it")
     args = parser.parse_args(argv)
-    if args.kernel and not config.has_tma(dispatch.target()):
+    if args.kernel and architecture(dispatch.target()) < 90:
         parser.error(f"kernel tma needs sm_90 or later, the target is {dispatch.target()}: set TRIDIL_TARGET=cuda:90 to interpret it")
     dtypes = args.dtypes.split(",")
     unknown = set(dtypes) - {"float16", "bfloat16", "float32", "float64"}

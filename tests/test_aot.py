@@ -207,7 +207,7 @@ def test_what_was_not_begun_is_dropped(monkeypatch):
     begun, go = [], threading.Event()
     monkeypatch.setattr(aot, "_workers", lambda jobs: 1)
     monkeypatch.setattr(aot, "_try_to_compile", lambda job: (begun.append(job), go.wait(30)))
-    jobs = [(P, pass_, "ieee", {"n": n}) for pass_ in ("fprop", "wgrad") for n in (1, 2)]
+    jobs = [(P, pass_, "ieee", n) for pass_ in ("fprop", "wgrad") for n in (1, 2)]
     with aot.compiling(jobs, "cuda:90") as compiled:
         assert not compiled(*jobs[0], 0.01) and not compiled(*jobs[3], 0)
     go.set()

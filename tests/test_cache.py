@@ -15,7 +15,7 @@ KEY, GPU = cache.key(P, "fprop"), "NVIDIA H100 80GB HBM3"
 
 
 def record(date="2026-01-01T00:00:00+00:00", ms=1.0, **change):
-    return {"config": {"kernel": "gather"}, "ms": ms, "aten_ms": 2.0, "date": date, **cache.fingerprint()} | change
+    return {"config": {"kernel": "gather"}, "ms": ms, "aten_ms": 2.0, "date": date, "triton": cache.triton()} | change
 
 
 @pytest.fixture(autouse=True)
@@ -46,7 +46,7 @@ def test_what_is_added_is_read_back(folder):
 
 def test_fresh_wins_then_the_latest():
     old, new = record("2026-01-01T00:00:00+00:00"), record("2026-02-01T00:00:00+00:00", ms=3.0)
-    stale = record("2026-03-01T00:00:00+00:00", code="another")
+    stale = record("2026-03-01T00:00:00+00:00", triton="another")
     for tables in ((old, new, stale), (stale, new, old), (new, stale, old)):
         assert cache.merge(*({KEY: {GPU: r}} for r in tables)) == {KEY: {GPU: new}}
     assert cache.merge({KEY: {GPU: old}}, {KEY: {"NVIDIA H200": new}}) == {KEY: {GPU: old, "NVIDIA H200": new}}
@@ -84,7 +84,7 @@ def test_an_interrupted_write_leaves_the_old_file(folder, monkeypatch):
 
 
 def test_two_processes_that_write_at_once_lose_nothing(folder):
-    code = ("import sys; from tridil import cache; r = {'config': {}, 'ms': 1.0, 'date': '2026', **cache.fingerprint()}\n"
+    code = ("import sys; from tridil import cache; r = {'config': {}, 'ms': 1.0, 'date': '2026', 'triton': cache.triton()}\n"
             "for i in range(40): assert cache.add('cuda:90', {f'{sys.argv[1]} {i}': {'gpu': r}})")
     children = [subprocess.Popen([sys.executable, "-c", code, name]) for name in ("a", "b")]
     assert [child.wait() for child in children] == [0, 0]
@@ -110,7 +110,7 @@ def test_command_line(tmp_path):
     assert out.returncode == 0 and KEY in out.stdout and GPU in out.stdout and "1.0000 ms" in out.stdout and "stale" not in out.stdout
     assert tridil("export", tmp_path / "table.json", "--target", "cuda:90").returncode == 0
     other = tmp_path / "other.json"                         # of another machine, of another target
-    cache.write(other, "cuda:80", {KEY: {"NVIDIA A100": record(code="another", config=tile)}})
+    cache.write(other, "cuda:80", {KEY: {"NVIDIA A100": record(triton="another", config=tile)}})
     out = tridil("merge", tmp_path / "table.json", other)
     assert out.returncode == 0 and "1 entries for cuda:80 merged" in out.stdout, out.stdout + out.stderr
     assert "stale: a hint only" in tridil("--target", "cuda:80").stdout

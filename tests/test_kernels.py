@@ -335,7 +335,7 @@ def test_depthwise(name, dtype, layout, monkeypatch):
 def test_every_depthwise_tile(name, change):
     p = DEPTHWISE[name]
     for pass_ in PASSES:
-        cfg = cost_model.best(p, pass_, dispatch.target()) | change
+        cfg = replace(cost_model.best(p, pass_, dispatch.target()), **change)
         assert config.fits(cfg, p, pass_, dispatch.target()) is None
         check(p, [pass_], [cfg])
 

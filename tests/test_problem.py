@@ -41,18 +41,16 @@ def test_live_outputs_and_work(axis):
     for t in range(axis.taps):
         assert list(range(*axis.live_out(t))) == [i for i, tap in pairs if tap == t]
     assert axis.useful == len(pairs)
-    if axis.stride <= axis.size:
-        assert axis.steps(1)[0] == len(pairs)
-    assert axis.steps_out(1)[0] == len(pairs)
-    for block in (2, 3, 7, 16):
-        live = {(i // block, t) for i, t in pairs}
-        total, most = axis.steps(block)
-        assert len(live) <= total <= axis.taps * -(-axis.out // block) and most <= axis.taps
+    sizes = [1, 2, 3, 7, 16]
+    for size, total, at_least, of_taps in zip(sizes, axis.steps(sizes), axis.live_blocks(sizes).T, axis.steps_out(sizes).T):
+        walked = [hi - lo for lo, hi in (axis.live(i, min(i + size, axis.out) - 1) for i in range(0, axis.out, size))]
+        assert total == sum(walked) and list(at_least) == [sum(n > less for n in walked) for less in range(len(at_least))]
+        assert max(walked) == sum(at_least > 0)
+        live = {(i // size, t) for i, t in pairs}
+        assert len(live) <= total <= axis.taps * -(-axis.out // size)
         if axis.stride <= axis.size:
-            per_block = [sum(b == block_index for b, _ in live) for block_index in range(-(-axis.out // block))]
-            assert (total, most) == (len(live), max(per_block))
-        blocks = [-(-sum(tap == t for _, tap in pairs) // block) for t in range(axis.taps)]
-        assert axis.steps_out(block) == (sum(blocks), max(blocks))
+            assert walked == [sum(b == index for b, _ in live) for index in range(len(walked))]
+        assert list(of_taps) == [-(-sum(tap == t for _, tap in pairs) // size) for t in range(axis.taps)]
 
 
 @settings(max_examples=300)

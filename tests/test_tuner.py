@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import tridil
-from tridil import assumed, cache, config, cost_model, devices, dispatch, reference, testing, tuner
+from tridil import assumed, cache, config, cost_model, devices, dispatch, families, reference, testing, tuner
 from tridil.problem import PASSES, Problem
 
 P = Problem(2, 64, 9, 9, 64, 3, 3, padding=((2, 2), (2, 2)), dilation=(2, 2))
@@ -88,6 +88,11 @@ def lookup(problem=P, pass_="fprop", name=NAME):
 
 def ranked(problem=P, pass_="fprop"):
     return cost_model.rank(problem, pass_, FakeGpu.spec, "tf32")
+
+
+def made_with(cfg, problem=P, pass_="fprop"):
+    """What a record says of the sources."""
+    return {"code": tuner.code_of(problem, pass_, cfg, "ieee"), "triton": cache.triton()}
 
 
 # ---- measuring
@@ -205,7 +210,7 @@ def test_order_of_lookup(monkeypatch):
     model, user, shipped, override = ranked()[:4]
 
     def table(cfg, **change):
-        return {cache.key(P, "fprop"): {NAME: {"config": config.to_json(cfg), "ms": 1.0, "aten_ms": 2.0, "date": "2026-01-01", **cache.fingerprint(), **change}}}
+        return {cache.key(P, "fprop"): {NAME: {"config": config.to_json(cfg), "ms": 1.0, "aten_ms": 2.0, "date": "2026-01-01", **made_with(cfg), **change}}}
     assert lookup() == (model, "cost model (nothing measured)", None)
     monkeypatch.setattr(cache, "shipped", lambda target: table(shipped))
     assert lookup()[:2] == (shipped, "shipped table: measured 2026-01-01")
@@ -214,15 +219,33 @@ def test_order_of_lookup(monkeypatch):
     with tuner.override(fprop=override):
         assert lookup() == (override, "override", None) and lookup(pass_="wgrad")[1].startswith("cost model")
     assert lookup()[0] == user
-    cache.add(TARGET, table(user, date="2027", code="another"))         # merged: the fresh one stays
+    cache.add(TARGET, table(user, date="2027", triton="another"))         # merged: the fresh one stays
     assert lookup()[0] == user
     with pytest.raises(ValueError, match="forward"), tuner.override(forward=user):
         pass
+    with tuner.override(fprop=config.to_json(override)):
+        assert lookup()[0] == override, "as it is written in files"
+
+
+def test_what_was_measured_with_other_kernels_or_launches_is_a_hint(monkeypatch):
+    """Sources of the kernels that run, and how they are launched; other families' are no matter."""
+    measured()
+    assert lookup()[1].startswith("user's cache")
+    real = cache._source
+    for module, stays in (("tridil.kernels.gather", False), ("tridil.kernels.tma", False), ("tridil.kernels.depthwise", True)):
+        used = {launch.kernel.partition(":")[0] for launch in families.of(ranked()[0].kernel).plan(P, "fprop", ranked()[0], "ieee", False)}
+        monkeypatch.setattr(cache, "_source", lambda name, module=module: real(name) + " " * (name == module))
+        assert lookup()[1].startswith("user's cache") == (stays or module not in used), module
+    monkeypatch.setattr(cache, "_source", real)
+    family = families.of(ranked()[0].kernel)
+    plan = type(family).plan
+    monkeypatch.setattr(type(family), "plan", lambda *a: [replace(launch, workspace=launch.workspace + 1) for launch in plan(*a)])
+    assert "measured with other sources" in lookup()[1]
 
 
 def test_hints_of_every_kind(monkeypatch):
     def add(problem, name=NAME, **change):
-        record = {"config": config.to_json(ranked()[1]), "ms": 1.0, "aten_ms": 0.001, "date": "2026-01-01", **cache.fingerprint(), **change}
+        record = {"config": config.to_json(ranked()[1]), "ms": 1.0, "aten_ms": 0.001, "date": "2026-01-01", **made_with(ranked()[1]), **change}
         cache.add(TARGET, {cache.key(problem, "fprop"): {name: record}})
     add(replace(P, n=8))
     assert lookup()[:2] == (ranked()[1], "hint of the user's cache: measured at batch size 8") and lookup()[2] is None
@@ -238,13 +261,14 @@ def test_hints_of_every_kind(monkeypatch):
 
 def test_a_hint_that_does_not_fit_is_passed_over():
     cfg = replace(ranked()[0], BLOCK_N=24)
-    cache.add(TARGET, {cache.key(P, "fprop"): {NAME: {"config": config.to_json(cfg), "ms": 1.0, "date": "2026", **cache.fingerprint()}}})
+    cache.add(TARGET, {cache.key(P, "fprop"): {NAME: {"config": config.to_json(cfg), "ms": 1.0, "date": "2026", "triton": cache.triton()}}})
     assert lookup() == (ranked()[0], "cost model (nothing measured)", None)
 
 
 # ---- the choice
 def measured(problem=P, pass_="fprop", ms=1.0, aten_ms=2.0):
-    record = {"config": config.to_json(ranked(problem, pass_)[0]), "ms": ms, "aten_ms": aten_ms, "date": "2026-01-01", **cache.fingerprint()}
+    record = {"config": config.to_json(ranked(problem, pass_)[0]), "ms": ms, "aten_ms": aten_ms, "date": "2026-01-01",
+              **made_with(ranked(problem, pass_)[0], problem, pass_)}
     cache.add(TARGET, {cache.key(problem, pass_): {NAME: record}})
 
 
@@ -291,6 +315,7 @@ def cuda(monkeypatch):
     """An H100, as far as torch.cuda can be asked."""
     gpu = FakeGpu(times=[3, 2, 0.5])
     state = SimpleNamespace(gpu=gpu, capturing=False)
+    monkeypatch.setattr(assumed, "FIRST_USE", 600)                       # however slow the machine is
     monkeypatch.setenv("TRIDIL_TARGET", TARGET)
     properties = SimpleNamespace(name=NAME, multi_processor_count=132, L2_cache_size=50 * 2**20, memory_clock_rate=2619000, memory_bus_width=5120)
     for name, value in (("is_available", lambda: True), ("get_device_properties", lambda *a: properties), ("device", lambda d: nullcontext()),

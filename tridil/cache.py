@@ -2,8 +2,8 @@
 
     {"format": 1, "target": "cuda:90", "entries": {"<problem> | fprop": {"NVIDIA H100 80GB HBM3": {"config": {...}, "ms": 0.1, ...}}}}
 
-A record is fresh when the kernels' sources and Triton's version are those it was measured with; a stale one is a hint. Files are replaced atomically
-and merged under a lock, so that processes that tune at once lose nothing.
+A record is fresh when its launches, their kernels' sources ("code") and Triton's version are those it was measured with; a stale one is a hint. Files are
+replaced atomically and merged under a lock, so that processes that tune at once lose nothing.
 """
 from __future__ import annotations
 
@@ -13,12 +13,15 @@ import logging
 import os
 import sys
 import tempfile
+from collections.abc import Iterable
 from contextlib import nullcontext, suppress
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from importlib.resources import files
+from importlib.util import find_spec
 from pathlib import Path
 
+from .families import Launch
 from .problem import Problem
 
 FORMAT = 1
@@ -46,22 +49,30 @@ def key(problem: Problem, pass_: str, precision: str = "ieee") -> str:
     return f"{problem.key()} | {pass_}" + (f" {precision}" if problem.dtype == "float32" else "")
 
 
+def code(launches: Iterable[Launch]) -> str:
+    """Hash of what a measurement of these launches depends on: they and the sources of their kernels."""
+    launches = list(launches)
+    modules = sorted({launch.kernel.partition(":")[0] for launch in launches} | {"tridil.kernels.common"})
+    return hashlib.sha256("".join([repr(launches), *map(_source, modules)]).encode()).hexdigest()[:12]
+
+
+@lru_cache
+def _source(module: str) -> str:
+    return Path(find_spec(module).origin).read_text(encoding="utf-8")
+
+
 @lru_cache(maxsize=1)
-def fingerprint() -> dict[str, str]:
-    """Of what a measurement depends on: {"code": hash of the kernels and of their launches, "triton": its version}."""
-    root = files(__package__)
-    sources = sorted((p for p in (root / "kernels").iterdir() if p.name.endswith(".py")), key=lambda p: p.name)
-    digest = hashlib.sha256(b"".join(p.read_bytes() for p in [*sources, root / "launch.py"])).hexdigest()[:12]
+def triton() -> str:
+    """The version of Triton."""
     try:
-        triton = version("triton")
+        return version("triton")
     except PackageNotFoundError:                           # wheels of other names
-        triton = "unknown"
-    return {"code": digest, "triton": triton}
+        return "unknown"
 
 
 def is_fresh(record: dict) -> bool:
-    """Whether a record was measured with these kernels and this Triton."""
-    return all(record.get(name) == value for name, value in fingerprint().items())
+    """Whether a record was measured with this Triton."""
+    return record.get("triton") == triton()
 
 
 def read(file: Path, locked: bool = False) -> dict:

@@ -16,7 +16,10 @@ def fits(config: Config, problem: Problem, pass_: str, target: str) -> str | Non
     """None when `config` is legal for this pass of `problem` on `target`, else the reason, with the values."""
     if pass_ not in PASSES:
         return f"unknown pass {pass_!r}: use one of {PASSES}"
-    family = families.of(config.kernel)
+    try:
+        family = families.of(config.kernel)
+    except ValueError as e:
+        return str(e)
     wanted = family.config_class(pass_)
     if type(config) is not wanted:
         return f"a {pass_} config of {config.kernel} has exactly the entries {sorted(wanted.names())}, got {sorted(config.names())}"

@@ -87,7 +87,7 @@ class Axis:
         end, taps = end + 1, len(first)
         # blocks of taps t .. t + c all live begin with those of t and end with those of t + c: without what t - 1 counts already
         before = np.concatenate([end[:1], first[:-1]])
-        return np.array([np.maximum(np.minimum(end[c:], before[:taps - c]) - first[:taps - c], 0).sum(0) for c in range(taps)]
+        return np.array([np.maximum(np.minimum(end[c:], before[:taps - c]) - first[:taps - c], 0).sum(0) for c in range(taps)], np.int64
                         ).reshape(taps, *np.shape(sizes))
 
     def steps_out(self, sizes) -> np.ndarray:

@@ -17,7 +17,7 @@ from functools import partial
 
 import torch
 
-from . import assumed, cache, clock, cost_model, devices, dispatch
+from . import assumed, cache, clock, cost_model, devices, dispatch, families
 from . import config as cfg
 from .families import Config
 from .problem import PASSES, Problem
@@ -91,13 +91,19 @@ def lookup(problem: Problem, pass_: str, target: str, precision: str, spec: devi
     key = cache.key(problem, pass_, precision)
     for table, entries in tables:
         record = entries.get(key, {}).get(name)
-        if record and cache.is_fresh(record) and (config := legal(record)):
+        config = legal(record) if record and cache.is_fresh(record) else None
+        if config and record.get("code") == code_of(problem, pass_, config, precision):
             return config, f"{table}: measured {record['date'][:10]}", record
     for table, entries in tables:
         for what, hint in _hints(problem, pass_, precision, entries, name):
             if config := legal(hint):
                 return config, f"hint of the {table}: {what}", None
     return cost_model.best(problem, pass_, spec, precision), "cost model (nothing measured)", None
+
+
+def code_of(problem: Problem, pass_: str, config: Config, precision: str) -> str:
+    """`cache.code` of what a config launches."""
+    return cache.code(families.of(config.kernel).plan(problem, pass_, config, precision, False))
 
 
 def _hints(problem, pass_, precision, entries, name):
@@ -394,7 +400,8 @@ def _keep(row: dict) -> None:
     """Writes a row of `tune` into the user's cache."""
     if row["config"] is not None:
         times = {name: row[name] and round(row[name], 6) for name in ("ms", *ATEN)}
-        record = {"config": cfg.to_json(row["config"]), **times, **cache.fingerprint(), "torch": torch.__version__, "date": row["date"]}
+        code = code_of(row["problem"], row["pass"], row["config"], row["precision"])
+        record = {"config": cfg.to_json(row["config"]), **times, "code": code, "triton": cache.triton(), "torch": torch.__version__, "date": row["date"]}
         cache.add(row["target"], {cache.key(row["problem"], row["pass"], row["precision"]): {row["device"]: record}})
 
 

@@ -169,9 +169,8 @@ def exact_blocks(axes: list[Axis], sizes: np.ndarray) -> np.ndarray:
     """(taps, sizes): number of blocks of so many outputs for which exactly 1, 2, ... taps are live, of several axes together."""
     found = np.zeros((max((axis.taps for axis in axes), default=0), len(sizes)), np.int64)
     for axis in axes:
-        at_least = axis.live_blocks(sizes)
-        found[:len(at_least)] += at_least
-        found[:len(at_least) - 1] -= at_least[1:]
+        exactly = -np.diff(axis.live_blocks(sizes), axis=0, append=0)
+        found[:len(exactly)] += exactly
     return found
 
 
