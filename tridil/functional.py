@@ -89,7 +89,7 @@ def dilated_conv1d(input, weight, bias=None, stride=1, padding=0, dilation=1, gr
             input = F.pad(input, problem.padding[1])
         return F.conv1d(input, weight, bias, stride, padding, dilation, groups)
     x = input if input.dim() == 3 else input.unsqueeze(0)
-    y = _run(x.unsqueeze(2), weight.unsqueeze(2), bias, problem, dtype, autocast, auto).squeeze(2)
+    y = _run(x, weight, bias, problem, dtype, autocast, auto)
     return y if input.dim() == 3 else y.squeeze(0)
 
 
@@ -136,7 +136,7 @@ _to_onnx._dynamo_marked_constant = True
 
 
 def _run(x, weight, bias, problem: Problem, dtype, autocast, auto) -> torch.Tensor:
-    """`ops.convolve` of 4D tensors, in dtype."""
+    """`ops.convolve` of batched tensors, in dtype."""
     if not autocast:
         return ops.convolve(x, weight, bias, problem, auto)
     with torch.autocast(x.device.type, enabled=False):
