@@ -100,6 +100,7 @@ def scan(model: Callable, *inputs, **kwargs) -> Counter[Problem]:
 
 class _Recorder(TorchFunctionMode):
     """Counts the Problems of convolutions that return."""
+    knows_tridil = True
     aten = torch.ops.aten
     functions = {2: (torch.conv2d, aten.conv2d, aten.conv2d.default, aten.conv2d.padding, functional.dilated_conv2d),
                  1: (torch.conv1d, aten.conv1d, aten.conv1d.default, aten.conv1d.padding, functional.dilated_conv1d)}

@@ -3,12 +3,22 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import lru_cache
 
 import torch
 from torch.nn import functional as F
-from torch.overrides import handle_torch_function, has_torch_function_variadic
+from torch.overrides import (
+    TorchFunctionMode,
+    _get_current_function_mode_stack,
+    _get_overloaded_args,
+    _pop_mode,
+    _push_mode,
+    handle_torch_function,
+    has_torch_function_variadic,
+)
+from torch.utils._device import DeviceContext
 
 from . import dispatch, ops
 from .problem import Problem, pair, problem_of, single, to_int
@@ -25,8 +35,9 @@ def dilated_conv2d(input, weight, bias=None, stride=1, padding=0, dilation=1, gr
     `F.conv2d`, "auto" (or the environment variable TRIDIL_BACKEND) the kernels for tensors on a GPU that the active Triton driver serves and
     ATen elsewhere. Raises TypeError and ValueError, with the values, where `F.conv2d` raises.
     """
-    if has_torch_function_variadic(input, weight, bias):    # torch.fx, TorchFunctionModes, subclasses
-        return handle_torch_function(dilated_conv2d, (input, weight, bias), input, weight, bias, stride, padding, dilation, groups, backend=backend)
+    compiling = torch.compiler.is_compiling()
+    if has_torch_function_variadic(input, weight, bias) or compiling and _foreign_modes():
+        return _show(dilated_conv2d, torch.conv2d, (input, weight, bias), stride, padding, dilation, groups, backend=backend)
     dtype, autocast = _dtype(input, weight, bias)
     if input.layout != torch.strided or weight.layout != torch.strided:
         _check_layout(input, weight, backend)
@@ -35,7 +46,6 @@ def dilated_conv2d(input, weight, bias=None, stride=1, padding=0, dilation=1, gr
     padding = padding if type(padding) in (int, str) else pair(padding, "padding")
     dilation = dilation if type(dilation) is int else pair(dilation, "dilation")
     groups = to_int(groups, "groups")
-    compiling = torch.compiler.is_compiling()
     lookup = _problem.__wrapped__ if compiling else _problem
     problem = lookup(input.shape, input.stride(), weight.shape, weight.stride(), None if bias is None else bias.shape,
                      stride, padding, dilation, groups, dtype, input.device.type)
@@ -72,9 +82,9 @@ def dilated_conv1d(input, weight, bias=None, stride=1, padding=0, dilation=1, gr
     inputs up to t*stride: it has ceil(L/stride) samples. backend, autocast, derivatives and errors are those of `dilated_conv2d`; causal=True
     with another padding than 0 raises ValueError.
     """
-    if has_torch_function_variadic(input, weight, bias):
-        return handle_torch_function(dilated_conv1d, (input, weight, bias), input, weight, bias, stride, padding, dilation, groups,
-                                     causal=causal, backend=backend)
+    compiling = torch.compiler.is_compiling()
+    if has_torch_function_variadic(input, weight, bias) or compiling and _foreign_modes():
+        return _show(dilated_conv1d, torch.conv1d, (input, weight, bias), stride, padding, dilation, groups, causal=causal, backend=backend)
     dtype, autocast = _dtype(input, weight, bias)
     if input.layout != torch.strided or weight.layout != torch.strided:
         _check_layout(input, weight, backend)
@@ -82,7 +92,6 @@ def dilated_conv1d(input, weight, bias=None, stride=1, padding=0, dilation=1, gr
             raise TypeError(f"causal=True needs strided tensors, got {input.layout} and {weight.layout}: convert them with .to_dense()")
         return F.conv1d(input, weight, bias, stride, padding, dilation, groups)
     problem = _problem_1d(input, weight, bias, stride, padding, dilation, groups, causal, dtype)
-    compiling = torch.compiler.is_compiling()
     chosen, auto = _choose(problem, input.device, backend)
     if chosen == "aten" or problem.is_empty or (compiling or torch._C._get_tracing_state()) and _to_onnx():
         if causal and problem.padding[1][0]:
@@ -91,6 +100,70 @@ def dilated_conv1d(input, weight, bias=None, stride=1, padding=0, dilation=1, gr
     x = input if input.dim() == 3 else input.unsqueeze(0)
     y = _run(x, weight, bias, problem, dtype, autocast, auto)
     return y if input.dim() == 3 else y.squeeze(0)
+
+
+def _foreign_modes() -> list:
+    """Torch function modes but for the one of a default device."""
+    return [mode for mode in _get_current_function_mode_stack() if not isinstance(mode, DeviceContext)]
+
+
+def _show(function, plain, tensors, *args, **kwargs):
+    """`function` before those who watch torch functions: modes and subclasses see `plain` (F.conv2d, F.conv1d), as with a plain layer, and where they
+    hand it on, `function` runs; under torch.compile, ATen. torch.fx and classes with a true `knows_tridil` see `function` itself."""
+    compiling = torch.compiler.is_compiling()
+    modes, values = _foreign_modes(), () if compiling else _get_overloaded_args(tensors)
+    if not (compiling or modes or values) or any(getattr(watcher, "knows_tridil", _is_proxy(watcher)) for watcher in (*modes[-1:], *values)):
+        return handle_torch_function(function, tensors, *tensors, *args, **kwargs)
+    if kwargs.pop("causal", False):
+        input, weight, bias = tensors
+        _problem_1d(input, weight, bias, *args, True, _dtype(*tensors)[0])     # raises for arguments that do not go together
+        tensors = F.pad(input, (single(args[2], "dilation") * (weight.shape[2] - 1), 0)), weight, bias
+    if compiling:
+        return plain(*tensors, *args)
+    with _at_the_bottom(_Below(function, plain, kwargs)):
+        return plain(*tensors, *args)
+
+
+def _is_proxy(watcher) -> bool:
+    return "torch.fx" in sys.modules and isinstance(watcher, torch.fx.Proxy)
+
+
+class _Below(TorchFunctionMode):
+    """Below all other modes: calls `function` for `plain`, after the subclasses among its arguments have seen it."""
+
+    def __init__(self, function, plain, kwargs):
+        super().__init__()
+        self.function, self.plain, self.kwargs = function, plain, kwargs
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is not self.plain:
+            return func(*args, **kwargs)
+        values = _get_overloaded_args((*args, *kwargs.values()))
+        if not values:
+            return self.function(*args, **kwargs, **self.kwargs)
+        with self:                                          # what a subclass makes of it comes here again
+            for value in values:
+                result = value.__torch_function__(func, types, args, kwargs)
+                if result is not NotImplemented:
+                    return result
+        return func(*args, **kwargs)                        # raises what PyTorch raises
+
+
+@contextmanager
+def _at_the_bottom(mode):
+    """Puts a mode below those that are active."""
+    modes = [_pop_mode() for _ in _get_current_function_mode_stack()]
+    shown = [mode, *(other for other in reversed(modes) if not isinstance(other, _Below))]
+    for other in shown:
+        _push_mode(other)
+    try:
+        yield
+    finally:
+        for _ in shown:
+            _pop_mode()
+        for other in reversed(modes):
+            _push_mode(other)
 
 
 def _refuse_torchscript():
