@@ -326,7 +326,7 @@ def _channels(problem: Problem, pass_: str, taps: int) -> tuple[int | None, int,
 def _map(problem: Problem, pass_: str) -> tuple[int, int, int]:
     """(images, height, width) of the largest map that boxes of the pass cover."""
     axes = problem.axes(pass_)
-    return problem.n, max((h.out for h, _ in axes), default=1), max((w.out for _, w in axes), default=1)
+    return max(problem.n, 1), max((h.out for h, _ in axes), default=1), max((w.out for _, w in axes), default=1)
 
 
 def _suits(m: int, n: int, rows: int | None, cols: int, nbytes: int, least: int = 16) -> bool:
@@ -371,7 +371,7 @@ def launch_steps(problem: Problem, pass_: str, config: dict, axes: tuple[Axis, A
     images = -(-problem.n // config["BLOCK_IMG"])
     if config["kernel"] == "gather_flat":
         total = executed_macs(problem, pass_, config) / (m * n * step) / max(len(problem.axes(pass_)), 1)
-        return total, total * config["SPLIT_K"] / tiles(problem, pass_, config, axes)
+        return total, total * config["SPLIT_K"] / max(tiles(problem, pass_, config, axes), 1)
     rows, cols, reduced = _channels(problem, pass_, 1)
     count = h.steps_out if pass_ == "wgrad" else h.steps, w.steps_out if pass_ == "wgrad" else w.steps
     (h_sum, h_most), (w_sum, w_most) = count[0](config["BLOCK_P"]), count[1](config["BLOCK_Q"])

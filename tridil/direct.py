@@ -155,7 +155,7 @@ def clocks(problem: Problem, pass_: str, config: dict, device: devices.Device) -
     parts = dict(issue=0.0, l2=0.0, waves=0.0)
     for axes in problem.axes(pass_):
         macs, live, walked, iterations = walk(problem, pass_, config, axes)
-        programs = tiles(problem, pass_, config, axes)
+        programs = max(tiles(problem, pass_, config, axes), 1)
         shift = axes[1].stride // gcd(axes[1].stride, axes[1].dilation)
         move = moves * assumed.DIRECT_ADDRESS                             # of one element of every thread
         issue = macs / _warp(target) + warps * (live * (per * assumed.DIRECT_COLUMN + 6) + walked * move + programs * assumed.DIRECT_PROGRAM)
@@ -196,7 +196,7 @@ def options(problem: Problem, pass_: str, target: str):
     h, w = max(axes, key=lambda hw: (hw[0].out * hw[1].out, hw[1].taps))
     shift, out = w.stride // gcd(w.stride, w.dilation), problem.c if pass_ == "dgrad" else problem.k
     vector, least = (16 // nbytes, 32 // nbytes) if problem.layout == "nhwc" else (1, 1)        # a sector of L2 is 32 bytes
-    sides = (problem.n, h.out if is_wgrad else -(-h.out // grid_step(h)), 0)
+    sides = (max(problem.n, 1), h.out if is_wgrad else -(-h.out // grid_step(h)), 0)
     unrolled, columns = (8, 9) if target.startswith("hip") else (11, 64)       # masks of more columns would spill scalar registers
     most = -(-w.out // grid_step(w)) if shift < w.taps else 1                 # outputs of a lane that share columns
     for n in (128, 64, 32, 16, 8, 4, 1) if problem.layout == "nhwc" else (1,):
@@ -238,7 +238,7 @@ def _unrolled(r: int, s: int, most: int) -> list[tuple[int, int]]:
 def split(option: dict, problem: Problem, target: str) -> dict:
     """option with shares of the boxes of dy for about four programs of four warps per SM: at most one box each, 64 MiB of partial results."""
     h, w = problem.fprop_axes
-    boxes = -(-problem.n // option["BLOCK_IMG"]) * -(-h.out // option["BLOCK_P"]) * len(_lane_boxes(w, option["COLS"], option["BLOCK_Q"]))
+    boxes = -(-max(problem.n, 1) // option["BLOCK_IMG"]) * -(-h.out // option["BLOCK_P"]) * len(_lane_boxes(w, option["COLS"], option["BLOCK_Q"]))
     most = min(boxes, 2**26 // (max(DTYPE_BYTES[problem.dtype], 4) * prod(problem.w_shape)))
     shares = max(1, min(16 * devices.of_target(target).sms // (option["num_warps"] * tiles(problem, "wgrad", option, (h, w))), most))
     return dict(option, SPLIT_K=-(-boxes // -(-boxes // shares)))

@@ -8,6 +8,8 @@ from dataclasses import replace
 from functools import lru_cache
 
 import torch
+from torch._subclasses import FakeTensor
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.nn import functional as F
 from torch.overrides import (
     TorchFunctionMode,
@@ -49,7 +51,7 @@ def dilated_conv2d(input, weight, bias=None, stride=1, padding=0, dilation=1, gr
     lookup = _problem.__wrapped__ if compiling else _problem
     problem = lookup(input.shape, input.stride(), weight.shape, weight.stride(), None if bias is None else bias.shape,
                      stride, padding, dilation, groups, dtype, input.device.type)
-    chosen, auto = _choose(problem, input.device, backend)
+    chosen, auto = _choose(problem, input, backend)
     if chosen == "aten" or problem.is_empty or (compiling or torch._C._get_tracing_state()) and _to_onnx():
         return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
     y = _run(input if input.dim() == 4 else input.unsqueeze(0), weight, bias, problem, dtype, autocast, auto)
@@ -92,7 +94,7 @@ def dilated_conv1d(input, weight, bias=None, stride=1, padding=0, dilation=1, gr
             raise TypeError(f"causal=True needs strided tensors, got {input.layout} and {weight.layout}: convert them with .to_dense()")
         return F.conv1d(input, weight, bias, stride, padding, dilation, groups)
     problem = _problem_1d(input, weight, bias, stride, padding, dilation, groups, causal, dtype)
-    chosen, auto = _choose(problem, input.device, backend)
+    chosen, auto = _choose(problem, input, backend)
     if chosen == "aten" or problem.is_empty or (compiling or torch._C._get_tracing_state()) and _to_onnx():
         if causal and problem.padding[1][0]:
             input = F.pad(input, problem.padding[1])
@@ -112,7 +114,7 @@ def _show(function, plain, tensors, *args, **kwargs):
     hand it on, `function` runs; under torch.compile, ATen. torch.fx and classes with a true `knows_tridil` see `function` itself."""
     compiling = torch.compiler.is_compiling()
     modes, values = _foreign_modes(), () if compiling else _get_overloaded_args(tensors)
-    if not (compiling or modes or values) or any(getattr(watcher, "knows_tridil", _is_proxy(watcher)) for watcher in (*modes[-1:], *values)):
+    if not (compiling or modes or values) or any(getattr(watcher, "knows_tridil", isinstance(watcher, torch.fx.Proxy)) for watcher in (*modes[-1:], *values)):
         return handle_torch_function(function, tensors, *tensors, *args, **kwargs)
     if kwargs.pop("causal", False):
         input, weight, bias = tensors
@@ -122,10 +124,6 @@ def _show(function, plain, tensors, *args, **kwargs):
         return plain(*tensors, *args)
     with _at_the_bottom(_Below(function, plain, kwargs)):
         return plain(*tensors, *args)
-
-
-def _is_proxy(watcher) -> bool:
-    return "torch.fx" in sys.modules and isinstance(watcher, torch.fx.Proxy)
 
 
 class _Below(TorchFunctionMode):
@@ -212,8 +210,21 @@ def _run(x, weight, bias, problem: Problem, dtype, autocast, auto) -> torch.Tens
     """`ops.convolve` of batched tensors, in dtype."""
     if not autocast:
         return ops.convolve(x, weight, bias, problem, auto)
-    with torch.autocast(x.device.type, enabled=False):
-        return ops.convolve(x.to(dtype), weight.to(dtype), bias if bias is None else bias.to(dtype), problem, auto)
+    x, weight, bias = _cast(x, dtype), _cast(weight, dtype), bias if bias is None else bias.to(dtype)
+    with torch.autocast(x.device.type, enabled=False) if torch.compiler.is_compiling() else torch._C._DisableAutocast():
+        return ops.convolve(x, weight, bias, problem, auto)
+
+
+def _cast(t, dtype) -> torch.Tensor:
+    """t in autocast's dtype. Of parameters it is the copy that autocast keeps for F.conv2d, as a convolution of no images saves it."""
+    if (t.dtype is torch.float32 and dtype is not torch.float32 and t.requires_grad and t.is_leaf and not t._is_view() and type(t) in ops.ORDINARY
+            and torch.is_autocast_cache_enabled() and torch._C._autograd._saved_tensors_hooks_is_enabled() and not (
+                torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or get_proxy_mode())):
+        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):    # its saving is nobody's concern
+            y = (F.conv2d if t.dim() == 4 else F.conv1d)(t.new_empty((0, *t.shape[1:])), t)
+        if y.requires_grad:
+            return y.grad_fn._saved_weight
+    return t.to(dtype)
 
 
 def _problem_1d(input, weight, bias, stride, padding, dilation, groups, causal, dtype) -> Problem:
@@ -239,12 +250,14 @@ def _problem_1d(input, weight, bias, stride, padding, dilation, groups, causal, 
 _chosen: dict = {}
 
 
-def _choose(problem, device, backend) -> tuple[str, bool]:
+def _choose(problem, input, backend) -> tuple[str, bool]:
     """(what runs, "triton" or "aten"; whether a pass may run through ATen though the kernels could run it)."""
-    variable = os.environ.get("TRIDIL_BACKEND", "auto") if backend == "auto" else backend
+    variable, device = os.environ.get("TRIDIL_BACKEND", "auto") if backend == "auto" else backend, input.device
     auto = variable == "auto"
-    if torch.compiler.is_compiling() or variable == "aten" or auto and device.type == "cpu":
+    if torch.compiler.is_compiling() or variable == "aten" or auto and device.type == "cpu" or problem.beyond_int32:
         return dispatch.choose(problem, device, backend), auto
+    if isinstance(input, FakeTensor) and dispatch.can_run(problem, device):      # of a device that need not be there
+        device = torch.device("meta")
     try:
         key = problem.dtype, device, variable, *ops.switches(device)
     except Exception:                   # no Triton, or whatever a driver raises where it finds no device

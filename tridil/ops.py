@@ -104,7 +104,10 @@ def _prepare(pass_, has_bias, x_shape, w_shape, geometry, channels_last, auto, d
         return partial(_without_products, {"fprop": problem.y_shape, "dgrad": problem.x_shape, "wgrad": problem.w_shape}[pass_], channels_last)
     target = dispatch.target()                              # of this device, not of the one that was current
     precision = fp32_precision(target) if dtype == torch.float32 else "ieee"
-    config = tuner.resolve(problem, pass_, target, precision, device, auto and all(lo == hi for lo, hi in problem.padding))
+    allow_aten, unfit = auto and all(lo == hi for lo, hi in problem.padding), problem.beyond_int32
+    if unfit and not allow_aten:
+        raise NotImplementedError(f"the Triton kernels cannot run this convolution: {unfit}")
+    config = None if unfit else tuner.resolve(problem, pass_, target, precision, device, allow_aten)
     if config is None:
         return partial(aten, problem, pass_)
     return _launch().prepare(problem, pass_, config, precision, has_bias)
@@ -176,13 +179,13 @@ def _empty(like, shape, channels_last):
 def is_plain(a, b, bias=None) -> bool:
     """Whether nothing but autograd may watch an eager call on these tensors, so that no operator needs to be dispatched: no compiler, tracer,
     transform, mode, profiler or dual level is active, and the tensors are ordinary."""
-    return (not torch.compiler.is_compiling() and type(a) in _ORDINARY and type(b) in _ORDINARY and (bias is None or type(bias) in _ORDINARY)
+    return (not torch.compiler.is_compiling() and type(a) in ORDINARY and type(b) in ORDINARY and (bias is None or type(bias) in ORDINARY)
             and not (a.is_neg() or b.is_neg() or bias is not None and bias.is_neg() or _is_wrapped(a) or _is_wrapped(b))
             and not (torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack() or torch._C._are_functorch_transforms_active()
                      or torch._C._get_tracing_state() or profiler._is_profiler_enabled or forward_ad._current_level >= 0))
 
 
-_ORDINARY = (torch.Tensor, torch.nn.Parameter)
+ORDINARY = (torch.Tensor, torch.nn.Parameter)
 _is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor          # left over from a transform
 _is_batched = torch._C._functorch.is_legacy_batchedtensor              # of torch.autograd.grad(is_grads_batched=True)
 
