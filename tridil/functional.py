@@ -114,7 +114,8 @@ def _show(function, plain, tensors, *args, **kwargs):
     hand it on, `function` runs; under torch.compile, ATen. torch.fx and classes with a true `knows_tridil` see `function` itself."""
     compiling = torch.compiler.is_compiling()
     modes, values = _foreign_modes(), () if compiling else _get_overloaded_args(tensors)
-    if not (compiling or modes or values) or any(getattr(watcher, "knows_tridil", isinstance(watcher, torch.fx.Proxy)) for watcher in (*modes[-1:], *values)):
+    knowing = (getattr(watcher, "knows_tridil", isinstance(watcher, torch.fx.Proxy)) for watcher in (*modes[-1:], *values))
+    if not (compiling or modes or values) or any(knowing):
         return handle_torch_function(function, tensors, *tensors, *args, **kwargs)
     if kwargs.pop("causal", False):
         input, weight, bias = tensors
@@ -126,20 +127,25 @@ def _show(function, plain, tensors, *args, **kwargs):
         return plain(*tensors, *args)
 
 
-class _Below(TorchFunctionMode):
-    """Below all other modes: calls `function` for `plain`, after the subclasses among its arguments have seen it."""
+class Reroute(TorchFunctionMode):
+    """Calls `function` for `plain`, with kwargs beside: what `convert` puts around layers whose own code calls F.conv2d or F.conv1d."""
 
     def __init__(self, function, plain, kwargs):
         super().__init__()
         self.function, self.plain, self.kwargs = function, plain, kwargs
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
+        return self.function(*args, **(kwargs or {}), **self.kwargs) if func is self.plain else func(*args, **(kwargs or {}))
+
+
+class _Below(Reroute):
+    """The same below all other modes, after the subclasses among the arguments have seen `plain`."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if func is not self.plain:
-            return func(*args, **kwargs)
-        values = _get_overloaded_args((*args, *kwargs.values()))
+        values = _get_overloaded_args((*args, *kwargs.values())) if func is self.plain else ()
         if not values:
-            return self.function(*args, **kwargs, **self.kwargs)
+            return super().__torch_function__(func, types, args, kwargs)
         with self:                                          # what a subclass makes of it comes here again
             for value in values:
                 result = value.__torch_function__(func, types, args, kwargs)
