@@ -224,10 +224,10 @@ def _run(x, weight, bias, problem: Problem, dtype, autocast, auto) -> torch.Tens
 def _cast(t, dtype) -> torch.Tensor:
     """t in autocast's dtype. Of parameters it is the copy that autocast keeps for F.conv2d, as a convolution of no images saves it."""
     if (t.dtype is torch.float32 and dtype is not torch.float32 and t.requires_grad and t.is_leaf and not t._is_view() and type(t) in ops.ORDINARY
-            and torch.is_autocast_cache_enabled() and torch._C._autograd._saved_tensors_hooks_is_enabled() and not (
-                torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or get_proxy_mode())):
+            and torch.is_autocast_cache_enabled() and torch._C._autograd._saved_tensors_hooks_is_enabled() and not torch.compiler.is_compiling()
+            and not (torch.is_inference_mode_enabled() or torch._C._are_functorch_transforms_active() or get_proxy_mode())):
         with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):    # its saving is nobody's concern
-            y = (F.conv2d if t.dim() == 4 else F.conv1d)(t.new_empty((0, *t.shape[1:])), t)
+            y = (F.conv2d if t.dim() == 4 else F.conv1d)(t.new_empty((0, *t.shape[1:]), dtype=dtype), t)
         if y.requires_grad:
             return y.grad_fn._saved_weight
     return t.to(dtype)
@@ -262,15 +262,17 @@ def _choose(problem, input, backend) -> tuple[str, bool]:
     auto = variable == "auto"
     if torch.compiler.is_compiling() or variable == "aten" or auto and device.type == "cpu" or problem.beyond_int32:
         return dispatch.choose(problem, device, backend), auto
-    if isinstance(input, FakeTensor) and dispatch.can_run(problem, device):      # of a device that need not be there
-        device = torch.device("meta")
     try:
-        key = problem.dtype, device, variable, *ops.switches(device)
+        key = problem.dtype, device, variable, ops.driver_device(device), auto and os.environ.get("TRIDIL_TARGET")
     except Exception:                   # no Triton, or whatever a driver raises where it finds no device
-        return dispatch.choose(problem, device, backend), auto
-    if key not in _chosen:
-        _chosen[key] = dispatch.choose(problem, device, backend)
-    return _chosen[key], auto
+        key = None
+    if key in _chosen:
+        return _chosen[key], auto
+    is_there = not (isinstance(input, FakeTensor) and dispatch.can_run(problem, device))     # the device of a fake tensor need not be
+    chosen = dispatch.choose(problem, device if is_there else torch.device("meta"), backend)
+    if key and is_there:
+        _chosen[key] = chosen
+    return chosen, auto
 
 
 @lru_cache(maxsize=4096)

@@ -27,14 +27,8 @@ if not _IS_DEFINED:
 
 def is_channels_last(shape, strides) -> bool:
     """Whether ATen takes 4D strides for channels_last (c10's `is_channels_last_strides_2d`); ambiguous ones are contiguous."""
-    if strides[1] == 0:
-        return False
-    least = 0
-    for d in (1, 3, 2, 0):
-        if shape[d] == 0 or strides[d] < least or d == 0 and least == strides[1]:
-            return False
-        least = strides[d] * shape[d]
-    return True
+    (_, c, h, w), (s_n, s_c, s_h, s_w) = shape, strides
+    return s_c != 0 and 0 not in shape and c * s_c <= s_w and w * s_w <= s_h and h * s_h <= s_n and h * s_h != s_c
 
 
 def has_channels_last(t) -> bool:
@@ -65,9 +59,9 @@ def _launch():                                            # imports Triton
     return launch
 
 
-def switches(device) -> tuple:
-    """What, beyond a problem and its device, the answers of `dispatch` depend on. Raises where Triton is missing or has no driver."""
-    return None if device.type == "cuda" else _launch().device(), os.environ.get("TRIDIL_TARGET")
+def driver_device(device):
+    """The device of Triton's driver, where tensors are not on a GPU that says it. Raises where Triton is missing or has no driver."""
+    return None if device.type == "cuda" else _launch().device()
 
 
 def _run(pass_, a, b, bias, x_shape, w_shape, geometry, channels_last, auto):
@@ -84,8 +78,8 @@ def _run(pass_, a, b, bias, x_shape, w_shape, geometry, channels_last, auto):
 
 def _lookup(pass_, a, bias, x_shape, w_shape, geometry, channels_last, auto):
     dtype, device, cudnn = a.dtype, a.device, torch.backends.cudnn
-    key = (pass_, x_shape, w_shape, geometry, channels_last, auto, bias is None, dtype, device, *switches(device), cudnn.benchmark,
-           dtype is torch.float32 and cudnn.conv.fp32_precision)
+    key = (pass_, x_shape, w_shape, geometry, channels_last, auto, bias is None, dtype, device, driver_device(device),
+           os.environ.get("TRIDIL_TARGET"), cudnn.benchmark, dtype is torch.float32 and cudnn.conv.fp32_precision)
     run = _runs.get(key)
     if run is None:
         with torch.cuda.device(device) if a.is_cuda else nullcontext():
@@ -202,22 +196,22 @@ def _apply(pass_, a, b, third, geometry, channels_last, auto):
         return getattr(torch.ops.tridil, pass_)(a, b, third, *geometry, channels_last, auto)
     function = FUNCTIONS[pass_]
     if torch.is_grad_enabled():
-        return super(torch.autograd.Function, function).apply(a, b, third, geometry, channels_last, auto)
+        return super(torch.autograd.Function, function).apply(a, b, third, geometry, channels_last, auto, True)
     return function.run(a, b, third, geometry, channels_last, auto)
 
 
 def _wanted(ctx):
     """For each input whether its gradient is used: `needs_input_grad`, without what torch.autograd.grad was not asked for."""
     needs = ctx.needs_input_grad
-    if torch.compiler.is_compiling() or sum(needs) < 2:
+    if torch.compiler.is_compiling():
         return needs
-    return [need and _will_run(node) for need, (node, _) in zip(needs, ctx.next_functions)] + [False]       # without a bias there is no edge of one
+    return [need and _will_run(node) for need, (node, _) in zip(needs, ctx.next_functions)] + [False]       # of a bias that is None
 
 
 def _will_run(node) -> bool:
     try:
         return torch._C._will_engine_execute_node(node)
-    except RuntimeError:                                    # of leaves that torch.autograd.grad was asked for, and outside of the engine
+    except RuntimeError:                                    # of leaves that it was asked for, and outside of the engine
         return True
 
 
@@ -227,7 +221,7 @@ class _Pass(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        a, b, _, ctx.geometry, ctx.channels_last, ctx.auto = inputs
+        a, b, _, ctx.geometry, ctx.channels_last, ctx.auto, _ = inputs
         ctx.save_for_backward(a, b)
         ctx.save_for_forward(a, b)
         ctx.set_materialize_grads(False)
@@ -248,7 +242,7 @@ class _Pass(torch.autograd.Function):
 
 class Fprop(_Pass):
     """y of (x, w, bias); geometry is (stride, padding (h_lo, h_hi, w_lo, w_hi), dilation, groups), channels_last the format of y and dx, auto whether
-    ATen may run it."""
+    ATen may run it, plain whether nobody watches."""
     roles = "xwy"
 
     @staticmethod
@@ -262,21 +256,19 @@ class Fprop(_Pass):
         return _run("fprop", x, w, bias, x.shape, w.shape, geometry, channels_last, auto)
 
     @staticmethod
-    def forward(x, w, bias, geometry, channels_last, auto):
-        if is_plain(x, w, bias):
-            return Fprop.run(x, w, bias, geometry, channels_last, auto)
-        return _below("fprop", x, w, bias, geometry, channels_last, auto)
+    def forward(x, w, bias, geometry, channels_last, auto, plain):
+        return (Fprop.run if plain else partial(_below, "fprop"))(x, w, bias, geometry, channels_last, auto)
 
     @staticmethod
     def backward(ctx, dy):
         if dy is None:
-            return (None,) * 6
+            return (None,) * 7
         x, w = ctx.saved_tensors
         need_x, need_w, need_bias, *_ = _wanted(ctx)
         dx = _apply("dgrad", dy, w, x.shape, ctx.geometry, ctx.channels_last, ctx.auto) if need_x else None
         dw = _apply("wgrad", dy, x, w.shape, ctx.geometry, has_channels_last(w), ctx.auto) if need_w else None
         db = dy.sum((0, *range(2, dy.dim()))) if need_bias else None
-        return dx, dw, db, None, None, None
+        return dx, dw, db, None, None, None, None
 
 
 class Dgrad(_Pass):
@@ -292,20 +284,18 @@ class Dgrad(_Pass):
         return _run("dgrad", dy, w, None, x_shape, w.shape, geometry, channels_last, auto)
 
     @staticmethod
-    def forward(dy, w, x_shape, geometry, channels_last, auto):
-        if is_plain(dy, w):
-            return Dgrad.run(dy, w, x_shape, geometry, channels_last, auto)
-        return _below("dgrad", dy, w, x_shape, geometry, channels_last, auto)
+    def forward(dy, w, x_shape, geometry, channels_last, auto, plain):
+        return (Dgrad.run if plain else partial(_below, "dgrad"))(dy, w, x_shape, geometry, channels_last, auto)
 
     @staticmethod
     def backward(ctx, ddx):
         if ddx is None:
-            return (None,) * 6
+            return (None,) * 7
         dy, w = ctx.saved_tensors
         need_dy, need_w, *_ = _wanted(ctx)
         ddy = _apply("fprop", ddx, w, None, ctx.geometry, ctx.channels_last, ctx.auto) if need_dy else None
         dw = _apply("wgrad", dy, ddx, w.shape, ctx.geometry, has_channels_last(w), ctx.auto) if need_w else None
-        return ddy, dw, None, None, None, None
+        return ddy, dw, None, None, None, None, None
 
 
 class Wgrad(_Pass):
@@ -325,20 +315,18 @@ class Wgrad(_Pass):
         return _formatted(dw, channels_last)
 
     @staticmethod
-    def forward(dy, x, w_shape, geometry, channels_last, auto):
-        if is_plain(dy, x):
-            return Wgrad.run(dy, x, w_shape, geometry, channels_last, auto)
-        return _below("wgrad", dy, x, w_shape, geometry, channels_last, auto)
+    def forward(dy, x, w_shape, geometry, channels_last, auto, plain):
+        return (Wgrad.run if plain else partial(_below, "wgrad"))(dy, x, w_shape, geometry, channels_last, auto)
 
     @staticmethod
     def backward(ctx, ddw):
         if ddw is None:
-            return (None,) * 6
+            return (None,) * 7
         dy, x = ctx.saved_tensors
         need_dy, need_x, *_ = _wanted(ctx)
         ddy = _apply("fprop", x, ddw, None, ctx.geometry, has_channels_last(dy), ctx.auto) if need_dy else None
         dx = _apply("dgrad", dy, ddw, x.shape, ctx.geometry, has_channels_last(x), ctx.auto) if need_x else None
-        return ddy, dx, None, None, None, None
+        return ddy, dx, None, None, None, None, None
 
 
 # The operand that has no vmap batch, if any -> the axis of each other tensor that takes the batch, so that one convolution computes all: images of x
@@ -392,7 +380,7 @@ def _register(name):
 
     def derive(*args):
         with enable_single_level_autograd_function():
-            return super(torch.autograd.Function, op.function).apply(*arguments(*args))
+            return super(torch.autograd.Function, op.function).apply(*arguments(*args), False)
     lib.impl(name, lambda *args: op.function.run(*arguments(*args)), "CompositeExplicitAutograd")
     lib.impl(name, derive, "Autograd")
     torch.library.register_fake(f"tridil::{name}", lambda *args, **kwargs: op.function.fake(*args, **kwargs), lib=lib)
@@ -418,7 +406,7 @@ def convolve(x, w, bias, problem: Problem, auto: bool = False) -> torch.Tensor:
             aten_conv, axes = (torch.conv2d, slice(2)) if x.dim() == 4 else (torch.conv1d, slice(1, 2))
             return aten_conv(x, w, bias, problem.stride[axes], [lo for lo, _ in problem.padding[axes]], problem.dilation[axes], problem.groups)
         # Function.apply without its look at the signature of forward, which takes longer than a launch
-        return super(torch.autograd.Function, Fprop).apply(x, w, bias, geometry, nhwc, auto)
+        return super(torch.autograd.Function, Fprop).apply(x, w, bias, geometry, nhwc, auto, True)
     return torch.ops.tridil.fprop(x, w, bias, *geometry, nhwc, auto)
 
 
