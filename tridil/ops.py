@@ -190,14 +190,18 @@ def _below(pass_, a, b, third, geometry, channels_last, auto):
         return getattr(torch.ops.tridil, pass_)(a, b, third, *geometry, channels_last, auto)
 
 
-def _apply(pass_, a, b, third, geometry, channels_last, auto):
-    """One pass that a derivative needs, differentiable."""
-    if not is_plain(a, b) or _is_batched(a) or _is_batched(b):
+def _apply(plain, pass_, a, b, third, geometry, channels_last, auto):
+    """One pass that a derivative needs, differentiable; plain: whether nobody watches."""
+    if not plain:
         return getattr(torch.ops.tridil, pass_)(a, b, third, *geometry, channels_last, auto)
     function = FUNCTIONS[pass_]
     if torch.is_grad_enabled():
         return super(torch.autograd.Function, function).apply(a, b, third, geometry, channels_last, auto, True)
     return function.run(a, b, third, geometry, channels_last, auto)
+
+
+def _is_plain_backward(a, b, c) -> bool:
+    return is_plain(a, b, c) and not (_is_batched(a) or _is_batched(b) or _is_batched(c))
 
 
 def _wanted(ctx):
@@ -264,9 +268,9 @@ class Fprop(_Pass):
         if dy is None:
             return (None,) * 7
         x, w = ctx.saved_tensors
-        need_x, need_w, need_bias, *_ = _wanted(ctx)
-        dx = _apply("dgrad", dy, w, x.shape, ctx.geometry, ctx.channels_last, ctx.auto) if need_x else None
-        dw = _apply("wgrad", dy, x, w.shape, ctx.geometry, has_channels_last(w), ctx.auto) if need_w else None
+        (need_x, need_w, need_bias, *_), plain = _wanted(ctx), _is_plain_backward(x, w, dy)
+        dx = _apply(plain, "dgrad", dy, w, x.shape, ctx.geometry, ctx.channels_last, ctx.auto) if need_x else None
+        dw = _apply(plain, "wgrad", dy, x, w.shape, ctx.geometry, has_channels_last(w), ctx.auto) if need_w else None
         db = dy.sum((0, *range(2, dy.dim()))) if need_bias else None
         return dx, dw, db, None, None, None, None
 
@@ -292,9 +296,9 @@ class Dgrad(_Pass):
         if ddx is None:
             return (None,) * 7
         dy, w = ctx.saved_tensors
-        need_dy, need_w, *_ = _wanted(ctx)
-        ddy = _apply("fprop", ddx, w, None, ctx.geometry, ctx.channels_last, ctx.auto) if need_dy else None
-        dw = _apply("wgrad", dy, ddx, w.shape, ctx.geometry, has_channels_last(w), ctx.auto) if need_w else None
+        (need_dy, need_w, *_), plain = _wanted(ctx), _is_plain_backward(dy, w, ddx)
+        ddy = _apply(plain, "fprop", ddx, w, None, ctx.geometry, ctx.channels_last, ctx.auto) if need_dy else None
+        dw = _apply(plain, "wgrad", dy, ddx, w.shape, ctx.geometry, has_channels_last(w), ctx.auto) if need_w else None
         return ddy, dw, None, None, None, None, None
 
 
@@ -323,9 +327,9 @@ class Wgrad(_Pass):
         if ddw is None:
             return (None,) * 7
         dy, x = ctx.saved_tensors
-        need_dy, need_x, *_ = _wanted(ctx)
-        ddy = _apply("fprop", x, ddw, None, ctx.geometry, has_channels_last(dy), ctx.auto) if need_dy else None
-        dx = _apply("dgrad", dy, ddw, x.shape, ctx.geometry, has_channels_last(x), ctx.auto) if need_x else None
+        (need_dy, need_x, *_), plain = _wanted(ctx), _is_plain_backward(dy, x, ddw)
+        ddy = _apply(plain, "fprop", x, ddw, None, ctx.geometry, has_channels_last(dy), ctx.auto) if need_dy else None
+        dx = _apply(plain, "dgrad", dy, ddw, x.shape, ctx.geometry, has_channels_last(x), ctx.auto) if need_x else None
         return ddy, dx, None, None, None, None, None
 
 
