@@ -112,7 +112,7 @@ def _foreign_modes() -> list:
 def _show(function, plain, tensors, *args, **kwargs):
     """`function` before those who watch torch functions: modes and subclasses see `plain` (F.conv2d, F.conv1d), as with a plain layer, and where they
     hand it on, `function` runs; under torch.compile, ATen. torch.fx and classes with a true `knows_tridil` see `function` itself."""
-    compiling = torch.compiler.is_compiling()
+    compiling = torch.compiler.is_dynamo_compiling()
     modes, values = _foreign_modes(), () if compiling else _get_overloaded_args(tensors)
     knowing = (getattr(watcher, "knows_tridil", isinstance(watcher, torch.fx.Proxy)) for watcher in (*modes[-1:], *values))
     if not (compiling or modes or values) or any(knowing):
