@@ -114,7 +114,7 @@ def _show(function, plain, tensors, *args, **kwargs):
     hand it on, `function` runs; under torch.compile, ATen. torch.fx and classes with a true `knows_tridil` see `function` itself."""
     compiling = torch.compiler.is_dynamo_compiling()
     modes, values = _foreign_modes(), () if compiling else _get_overloaded_args(tensors)
-    knowing = (getattr(watcher, "knows_tridil", isinstance(watcher, torch.fx.Proxy)) for watcher in (*modes[-1:], *values))
+    knowing = (isinstance(watcher, torch.fx.Proxy) or getattr(type(watcher), "knows_tridil", False) for watcher in (*modes[-1:], *values))
     if not (compiling or modes or values) or any(knowing):
         return handle_torch_function(function, tensors, *tensors, *args, **kwargs)
     if kwargs.pop("causal", False):
