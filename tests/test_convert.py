@@ -3,6 +3,8 @@ import copy
 import io
 import pickle
 import shutil
+import subprocess
+import sys
 from collections import Counter
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
@@ -611,6 +613,24 @@ def test_exported_models_run(name, backend, device, seed):
     torch.export.save(exported, stream)
     stream.seek(0)
     torch.testing.assert_close(torch.export.load(stream).module()(x), model(x))
+
+
+@pytest.mark.parametrize("backend_", ["auto", "triton"])
+def test_exported_graphs_in_another_process(backend_, tmp_path, seed):
+    """Those with tridil's operators need `import tridil` before they are loaded; "auto" on the CPU exports ATen's convolutions. README says so."""
+    if backend_ == "triton":
+        pytest.importorskip("triton")
+        if torch.cuda.is_available():
+            pytest.skip("the interpreter runs CPU tensors")
+    model, x, file = nn.Sequential(nn.Conv2d(2, 3, 3, dilation=2)), torch.randn(1, 2, 6, 6), tmp_path / "graph.pt2"
+    convert(model, backend=backend_)
+    torch.export.save(torch.export.export(model, (x,)), file)
+    for imported in (True, False):
+        code = f"import torch{', tridil' * imported}; torch.export.load({str(file)!r}).module()(torch.randn(1, 2, 6, 6))"
+        done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
+        assert (done.returncode == 0) is (imported or backend_ == "auto"), done.stderr
+    readme = " ".join((Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8").split())
+    assert "need `import tridil` before `torch.export.load`, or ATen's convolutions, also where \"auto\" was exported on the CPU" in readme
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -11,6 +11,7 @@ from importlib.abc import MetaPathFinder
 import torch
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad, profiler
+from torch.autograd.function import BackwardCFunction
 
 from . import dispatch, tuner
 from .problem import Problem
@@ -207,7 +208,7 @@ def _is_plain_backward(a, b, c) -> bool:
 def _wanted(ctx):
     """For each input whether its gradient is used: `needs_input_grad`, without what torch.autograd.grad was not asked for."""
     needs = ctx.needs_input_grad
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or not isinstance(ctx, BackwardCFunction):        # compiled autograd, which asks no engine
         return needs
     return [need and _will_run(node) for need, (node, _) in zip(needs, ctx.next_functions)] + [False]       # of a bias that is None
 
@@ -349,7 +350,7 @@ def _vmap(function, info, in_dims, a, b, third, stride, padding, dilation, group
 
     a, b = (t if dim is None else _fold(t, dim, places[role], parts(role)) for role, dim, t in zip(roles, in_dims, (a, b)))
     at = places.get(roles[2], 0)
-    if function is not Fprop:
+    if roles != Fprop.roles:
         third = [n * size if i == at else n for i, n in enumerate(third)]
     elif third is not None and (unbatched != "w" or bias_dim is not None):
         bias, third = third, None
