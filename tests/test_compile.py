@@ -1,12 +1,14 @@
 """What the compiler, scalers and precision switches of PyTorch make of the public function, beside F.conv2d."""
 import shutil
+from contextlib import nullcontext
+from functools import partial
 
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
 from torch.nn import functional as F
 
-from tridil import DilatedConv2d, dilated_conv2d
+from tridil import DilatedConv2d, dilated_conv1d, dilated_conv2d
 
 
 @pytest.fixture(autouse=True)
@@ -79,6 +81,39 @@ def test_both_tf32_switches(monkeypatch):
     for precision in ("ieee", "tf32"):
         cudnn.conv.fp32_precision = precision
         assert fp32_precision("cuda:80") == precision
+
+
+@pytest.mark.parametrize("how", ["fullgraph", "graph breaks allowed", "without Dynamo"])
+@pytest.mark.parametrize("dim", [1, 2])
+def test_compiled_autograd_over_an_eager_forward(dim, how, backend, device, seed):
+    """Gradients of plain convolutions, and of a gradient (where Dynamo compiles none of ATen's)."""
+    from torch._dynamo import compiled_autograd
+    ours, plain = (dilated_conv2d, F.conv2d) if dim == 2 else (dilated_conv1d, F.conv1d)
+    leaves = [torch.randn(shape, device=device, requires_grad=True) for shape in ((2, 3, *[8] * dim), (4, 3, *[3] * dim), (4,))]
+    graphs, results = [], []
+
+    def compiler(graph):
+        graphs.append(graph)
+        return graph if how == "without Dynamo" else torch.compile(graph, backend="aot_eager", fullgraph=how == "fullgraph")
+    for f in (plain, partial(ours, backend=backend)):
+        for needs in ((True, True, True), (True, False, False), (False, True, True)):
+            tensors = [t.detach().requires_grad_(need) for t, need in zip(leaves, needs)]
+            y = f(*tensors, 1, 2, 2)
+            with nullcontext() if f is plain else compiled_autograd._enable(compiler):
+                y.square().sum().backward()
+            results.append([t.grad for t in tensors])
+        dx, = torch.autograd.grad(f(*leaves, 1, 2, 2).square().sum(), leaves[0], create_graph=True)
+        with nullcontext() if f is plain or backend == "aten" else compiled_autograd._enable(compiler):
+            dx.square().sum().backward()
+        results.append([t.grad for t in leaves])
+        for t in leaves:
+            t.grad = None
+    assert len(graphs) == (3 if backend == "aten" else 4)
+    for expected, got in zip(results[:4], results[4:]):
+        for a, b in zip(got, expected):
+            assert (a is None) == (b is None)
+            if a is not None:
+                torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-2)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")

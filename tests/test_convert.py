@@ -3,15 +3,18 @@ import copy
 import io
 import pickle
 import shutil
+import subprocess
+import sys
 from collections import Counter
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
+from pathlib import Path
 
 import models
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.nn.utils import parametrizations, parametrize
+from torch.nn.utils import parametrizations, parametrize, prune
 from torch.utils.checkpoint import checkpoint
 
 import tridil
@@ -106,7 +109,8 @@ def test_inductor_runs_the_kernels(memory_format, launches, device, seed):
 
 def test_which_layers_are_converted(seed):
     class Mine(nn.Conv2d):
-        pass
+        def forward(self, x):
+            return F.conv2d(x, self.weight.abs(), dilation=2)
 
     model = nn.ModuleDict(dict(
         dilated=nn.Conv2d(4, 4, 3, dilation=2), wide=nn.Conv2d(4, 4, (1, 3), dilation=(1, 4)), sound=nn.Conv1d(4, 4, 2, dilation=3),
@@ -117,14 +121,14 @@ def test_which_layers_are_converted(seed):
     model.shared = model.dilated
     model.replaced.forward = lambda x: x
     parameters, seen = dict(model.named_parameters()), []
-    report = convert(model, predicate=lambda name, module: seen.append((name, module)) or name != "unwanted", backend="aten")
+    report = convert(model, predicate=lambda name, module: seen.append((name, module)) or name not in ("unwanted", "mine"), backend="aten")
     assert report.replaced == ["dilated", "wide", "sound"]
     reasons = dict(flat="dilation 1 of kernel 1x3 is below min_dilation=2", dense="dilation 1 of kernel 3x3 is below min_dilation=2",
-                   point="kernel 1x1 has one tap", mine="Mine is a subclass of nn.Conv2d", up="ConvTranspose2d is neither nn.Conv2d nor nn.Conv1d",
+                   point="kernel 1x1 has one tap", mine="predicate is false", up="ConvTranspose2d is neither nn.Conv2d nor nn.Conv1d",
                    volume="Conv3d is neither", lazy="run the model once", ours="is a DilatedConv2d already", replaced="its forward was replaced",
                    unwanted="predicate is false")
     assert report.skipped.keys() == reasons.keys() and all(part in report.skipped[name] for name, part in reasons.items())
-    assert seen == [(name, model[name]) for name in ("dilated", "wide", "sound", "unwanted")]
+    assert seen == [(name, model[name]) for name in ("dilated", "wide", "sound", "mine", "unwanted")]
     assert [type(model[n]) for n in report.replaced] == [DilatedConv2d, DilatedConv2d, DilatedConv1d] and type(model.mine) is Mine
     assert all(model[n].backend == "aten" for n in report.replaced) and model.shared is model.dilated
     after = dict(model.named_parameters())
@@ -133,7 +137,8 @@ def test_which_layers_are_converted(seed):
     assert len(lines) == 1 + 3 + len(reasons) and lines[1].split() == ["dilated", "yes"]
     assert lines[4].startswith("flat ") and "no: dilation 1" in lines[4]
 
-    assert convert(model, min_dilation=1).replaced == ["flat", "dense", "unwanted"]
+    again = convert(model, min_dilation=1)
+    assert again.replaced == ["flat", "dense", "unwanted"] and "Mine is a subclass of nn.Conv2d and may compute" in again.skipped["mine"]
     assert revert(model) == ["dilated", "wide", "sound", "flat", "dense", "unwanted"] and revert(model) == []
     assert {type(model[n]) for n in reasons.keys() - {"ours", "mine", "lazy", "up", "volume"}} == {nn.Conv2d} and type(model.ours) is DilatedConv2d
     assert "backend" not in vars(model.dilated) and convert(model, min_dilation=5).replaced == []
@@ -261,10 +266,322 @@ def test_models_that_were_compiled_or_traced_before(how, launches, device, seed)
 
 def test_fx_traces_converted_models(backend, device, seed):
     model, x = models.head().to(device), torch.randn(2, 4, 6, 7, device=device)
+    expected, seen = model.convs[1](x), []
+    model.convs[1][0].register_forward_hook(lambda module, args, y: seen.append(type(y)))
     convert(model, backend=backend)
     traced = torch.fx.symbolic_trace(model.convs[1])
-    assert tridil.dilated_conv2d in [node.target for node in traced.graph.nodes]
-    torch.testing.assert_close(traced(x), model.convs[1](x))
+    assert [node.op for node in traced.graph.nodes] == ["placeholder", *["call_module"] * (len(traced.graph.nodes) - 2), "output"] and not seen
+    torch.testing.assert_close(traced(x), expected, rtol=1e-4, atol=1e-4)
+    assert seen == [torch.Tensor] and isinstance(traced.get_submodule("0"), DilatedConv2d)
+
+
+def leaves(model):
+    """Names of the modules that torch.fx calls."""
+    return [node.target for node in torch.fx.symbolic_trace(model).graph.nodes if node.op == "call_module"]
+
+
+class Chomped(nn.Conv1d):
+    """As the layers of pytorch-tcn: pads, and has a `causal` and a `_pad` of its own."""
+
+    def __init__(self, channels, taps, dilation, causal=True):
+        super().__init__(channels, channels, taps, dilation=dilation)
+        self.causal, self.length = causal, dilation * (taps - 1)
+
+    def _pad(self, x):
+        return F.pad(x, (self.length, 0) if self.causal else (self.length // 2, self.length - self.length // 2))
+
+    def forward(self, x, scale=1):
+        return super().forward(self._pad(x)) * scale
+
+
+class Same(nn.Conv2d):
+    def _conv_forward(self, input, weight, bias):
+        return F.conv2d(F.pad(input, (2, 2, 2, 2)), weight, bias, self.stride, 0, self.dilation, self.groups)
+
+
+class Standardised(nn.Conv2d):
+    def forward(self, x):
+        weight = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
+        return F.conv2d(x, weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+
+
+class Scaled(nn.Conv2d):
+    def forward(self, x):
+        return self._conv_forward(x, self.weight * 2, None)
+
+
+class Named(nn.Conv2d):
+    pass
+
+
+class Owner(nn.Conv2d):
+    backend = "mine"
+
+
+class Subclasses(nn.Module):
+    def __init__(self):
+        super().__init__()
+        for cls in (Same, Standardised, Scaled, Named, Owner):
+            setattr(self, cls.__name__, cls(2, 2, 3, padding=0 if cls is Same else 2, dilation=2))
+        self.Chomped = Chomped(2, 3, 2)
+
+    def forward(self, x):
+        for name in ("Same", "Standardised", "Scaled", "Named", "Owner"):
+            x = getattr(self, name)(x)
+        return self.Chomped(x.flatten(2), scale=3)
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_subclasses(named, backend, launches, device, seed):
+    """Those that come to nn.Conv's convolution, and any that a predicate names; what they compute beside it stays. Copies, compiled, reverted."""
+    torch._dynamo.reset()
+    model, x = Subclasses().to(device), torch.randn(2, 2, 4, 5, device=device, requires_grad=True)
+    model.Scaled.bias = None
+
+    def step(model):
+        y = model(x)
+        return y, *torch.autograd.grad(y.square().sum(), [x, *model.parameters()])
+    expected, classes, keys = step(model), [type(m) for m in model.modules()], list(model.state_dict())
+    report = convert(model, predicate=(lambda name, module: True) if named else None, backend=backend)
+    converted = [*["Same", "Standardised"] * named, "Scaled", "Named", "Chomped"]
+    assert report.replaced == converted and "with a backend of its own" in report.skipped["Owner"]
+    assert named or all("may compute something else: a predicate" in report.skipped[name] for name in ("Same", "Standardised"))
+    kinds = {name: type(getattr(model, name)) for name in converted}
+    assert all(issubclass(kind, (DilatedConv1d if name == "Chomped" else DilatedConv2d, globals()[name])) for name, kind in kinds.items())
+    for run in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model)), torch.compile(model, backend="aot_eager", fullgraph=True)):
+        launches.clear()
+        torch.testing.assert_close(step(run), expected, rtol=1e-3, atol=1e-3)
+        assert set(launches.values()) == ({len(converted)} if backend == "triton" else set())
+    assert repr(model.Chomped).startswith("DilatedChomped(2, 2, kernel_size=(3,)") and "causal" not in repr(model.Chomped)
+    again = convert(model, predicate=lambda name, _: name == "Named").skipped["Named"]
+    assert again == f"is a DilatedNamed already: its backend was {backend!r} and is 'auto' now"
+    assert revert(model) == converted and [type(m) for m in model.modules()] == classes and list(model.state_dict()) == keys
+    assert leaves(nn.Sequential(model.Named)) == [] and not any({"backend", "_converted", "__module__"} & vars(m).keys() for m in model.modules())
+
+
+@pytest.mark.parametrize("attributes", [dict(dilation=2, padding=2), dict(kernel_size=3, dilation=(2,)), dict(dilation=[2, 2], stride=1, groups=1),
+                                        dict(dilation=torch.tensor(2)), dict(kernel_size=[3], dilation=2, padding=(2,))], ids=str)
+@pytest.mark.parametrize("dim", [1, 2])
+def test_attributes_that_users_set(attributes, dim, backend, device, seed):
+    """PyTorch runs whatever F.conv2d and F.conv1d read: ints and short tuples, too."""
+    layer, x = (nn.Conv1d if dim == 1 else nn.Conv2d)(4, 4, 3, padding=1).to(device), torch.randn(2, 4, *[9] * dim, device=device)
+    for name, value in attributes.items():
+        setattr(layer, name, value[:dim] if isinstance(value, list) else value)
+    expected = layer(x)
+    assert convert(layer, backend=backend).replaced == [""]
+    torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-4)
+    assert revert(layer) == [""]
+    layer.kernel_size = layer.dilation = 1
+    assert convert(layer).skipped == {"": f"kernel {'x'.join('1' * dim)} has one tap"}
+    layer.dilation = 1.5
+    assert convert(layer).skipped == {"": "PyTorch does not run it: dilation must be made of ints, got 1.5"}
+    assert convert(nn.Conv2d(3, 4, (1, 3), dilation=(2,))).replaced == [""]
+
+
+def test_a_second_convert_sets_the_backend(launches, device, seed):
+    """Of the layers that it would convert; those that users built keep theirs."""
+    built = DilatedConv2d(4, 4, 3, dilation=2, backend="aten")
+    model, x = nn.Sequential(nn.Conv2d(4, 4, 3, dilation=2), built, nn.Conv2d(4, 4, 3)).to(device), torch.randn(1, 4, 12, 12, device=device)
+    convert(model)
+    report = convert(model, backend="triton")
+    assert not report.replaced and report.skipped["0"] == "is a DilatedConv2d already: its backend was 'auto' and is 'triton' now"
+    assert report.skipped["1"] == "is a DilatedConv2d already" == convert(model, backend="triton").skipped["0"]
+    model(x)
+    assert launches == {"fprop": 1} and [m.backend for m in model[:2]] == ["triton", "aten"]
+    assert "below min_dilation=4" in convert(model, min_dilation=4, backend="aten").skipped["0"] and model[0].backend == "triton"
+
+
+class Int8(torch.Tensor):
+    """A weight that is dequantised where F.conv2d or F.conv1d is called, and nowhere else."""
+
+    @classmethod
+    def of(cls, weight):
+        scale = weight.detach().abs().max() / 127
+        quantised = (weight.detach() / scale).round().as_subclass(cls)
+        quantised.scale = scale
+        return quantised
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if func in (F.conv2d, F.conv1d):
+            with torch._C.DisableTorchFunctionSubclass():
+                args = args[0], args[1].as_subclass(torch.Tensor) * args[1].scale, *args[2:]
+            return func(*args, **(kwargs or {}))
+        return cls.other(func, types, args, kwargs)
+
+    @classmethod
+    def other(cls, func, types, args, kwargs):
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+class StrictInt8(Int8):
+    @classmethod
+    def other(cls, func, types, args, kwargs):
+        return NotImplemented
+
+
+class Seen(torch.overrides.TorchFunctionMode):
+    def __init__(self):
+        super().__init__()
+        self.functions = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.functions.append(func)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kind", ["mode", "two modes", "default device", "Int8", "StrictInt8", "Int8 and mode", "causal"])
+@pytest.mark.parametrize("dim", [1, 2])
+def test_modes_and_weights_that_know_conv2d(dim, kind, backend, launches, device, seed):
+    """They see what a plain layer shows, and what they hand on runs on the kernels, as under a default device."""
+    if kind == "causal" and dim == 2:
+        pytest.skip("1D only")
+    layer, x = (nn.Conv1d if dim == 1 else nn.Conv2d)(3, 4, 3, padding=2, dilation=2).to(device), torch.randn(1, 3, *[7] * dim, device=device)
+    if kind == "causal":
+        layer, ours = nn.Sequential(nn.ConstantPad1d((4, 0), 0), nn.Conv1d(3, 4, 3, dilation=2)).to(device), DilatedConv1d(
+            3, 4, 3, dilation=2, causal=True, backend=backend).to(device)
+        ours.load_state_dict(layer[1].state_dict())
+    if "Int8" in kind:
+        quantised = globals()[kind.split()[0]].of(layer.weight)
+        del layer.weight
+        layer.weight = quantised
+
+    def run(layer):
+        modes = [Seen() for _ in range({"mode": 1, "causal": 1, "Int8 and mode": 1, "two modes": 2}.get(kind, 0))]
+        with torch.device(device) if kind == "default device" else nullcontext(), ExitStack() as stack:
+            for mode in modes:
+                stack.enter_context(mode)
+            return layer(x), [mode.functions for mode in modes]
+    expected, seen = run(layer)
+    if kind != "causal":
+        ours = layer
+        assert convert(layer, backend=backend).replaced == [""]
+    got, ours_seen = run(ours)
+    assert type(got) is type(expected) and launches == ({"fprop": 1} if backend == "triton" else {})
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+    assert [[f for f in fs if f in (F.conv2d, F.conv1d, F.pad)] for fs in ours_seen] == [[f for f in fs if f in (F.conv2d, F.conv1d, F.pad)]
+                                                                                      for fs in seen]
+    if "Int8" not in kind and kind != "causal":
+        assert ours_seen == seen
+    assert not torch.overrides._get_current_function_mode_stack()
+
+
+@pytest.mark.parametrize("dim", [1, 2])
+def test_a_mode_that_answers_nothing(dim, backend, device, seed):
+    class Nothing(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            return NotImplemented
+    layer, x = (nn.Conv1d if dim == 1 else nn.Conv2d)(3, 4, 3, dilation=2).to(device), torch.randn(1, 3, *[7] * dim, device=device)
+    convert(layer, backend=backend)
+    with pytest.raises(TypeError, match=f"conv{dim}d.*NotImplemented|NotImplemented.*conv{dim}d|conv{dim}d"), Nothing():
+        layer(x)
+    assert not torch.overrides._get_current_function_mode_stack() and layer(x).shape[1] == 4
+
+
+@pytest.mark.parametrize("watcher", ["mode", "weight"])
+def test_compiled_layers_show_conv2d_too(watcher, backend, device, seed):
+    torch._dynamo.reset()
+
+    class Doubled(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, func, types, args=(), kwargs=None):
+            y = super().__torch_function__(func, types, args, kwargs or {})
+            return y * 2 if func is F.conv2d else y
+    layer, x = nn.Conv2d(3, 4, 3, dilation=2, bias=False).to(device), torch.randn(1, 3, 7, 7, device=device)
+    expected = layer(x).detach() * (2 if watcher == "weight" else 1)
+    convert(layer, backend=backend)
+    if watcher == "weight":
+        layer.weight = nn.Parameter(layer.weight.detach().as_subclass(Doubled))
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    with Seen() if watcher == "mode" else nullcontext() as seen:
+        y = compiled(x)
+    torch.testing.assert_close(y.detach().as_subclass(torch.Tensor), expected, rtol=1e-4, atol=1e-4)
+    assert watcher == "weight" or F.conv2d in seen.functions
+
+
+def fusable(device="cpu"):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(4, 8, 3, padding=2, dilation=2), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3, padding=2, dilation=2))
+    model[1].running_mean.uniform_()
+    return model.to(device).eval()
+
+
+def tools():
+    """name -> (works with converted layers, function of a model and an input whose result tells what the tool made of the layers)."""
+    from torch.ao import quantization as ao
+    from torch.ao.quantization._equalize import equalize
+    from torch.fx.experimental.optimization import fuse
+
+    def classes(model):
+        return [type(m).__name__.removeprefix("Dilated") for m in model.children()]
+
+    def configured(model, config):
+        model.qconfig = config
+        return model
+
+    def eager(model, x):
+        prepared = ao.prepare(configured(model, ao.get_default_qconfig("fbgemm")))
+        prepared(x)
+        return [type(m).__module__ for m in ao.convert(prepared).children()]
+
+    def graph(model, x):
+        from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx
+        prepared = prepare_fx(model, ao.get_default_qconfig_mapping("fbgemm"), (x,))
+        prepared(x)
+        return classes(convert_fx(prepared))
+
+    def hooked(model, x):
+        kinds = []
+        model[0].register_forward_hook(lambda module, args, y: kinds.append(type(y)))
+        torch.fx.symbolic_trace(model)(x)
+        return kinds
+
+    def normed(model, x):
+        nn.utils.spectral_norm(model[0])
+        return torch.fx.symbolic_trace(model)(x).shape
+
+    def counted(model, x):
+        from torch.utils.flop_counter import FlopCounterMode
+        with FlopCounterMode(display=False) as counter:
+            model(x)
+        return counter.get_total_flops()
+    return {
+        "symbolic_trace": (True, lambda model, x: leaves(model)), "hooks": (True, hooked), "spectral_norm": (True, normed),
+        "FlopCounterMode": (True, counted),
+        "fuse_conv_bn_eval": (True, lambda model, x: classes(nn.Sequential(nn.utils.fuse_conv_bn_eval(*model[:2]), *model[2:]))),
+        "prune": (True, lambda model, x: list(dict(prune.l1_unstructured(model[0], "weight", 0.5).named_buffers()))),
+        "convert_sync_batchnorm": (True, lambda model, x: classes(nn.SyncBatchNorm.convert_sync_batchnorm(model))),
+        "fx.experimental.optimization.fuse": (False, lambda model, x: classes(fuse(model))),
+        "fuse_modules": (False, lambda model, x: classes(ao.fuse_modules(model, [["0", "1", "2"]]))),
+        "equalize": (False, lambda model, x: classes(equalize(model, [["0", "3"]], threshold=1e-3, inplace=False))),
+        "prepare": (False, eager), "prepare_fx": (False, graph),
+        "prepare_qat": (False, lambda model, x: [type(m).__module__ for m in ao.prepare_qat(configured(
+            model.train(), ao.get_default_qat_qconfig("fbgemm"))).children()]),
+        "quantize_dynamic": (False, lambda model, x: [type(m).__module__ for m in ao.quantize_dynamic(model, {
+            nn.Conv2d: ao.default_dynamic_qconfig}).children()]),
+        "thop": (False, lambda model, x: pytest.importorskip("thop").profile(model, (x,), verbose=False)),
+        "ptflops": (False, lambda model, x: pytest.importorskip("ptflops").get_model_complexity_info(
+            model, tuple(x.shape[1:]), as_strings=False, print_per_layer_stat=False, backend="pytorch")),
+    }
+
+
+TOOLS = ("symbolic_trace hooks spectral_norm FlopCounterMode fuse_conv_bn_eval prune convert_sync_batchnorm fx.experimental.optimization.fuse "
+         "fuse_modules equalize prepare prepare_fx prepare_qat quantize_dynamic thop ptflops").split()
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", TOOLS)
+def test_tools_that_look_at_layers(name, backend, seed):
+    """README's table: each works on converted layers, or after revert."""
+    works, tool = tools()[name]
+    x, model = torch.randn(2, 4, 8, 8), fusable()
+    expected = tool(fusable(), x)
+    assert len(convert(model, backend=backend if not torch.cuda.is_available() else "aten").replaced) == 2
+    if not works:
+        assert revert(model) == ["0", "3"]
+    assert tool(model, x) == expected
+    table = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    assert any(line.startswith("|") and {"spectral_norm": "norms"}.get(name, name) in line for line in table.splitlines())
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
@@ -296,6 +613,24 @@ def test_exported_models_run(name, backend, device, seed):
     torch.export.save(exported, stream)
     stream.seek(0)
     torch.testing.assert_close(torch.export.load(stream).module()(x), model(x))
+
+
+@pytest.mark.parametrize("backend_", ["auto", "triton"])
+def test_exported_graphs_in_another_process(backend_, tmp_path, seed):
+    """Those with tridil's operators need `import tridil` before they are loaded; "auto" on the CPU exports ATen's convolutions. README says so."""
+    if backend_ == "triton":
+        pytest.importorskip("triton")
+        if torch.cuda.is_available():
+            pytest.skip("the interpreter runs CPU tensors")
+    model, x, file = nn.Sequential(nn.Conv2d(2, 3, 3, dilation=2)), torch.randn(1, 2, 6, 6), tmp_path / "graph.pt2"
+    convert(model, backend=backend_)
+    torch.export.save(torch.export.export(model, (x,)), file)
+    for imported in (True, False):
+        code = f"import torch{', tridil' * imported}; torch.export.load({str(file)!r}).module()(torch.randn(1, 2, 6, 6))"
+        done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
+        assert (done.returncode == 0) is (imported or backend_ == "auto"), done.stderr
+    readme = " ".join((Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8").split())
+    assert "need `import tridil` before `torch.export.load`, or ATen's convolutions, also where \"auto\" was exported on the CPU" in readme
 
 
 @pytest.mark.filterwarnings("ignore")

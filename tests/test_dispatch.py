@@ -116,6 +116,47 @@ def test_explain(driver, monkeypatch):
     assert {r["why"] for r in dispatch.explain(P, GPU)} == {"TRIDIL_BACKEND=aten"}
 
 
+@pytest.mark.parametrize("change", [dict(n=0), dict(c=0), dict(h=0, padding=((4, 4), (2, 2))), dict(n=0, c=4, k=4, groups=4),
+                                    dict(n=0, stride=(2, 3)), dict(n=0, c=3, dtype="float32", layout="nchw"), dict(n=0, h=1, r=1)], ids=str)
+@pytest.mark.parametrize("target", ["cuda:80", "cuda:90", "cuda:100", "hip:gfx942"])
+def test_explain_of_nothing_to_multiply(target, change):
+    """Empty batches, channels and maps: no work, which ATen's empty result takes."""
+    from dataclasses import replace
+
+    from tridil import config
+    empty = replace(P, **change)
+    rows = dispatch.explain(empty, CPU, "auto", target)
+    assert {(r["backend"], r["useful_macs"]) for r in rows} == {("aten", 0)}
+    assert all(f"nothing to multiply: n={empty.n}, c={empty.c}, " in r["why"] for r in rows) and "nothing to multiply" in dispatch.explanation(
+        empty, CPU, "auto", target, rows)
+    for pass_ in PASSES:
+        for option in config.candidates(empty, pass_, target):
+            assert min(config.moved_bytes(empty, pass_, option)) >= 0
+
+
+def test_explain_of_geometry_beyond_32_bits(driver):
+    from dataclasses import replace
+    driver(Driver("cuda"))
+    far = replace(P, padding=((2**30, 2**30), (2**30, 2**30)), dilation=(2**30, 2**30))
+    assert dispatch.choose(far, GPU) == "aten" and "32 bits" in dispatch.can_run(far, GPU)
+    for rows in (dispatch.explain(far, GPU), dispatch.explain(far, GPU, target_="cuda:90")):
+        assert {r["backend"] for r in rows} == {"aten"} and all(r["why"] == far.beyond_int32 for r in rows)
+    with pytest.raises(NotImplementedError, match="cannot run this convolution: .*reaches [0-9]+ .*dil1073741824"):
+        dispatch.choose(far, GPU, "triton")
+
+
+@pytest.mark.parametrize("dtype, error", [("float16", None), ("int64", TypeError)])
+def test_meta_tensors_ask_for_shapes(driver, dtype, error):
+    from dataclasses import replace
+    driver("no driver")
+    for backend in ("auto", "aten", "triton"):
+        if error and backend == "triton":
+            with pytest.raises(error):
+                dispatch.choose(replace(P, dtype=dtype), torch.device("meta"), backend)
+        else:
+            assert dispatch.choose(replace(P, dtype=dtype), torch.device("meta"), backend) == "aten"
+
+
 def run(*args):
     return subprocess.run([sys.executable, "-m", "tridil", *args], capture_output=True, text=True)
 
@@ -126,6 +167,8 @@ def test_command_line():
     out = run("explain", "--shape", "n=4 c=256 h=64 w=64 k=256 r=3 d=12", "--target", "cuda:90", "--device", "cpu")
     assert out.returncode == 0 and out.stdout.count("dense 9664M") == 3
     assert out.stdout.count("kernel tma (cuda:90 loads boxes of the image by descriptor)") == 3
+    out = run("explain", "--shape", "n=0 c=16 h=9 w=9 k=16 r=3 d=2", "--target", "cuda:90", "--device", "cpu")
+    assert out.returncode == 0 and out.stdout.count("nothing to multiply: n=0") == 3 and out.stdout.count("dense 0M") == 3
     for bad in ("n=4 c=256 h=60 w=60", "c=256 h=60 w=60 k=256 z=3", "c=a h=60 w=60 k=256", "c=6 h=9 w=9 k=6 g=4"):
         out = run("explain", "--shape", bad)
         assert out.returncode == 2 and "error" in out.stderr and "Traceback" not in out.stderr

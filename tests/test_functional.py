@@ -2,6 +2,8 @@
 import itertools
 import subprocess
 import sys
+from collections import Counter
+from contextlib import nullcontext
 from functools import partial
 
 import numpy as np
@@ -9,9 +11,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 from torch.nn import functional as F
 
-from tridil import dilated_conv1d, dilated_conv2d, functional, ops
+from tridil import DilatedConv1d, DilatedConv2d, convert, dilated_conv1d, dilated_conv2d, dispatch, functional, ops
 
 TOLERANCE = {torch.float16: 4e-3, torch.bfloat16: 3e-2, torch.float32: 2e-5, torch.float64: 1e-12}
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -142,8 +145,69 @@ def test_devices(device, seed):
     for args in ((x.to("meta"), w, b), (x, w.to("meta"), b), (x, w, b.to("meta"))):
         with pytest.raises(ValueError, match="must be on one device, got .*meta"):
             dilated_conv2d(*args)
-    assert not parity("aten", device, x.to("meta"), w.to("meta"), b.to("meta"), 1, 2, 2)
-    assert not parity("auto", device, x.to("meta"), w.to("meta"), b.to("meta"), 1, 2, 2)
+
+
+@pytest.mark.parametrize("which", ["aten", "auto", "triton"])
+def test_shapes_alone(which, seed):
+    """Meta tensors, and fake ones of a GPU that is not there: shapes, strides, dtypes, gradients and errors, whatever the backend."""
+    pytest.importorskip("triton")
+    from torch._subclasses import FakeTensorMode
+    for mode, device, kwargs in itertools.product((None, FakeTensorMode), ("meta", "cuda"), (dict(dilation=2), dict(padding="same"), dict(stride=2))):
+        if (mode is None) == (device == "meta"):
+            with mode() if mode else nullcontext():
+                for plain, ours, dim in ((F.conv2d, dilated_conv2d, 2), (F.conv1d, dilated_conv1d, 1)):
+                    x, w, b = (torch.empty(shape, device=device) for shape in ((2, 4, *[9] * dim), (6, 4, *[3] * dim), (6,)))
+                    expected, got = plain(x, w, b, **kwargs), ours(x, w, b, **kwargs, backend=which)
+                    assert (got.shape, got.stride(), got.dtype, got.device) == (expected.shape, expected.stride(), expected.dtype, expected.device)
+                    if mode is None:
+                        leaves = [t.requires_grad_() for t in (x, w, b)]
+                        grads = torch.autograd.grad(ours(*leaves, **kwargs, backend=which).sum(), leaves)
+                        assert [g.shape for g in grads] == [t.shape for t in leaves]
+    x, w = torch.empty(2, 4, 9, device="meta"), torch.empty(6, 4, 3, device="meta")
+    assert dilated_conv1d(x, w, dilation=3, causal=True, backend=which).shape == (2, 6, 9)
+    assert DilatedConv2d(4, 6, 3, dilation=2, backend=which, device="meta")(x[:, :, None].expand(2, 4, 5, 9)).shape == (2, 6, 1, 5)
+    for error, args in ((ValueError, (x, w[:, :3])), (ValueError, (x, w, None, 0))):
+        with pytest.raises(error):
+            dilated_conv1d(*args, backend=which)
+    if which == "triton":
+        with pytest.raises(TypeError, match="dtype int64"):
+            dilated_conv1d(x.long(), w.long(), backend=which)
+        with pytest.raises(NotImplementedError, match="count in 32 bits"):
+            dilated_conv1d(x, w, None, 1, 2**30, 2**30, backend=which)
+
+
+@pytest.mark.parametrize("geometry", [(1, 2**30, 2**30), (2**31 - 1, 1, 1), (1, 2**31, 2**31), (2**20, 0, 1), ((1, 2**21), 1, 1),
+                                      (1, (2**24, 0), (2**24, 1)), (1, 2**18, 2**18), (2**18, 1, 1), ((2**17, 3), (2, 2**17), (2, 2**17))], ids=str)
+def test_geometry_around_32_bits(geometry, device, seed):
+    """Right in all passes, or refused with the numbers and left to ATen by "auto"."""
+    pytest.importorskip("triton")
+    x, w = (t.to(device).requires_grad_() for t in (draw(1, 3, 5, 4), draw(2, 3, 3, 3)))
+    expected = F.conv2d(x, w, None, *geometry)
+    expected = expected, *torch.autograd.grad(expected.sum(), (x, w))
+    assert not parity("auto", device, x, w, None, *geometry)
+    problem = functional.problem_of_tensors(x, w, None, *geometry)
+    assert bool(problem.beyond_int32) is (max(itertools.chain(*(g if isinstance(g, tuple) else (g,) for g in geometry))) >= 2**20)
+    if problem.beyond_int32:
+        assert dispatch.can_run(problem, device) == problem.beyond_int32 and problem.key() in problem.beyond_int32
+        with pytest.raises(NotImplementedError, match="cannot run this convolution: .* reaches [0-9]+ in fprop of n1 c3 .*32 bits"):
+            dilated_conv2d(x, w, None, *geometry, backend="triton")
+        with pytest.raises(NotImplementedError, match="32 bits"):           # of a graph, whose sizes are not those that were exported
+            torch.ops.tridil.fprop(x, w, None, problem.stride, (*problem.padding[0], *problem.padding[1]), problem.dilation, 1, False)
+    else:
+        y = dilated_conv2d(x, w, None, *geometry, backend="triton")
+        for got, wanted in zip((y, *torch.autograd.grad(y.sum(), (x, w))), expected):
+            torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_causal_geometry_around_32_bits(backend, device, seed):
+    x, w = draw(1, 3, 20).to(device), draw(4, 3, 9).to(device)
+    for dilation in (1, 2**10, 2**15):
+        expected = F.conv1d(F.pad(x, (8 * dilation, 0)), w, dilation=dilation)
+        torch.testing.assert_close(dilated_conv1d(x, w, dilation=dilation, causal=True, backend=backend), expected, rtol=1e-4, atol=1e-4)
+    pytest.importorskip("triton")
+    for dilation in (2**20, 2**28, 2**33):
+        with pytest.raises(NotImplementedError, match=f"pad0,{8 * dilation}:0 dil1,{dilation} .*32 bits"):
+            dilated_conv1d(x, w, dilation=dilation, causal=True, backend="triton")
 
 
 def test_layouts_that_are_not_strided(seed):
@@ -269,6 +333,38 @@ def test_autocast(lower, backend, device, seed):
         same(got.to(lower), wanted.to(lower))
 
 
+@pytest.mark.parametrize("dim", [1, 2])
+@pytest.mark.parametrize("leaf", ["weight", "input"])
+def test_autocast_casts_a_parameter_once(leaf, dim, backend, device, seed):
+    """One copy of what several convolutions share is saved, as by F.conv2d; nothing else is saved, and nothing outlives the autocast."""
+    plain, ours = (F.conv2d, dilated_conv2d) if dim == 2 else (F.conv1d, dilated_conv1d)
+    shared, other = (t.to(device) for t in (draw(4, 4, *[3] * dim), draw(2, 4, *[6] * dim)))
+    if leaf == "input":
+        shared, other = other, shared
+    shared.requires_grad_()
+    results = []
+    for f in (plain, partial(ours, backend=backend)):
+        for grad in (torch.enable_grad, torch.no_grad, torch.inference_mode):
+            saved, count, shared.grad = set(), Counter(), None
+
+            def pack(t):
+                count[tuple(t.shape)] += 1  # noqa: B023
+                saved.add(t.untyped_storage().data_ptr()) if t.shape == shared.shape else None  # noqa: B023
+                return t
+            with grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), torch.autocast(device.type, torch.bfloat16):
+                ys = [f(shared, other * i, None, 1, 2, 2) if leaf == "input" else f(other * i, shared, None, 1, 2, 2) for i in range(5)]
+            if grad is torch.enable_grad:
+                sum(y.float().sum() for y in ys).backward()
+                results.append((len(saved), count, shared.grad))
+    assert results[0][:2] == results[1][:2] and results[0][0] == 1
+    torch.testing.assert_close(results[1][2], results[0][2], rtol=3e-2, atol=3e-1)
+    with torch.no_grad():
+        shared.data.add_(1)                                              # which no version tells
+    with torch.autocast(device.type, torch.bfloat16):
+        args = (shared, other) if leaf == "input" else (other, shared)
+        torch.testing.assert_close(ours(*args, backend=backend), plain(*args), rtol=3e-2, atol=3e-1)
+
+
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compiles_in_one_graph(dynamic, backend, device, seed):
     def f(conv, x, w, b):
@@ -348,6 +444,48 @@ def test_second_derivatives_1d(causal, backend, device, seed):
     assert torch.autograd.gradcheck(f, tensors, fast_mode=True) and torch.autograd.gradgradcheck(f, tensors, fast_mode=True)
 
 
+@pytest.mark.parametrize("how", ["eager", "layer", "converted", "compiled", "exported", "vmap"])
+@pytest.mark.parametrize("causal", [False, True])
+def test_results_of_conv1d_are_no_views(causal, how, backend, device, seed):
+    """Results and gradients may be changed and detached in place, as those of F.conv1d."""
+    if causal and how == "converted":
+        pytest.skip("nn.Conv1d pads on both sides")
+    torch._dynamo.reset()
+    x, w = (t.to(device).requires_grad_() for t in (draw(2, 4, 9), draw(6, 4, 3)))
+    ours = partial(dilated_conv1d, dilation=2, causal=causal, backend=backend)
+
+    def plain(x, w):
+        return F.conv1d(F.pad(x, (4 * causal, 0)), w, dilation=2)
+    if how in ("layer", "converted", "exported"):
+        layer = nn.Conv1d(4, 6, 3, dilation=2) if how == "converted" else DilatedConv1d(4, 6, 3, dilation=2, causal=causal, backend=backend)
+        layer.bias, layer.weight = None, nn.Parameter(w.detach())
+        convert(layer, backend=backend)
+        w = layer.weight
+        run = torch.export.export(layer, (x.detach(),)).module() if how == "exported" else layer
+        f = lambda x, w: run(x)  # noqa: E731
+    elif how == "vmap":
+        f = lambda x, w: torch.vmap(ours, (0, None))(x[None], w)[0]  # noqa: E731
+    else:
+        f = torch.compile(ours, backend="aot_eager", fullgraph=True) if how == "compiled" else ours
+    with torch.no_grad():
+        y = f(x, w)
+    if how != "vmap":
+        assert not y._is_view()
+        y.add_(nn.Parameter(torch.ones((), device=device)))
+        assert y.requires_grad
+    torch.testing.assert_close(y.detach(), plain(x, w).detach() + (how != "vmap"), rtol=1e-4, atol=1e-4)
+    y = f(x, w)
+    tensors = (x,) if how == "exported" else (x, w)
+    grads = torch.autograd.grad(y.square().sum(), tensors, create_graph=how != "compiled")
+    wanted = torch.autograd.grad(plain(x, w).square().sum(), tensors)
+    for got, expected in zip(grads, wanted):
+        torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-3)
+    if how != "vmap":
+        for t in (y, *grads):
+            assert not t._is_view()
+            t.detach_()
+
+
 @pytest.mark.parametrize("length, stride, dilation", [(1, 1, 1), (9, 1, 2), (10, 3, 4), (3, 2, 9)])
 def test_causal(length, stride, dilation, backend, device, seed):
     x, w, b = (t.to(device) for t in (draw(2, 4, length), draw(6, 4, 3), draw(6)))
@@ -399,7 +537,7 @@ def test_flops_in_any_order_of_imports(first):
 import os, sys
 os.environ.pop("TRITON_INTERPRET", None)
 import {first}
-assert "{first}" != "tridil" or "triton" not in sys.modules
+assert "{first}" != "tridil" or not {{"triton", "torch.utils.flop_counter", "torch.distributed.tensor"}} & sys.modules.keys()
 import tridil
 from torch.utils.flop_counter import flop_registry
 import torch
@@ -409,17 +547,79 @@ assert {{getattr(torch.ops.tridil, name) for name in ("fprop", "dgrad", "wgrad")
     assert done.returncode == 0, done.stderr
 
 
+LATE = {"torch.utils.flop_counter": ("torch.utils.module_tracker", """
+from torch.utils.flop_counter import FlopCounterMode
+counts, x, w = [], torch.randn(1, 2, 5, 5), torch.randn(2, 2, 3, 3, requires_grad=True)
+for f in (torch.conv2d, lambda x, w: tridil.dilated_conv2d(x, w, backend="triton")):
+    with FlopCounterMode(display=False) as counter:
+        f(x, w).sum().backward()
+    counts.append(counter.get_total_flops())
+assert counts[0] == counts[1] > 0, counts
+"""), "torch.distributed.tensor": ("torch.distributed.tensor._api", """
+from torch.distributed.tensor import DTensor
+assert torch.ops.tridil.fprop.default in DTensor._op_dispatcher.sharding_propagator.op_strategy_funcs
+""")}
+BEFORE = {
+    "looked up": "for _ in range(3): assert find_spec(NAME)",
+    "run by hand": "spec = find_spec(NAME); sys.modules[NAME] = module_from_spec(spec); spec.loader.exec_module(sys.modules[NAME])",
+    "raised": """
+sys.modules[PART] = None
+try: import_module(NAME)
+except ImportError: del sys.modules[PART]
+""",
+    "lazy": """
+spec = find_spec(NAME)
+spec.loader = importlib.util.LazyLoader(spec.loader)
+sys.modules[NAME] = module_from_spec(spec)
+spec.loader.exec_module(sys.modules[NAME])
+""",
+    "threads": """
+from threading import Thread
+threads = [Thread(target=import_module, args=(NAME,)) for _ in range(4)]
+for thread in threads: thread.start()
+for thread in threads: thread.join()
+""",
+    "reloaded": "importlib.reload(import_module(NAME))",
+    "deleted": "import_module(NAME); del sys.modules[NAME]",
+    "tridil reloaded": "import_module(NAME); importlib.reload(tridil.ops)",
+    "tridil reloaded before": "importlib.reload(tridil.ops)",
+}
+
+
+@pytest.mark.parametrize("before", BEFORE)
+@pytest.mark.parametrize("name", LATE)
+def test_late_registrations_survive(before, name):
+    """FLOPs and shardings are registered whenever their module is executed, whatever happened to it before."""
+    pytest.importorskip("triton")
+    if name == "torch.distributed.tensor" and (not torch.distributed.is_available() or before in ("reloaded", "deleted")):
+        pytest.skip("PyTorch has no DTensor, or cannot execute it twice")
+    part, check = LATE[name]
+    code = f"""
+import importlib, os, sys
+from importlib import import_module
+from importlib.util import find_spec, module_from_spec
+os.environ["TRITON_INTERPRET"] = "1"
+import torch, tridil, tridil.ops
+NAME, PART = {name!r}, {part!r}
+assert NAME not in sys.modules
+{BEFORE[before]}
+{check}"""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_torch_function_is_asked(seed):
-    """As F.conv2d does: symbolic values and modes see the call."""
+    """Symbolic values see the call, modes that of F.conv2d; those that say that they know tridil see it, too."""
     class Mode(torch.overrides.TorchFunctionMode):
         def __torch_function__(self, func, types, args=(), kwargs=None):
             seen.append(func)
             return func(*args, **(kwargs or {}))
     for f, x, w in ((dilated_conv2d, draw(1, 4, 5, 5), draw(6, 4, 3, 3)), (dilated_conv1d, draw(1, 4, 5), draw(6, 4, 3))):
-        seen = []
-        with Mode():
-            y = f(x, w, padding=2, dilation=2, backend="aten")
-        assert f in seen
+        for Mode.knows_tridil in (False, True):
+            seen = []
+            with Mode():
+                y = f(x, w, padding=2, dilation=2, backend="aten")
+            assert seen == [f if Mode.knows_tridil else {dilated_conv2d: F.conv2d, dilated_conv1d: F.conv1d}[f]]
         def call(x, w):
             return f(x, w, padding=2, dilation=2, backend="aten")  # noqa: B023
         traced = torch.fx.symbolic_trace(call)

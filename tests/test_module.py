@@ -1,5 +1,6 @@
 """DilatedConv2d is nn.Conv2d, DilatedConv1d is nn.Conv1d."""
 import copy
+import inspect
 import io
 import pickle
 
@@ -51,6 +52,20 @@ def test_same_initialisation_and_construction():
         assert all(torch.equal(a, b) for a, b in zip(built[0].parameters(), built[1].parameters()))
     assert DilatedConv2d(4, 8, 3, 1, 2, 2, 1, True, "zeros").dilation == (2, 2)
     assert DilatedConv2d(4, 8, 3, dtype=torch.float64, device="meta").weight.dtype == torch.float64
+
+
+@pytest.mark.parametrize("plain, ours, more", [(nn.Conv2d, DilatedConv2d, ["backend"]), (nn.Conv1d, DilatedConv1d, ["causal", "backend"])])
+def test_signatures_are_written_out(plain, ours, more, device, seed):
+    """For tools that inspect them: the names, order and defaults of nn.Conv's."""
+    parameters = list(inspect.signature(ours).parameters.values())
+    expected = list(inspect.signature(plain).parameters.values())
+    assert [(p.name, p.default, p.kind) for p in parameters[:-len(more)]] == [(p.name, p.default, p.kind) for p in expected]
+    assert [(p.name, p.kind) for p in parameters[-len(more):]] == [(name, inspect.Parameter.KEYWORD_ONLY) for name in more]
+    layer = nn.utils.skip_init(ours, 3, 4, 3, dilation=2, device=device, backend="aten")
+    assert layer.backend == "aten" and layer.dilation == (2,) * len(layer.dilation) and layer.weight.device.type == device.type
+    assert nn.utils.skip_init(ours, 3, 4, 3, 1, 0, 2, bias=False).bias is None
+    with pytest.raises(TypeError, match="nonsense"):
+        ours(3, 4, 3, nonsense=1)
 
 
 @pytest.mark.parametrize("args", [

@@ -1,4 +1,6 @@
 """The torch boundary: derivatives, fakes, what is launched and what is not."""
+import subprocess
+import sys
 from collections import Counter
 from dataclasses import replace
 
@@ -8,8 +10,9 @@ import torch
 pytest.importorskip("triton")
 
 from torch.autograd import gradcheck, gradgradcheck
+from torch.nn import functional as F
 
-from tridil import dispatch, launch, ops, reference, testing
+from tridil import dilated_conv1d, dilated_conv2d, dispatch, launch, ops, reference, testing
 from tridil.problem import PASSES, Problem
 
 OPS = {pass_: getattr(torch.ops.tridil, pass_) for pass_ in PASSES}
@@ -118,6 +121,98 @@ def test_only_wanted_gradients_are_launched(needs, launches, device, seed):
         y.sum().backward()
     assert launches == Counter({k: v for k, v in dict(fprop=1, dgrad=needs[0], wgrad=needs[1]).items() if v})
     assert [t.grad is not None for t in tensors] == [bool(n) for n in needs]
+
+
+@pytest.mark.parametrize("which", [("x",), ("w",), ("bias",), ("x", "w"), ("h",), ("h", "bias")], ids="+".join)
+@pytest.mark.parametrize("dim", [1, 2])
+def test_only_gradients_that_are_asked_for_are_launched(which, dim, launches, device, seed):
+    """By torch.autograd.grad and backward(inputs=...), of leaves and of what lies between, though all require one."""
+    conv, plain = (dilated_conv2d, F.conv2d) if dim == 2 else (dilated_conv1d, F.conv1d)
+    shapes = (2, 2, *[5] * dim), (4, 2, *[3] * dim), (4,)
+    x, w, bias = (torch.randn(shape, dtype=torch.float64, device=device, requires_grad=True) for shape in shapes)
+    tensors = dict(x=x, w=w, bias=bias, h=x * 2)
+    asked, wanted = [tensors[name] for name in which], Counter(fprop=1, dgrad=bool({"x", "h"} & {*which}), wgrad="w" in which)
+
+    def grads(conv, **kwargs):
+        return torch.autograd.grad(conv(tensors["h"], w, bias, 1, 2, 2, **kwargs).square().sum(), asked, retain_graph=True)
+    expected = grads(plain)
+    for got, value in zip(grads(conv, backend="triton"), expected):
+        torch.testing.assert_close(got, value)
+    assert launches == +wanted
+    leaves = [t for t in asked if t.is_leaf]
+    if leaves and len(leaves) == len(asked):
+        launches.clear()
+        conv(x * 2, w, bias, 1, 2, 2, backend="triton").square().sum().backward(inputs=leaves)
+        assert launches == +wanted
+        for leaf, value in zip(leaves, expected):
+            torch.testing.assert_close(leaf.grad, value)
+
+
+def test_second_derivatives_that_nobody_asked_for_are_not_launched(launches, device, seed):
+    """A gradient penalty: dx, then the gradient of its norm by w alone, or by x alone."""
+    x, w = (torch.randn(shape, dtype=torch.float64, device=device, requires_grad=True) for shape in ((1, 2, 5, 5), (2, 2, 3, 3)))
+
+    def penalty(conv, **kwargs):
+        dx, = torch.autograd.grad(conv(x, w, None, 1, 2, 2, **kwargs).pow(3).sum(), x, create_graph=True)
+        return dx.square().sum()
+    expected = {t: torch.autograd.grad(penalty(F.conv2d), t)[0] for t in (x, w)}
+    value = penalty(dilated_conv2d, backend="triton")
+    assert launches == dict(fprop=1, dgrad=1)
+    for t, passes in ((w, dict(fprop=1, wgrad=2)), (x, dict(fprop=1, dgrad=1))):
+        launches.clear()
+        torch.testing.assert_close(torch.autograd.grad(value, t, retain_graph=True)[0], expected[t])
+        assert launches == passes
+
+
+@pytest.mark.parametrize("nhwc_w", [False, True])
+@pytest.mark.parametrize("nhwc_x", [False, True])
+@pytest.mark.parametrize("groups, multiplier", [(1, 2), (4, 1), (4, 2)])
+def test_the_weight_gradient_has_the_format_of_the_weight(groups, multiplier, nhwc_x, nhwc_w, device, seed):
+    """Strides of sides of length 1 included, also where C/groups is 1 and both formats are one memory; the fake agrees; it is no view."""
+    x, w = torch.randn(2, 4, 5, 6, device=device), torch.randn(4 * multiplier, 4 // groups, 3, 2, device=device)
+    x = x.contiguous(memory_format=torch.channels_last if nhwc_x else torch.contiguous_format).requires_grad_()
+    w = torch.empty_like(w, memory_format=torch.channels_last if nhwc_w else torch.contiguous_format).copy_(w).requires_grad_()
+    dw, = torch.autograd.grad(dilated_conv2d(x, w, None, 1, 2, 2, groups, backend="triton").square().sum(), w)
+    expected, = torch.autograd.grad(F.conv2d(x, w, None, 1, 2, 2, groups).square().sum(), w)
+    torch.testing.assert_close(dw, expected, rtol=1e-3, atol=1e-3)
+    assert dw.stride() == w.stride() and not dw._is_view()
+    args = torch.randn(2, 4 * multiplier, 5, 7, device=device), x.detach(), w.shape, (1, 1), (2, 2, 2, 2), (2, 2), groups, nhwc_w
+    with torch._subclasses.FakeTensorMode() as mode:
+        fake = OPS["wgrad"](*(mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in args))
+    assert fake.stride() == OPS["wgrad"](*args).stride() == w.stride()
+
+
+RELOADS = {"ops": "for _ in range(2): importlib.reload(tridil.ops)",
+           "all": "for name in sorted(n for n in sys.modules if n.startswith('tridil.') and 'kernels' not in n): importlib.reload(sys.modules[name])",
+           "package": "importlib.reload(tridil)",
+           "deleted": """
+for name in [n for n in sys.modules if n.split(".")[0] == "tridil"]: del sys.modules[name]
+import gc, tridil
+gc.collect()
+"""}
+
+
+@pytest.mark.parametrize("how", RELOADS)
+def test_the_module_may_be_executed_again(how):
+    """Operators are defined once per process; graphs and compiled functions of before go on."""
+    code = f"""
+import importlib, os, sys
+os.environ["TRITON_INTERPRET"] = "1"
+import torch, tridil, tridil.ops
+x, w = torch.randn(1, 2, 6, 6), torch.randn(3, 2, 3, 3, requires_grad=True)
+expected, = torch.autograd.grad(torch.conv2d(x, w, dilation=2).square().sum(), w)
+compiled = torch.compile(lambda: tridil.dilated_conv2d(x, w, dilation=2, backend="triton"), backend="aot_eager", fullgraph=True)
+exported = torch.export.export(tridil.DilatedConv2d(2, 3, 3, dilation=2, backend="triton"), (x,)).module()
+fprop, value, before = torch.ops.tridil.fprop, tridil.dilated_conv2d(x, w, dilation=2, backend="triton"), exported(x)
+compiled()
+{RELOADS[how]}
+assert torch.ops.tridil.fprop is fprop and torch.equal(exported(x), before)
+for y in (value, compiled(), tridil.dilated_conv2d(x, w, dilation=2, backend="triton")):
+    torch.testing.assert_close(torch.autograd.grad(y.square().sum(), w)[0], expected)
+torch.testing.assert_close(torch.func.vmap(lambda x: tridil.dilated_conv2d(x, w, dilation=2, backend="triton"))(x[None])[0], y)
+"""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_double_backward_launches_what_it_needs(launches, device, seed):

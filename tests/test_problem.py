@@ -217,3 +217,68 @@ def test_drawn_problems_are_valid():
     for _ in range(200):
         p = testing.random_problem(random.Random(random.random()))
         assert p.p >= 1 and p.q >= 1 and 0 <= p.useful_macs <= p.dense_macs
+
+
+def test_layers_of_models_and_large_maps_are_within_32_bits():
+    """What a GPU's memory holds: long signals, large images, many channels (a vmap puts its batch there)."""
+    from tridil import workloads
+    assert not [layer for layer in workloads.suite("all") if layer.problem.beyond_int32]
+    large = [Problem(1, 1, 1, 2**27, 8, 1, 3, padding=((0, 0), (2**15, 0)), dilation=(1, 2**14)), Problem(1, 4, 2**27, 1, 4, 9, 1),
+             Problem(1, 3, 2**15, 2**15, 4, 3, 3, padding=((36, 36), (36, 36)), dilation=(36, 36)),
+             Problem(1, 2**20, 33, 33, 2**20, 3, 3, padding=((36, 36), (36, 36)), dilation=(36, 36), groups=2**20),
+             Problem(2**16, 4, 128, 128, 4, 3, 3), Problem(4, 64, 1024, 1024, 64, 3, 3, (64, 64), ((512, 512), (512, 512)), (512, 512))]
+    assert [p.beyond_int32 for p in large] == [None] * len(large)
+
+
+def _extreme(rng):
+    """A problem with few outputs whose sizes, strides, dilations and padding may be of any magnitude."""
+    def axis():
+        size, taps, stride, dilation = (rng.randrange(1, 2**rng.randrange(1, bits)) for bits in (18, 4, 23, 23))
+        extent = dilation * (taps - 1) + 1
+        lo = rng.choice([0, extent // 2, extent - 1, rng.randrange(2 * extent)])
+        return size, taps, stride, (lo, max(extent - size - lo, 0) + rng.randrange(20 * stride)), dilation
+    (h, r, st_h, pad_h, dil_h), (w, s, st_w, pad_w, dil_w) = axis(), axis()
+    groups, c, k = rng.choice([(1, 3, 4), (1, 64, 32), (8, 8, 8), (1, 2**14, 8), (2, 8, 2**15)])
+    n, layout = rng.choice([1, 2, 1000]), rng.choice(["nhwc", "nchw"])
+    p = Problem(n, c, h, w, k, r, s, (st_h, st_w), (pad_h, pad_w), (dil_h, dil_w), groups, "float16", layout)
+    return p if p.p * p.q < 2000 and min(p.stride[0], h) * min(p.stride[1], w) < 300 else _extreme(rng)
+
+
+def _int32_values(launch):
+    """What a kernel computes in 32 bits from its arguments, at its extremes; offsets of lanes relative to their tile are unsigned."""
+    a = dict(launch.scalars) | dict(launch.constexprs)
+    n, h, w, p, q = (a[name] for name in "NHWPQ")
+    sh, sw, oh, ow, dh, dw = (a.get(name, 1) for name in ("stride_h", "stride_w", "off_h", "off_w", "dil_h", "dil_w"))
+    r, s, channels = a["R"], a["S"], a.get("C", 1) * a.get("G", a["K"])
+    bi, bp, bq = (a[f"BLOCK_{side}"] for side in ("IMG", "P", "Q"))
+    for size, out, stride, offset, dilation, taps in ((h, p, sh, oh, dh, r), (w, q, sw, ow, dw, s)):
+        yield from (-offset + dilation, size - offset + dilation, size - offset + taps * dilation + stride)
+        yield from ((out - 1) * stride + offset + taps * dilation, 2**31 - 2**30 + taps * dilation)            # the kernels' FAR, and any tap
+    yield from (n + bi, max(abs(oh), r * dh) * w + max(abs(ow), s * dw))
+    if "wgrad" in launch.kernel:
+        yield from (bp * sh * w + (q + bq) * sw, bq * sw * channels, bi * h + (p + bp) * sh)
+        yield from (bq * a["K"] * a.get("G", 1), bp * q + q + bq, bi * p + p + bp)
+    if launch.kernel == "correlate":
+        yield from (dw * channels, dh * w + s * dw)
+    if "COLS" in a:
+        grid_h, grid_w = a.get("grid_h", 1), a["grid_w"]
+        yield from (grid_w * a["COLS"] * 2 + q, grid_h * bp + p, (a["COLS"] + s) * dw + abs(ow))
+
+
+def test_what_is_within_32_bits_is_so_in_the_kernels(seed):
+    """Every 32-bit value of the kernels' candidates stays below 2**31, for geometries of any magnitude that are not refused."""
+    pytest.importorskip("triton")
+    from tridil import config, launch
+    rng, refused, checked = random.Random(seed), 0, 0
+    while checked < 60:
+        p = _extreme(rng)
+        if p.beyond_int32:
+            refused += 1
+            continue
+        checked += 1
+        for pass_ in PASSES:
+            for option in config.candidates(p, pass_, rng.choice(["cuda:80", "cuda:90"]))[::7]:
+                for item in launch.plan(p, pass_, option):
+                    if "sum" not in item.kernel:
+                        assert max(map(abs, _int32_values(item))) < 2**31, (p.key(), pass_, option)
+    assert refused

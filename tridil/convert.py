@@ -4,6 +4,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache, wraps
+from inspect import unwrap
 
 import torch
 from torch import nn
@@ -12,10 +14,11 @@ from torch.overrides import TorchFunctionMode
 
 from . import functional
 from .dispatch import BACKENDS
-from .module import DilatedConv1d, DilatedConv2d
-from .problem import DTYPE_BYTES, Problem, to_int
+from .module import DilatedConv1d, DilatedConv2d, _Dilated, mark_leaf, run
+from .problem import DTYPE_BYTES, Problem, pair, single, to_int
 
 LAYERS = {nn.Conv2d: DilatedConv2d, nn.Conv1d: DilatedConv1d}
+FUNCTIONS = {nn.Conv2d: (functional.dilated_conv2d, torch.conv2d), nn.Conv1d: (functional.dilated_conv1d, torch.conv1d)}
 
 
 @dataclass
@@ -36,7 +39,9 @@ def convert(model: nn.Module, *, min_dilation: int = 2, predicate: Callable[[str
     It takes layers with more than one tap whose dilation reaches `min_dilation` along an axis with more than one tap, and for which
     `predicate(name, module)`, if given, is true. Each stays the same object: parameters, buffers, hooks, parametrisations, train/eval state,
     optimizers and state_dict keys are untouched; a layer that the model uses several times is reported under its first name.
-    Subclasses of nn.Conv2d and nn.Conv1d are left alone, since they may compute something else. backend is that of the layers.
+    Subclasses of nn.Conv2d and nn.Conv1d stay what they are and become `DilatedConv2d` or `DilatedConv1d` in addition, where their forward comes to
+    the convolution of nn.Conv2d or nn.Conv1d; others are left alone but for those that `predicate` names: they keep their code, whose calls of
+    F.conv2d or F.conv1d run as `dilated_conv2d` or `dilated_conv1d`. backend is that of the layers, also of those converted before.
 
     Raises TypeError and ValueError for arguments that are none of these, before anything is changed.
     """
@@ -51,14 +56,21 @@ def convert(model: nn.Module, *, min_dilation: int = 2, predicate: Callable[[str
     for name, module in model.named_modules():
         if isinstance(module, nn.modules.conv._ConvNd) or getattr(module, "original_name", None) in ("Conv1d", "Conv2d"):
             reason = _reason(name, module, min_dilation, predicate)
-            if reason:
-                report.skipped[name] = reason
-            else:
-                report.replaced.append(name)
+            if reason is None:
                 chosen.append(module)
+                if "_converted" in module.__dict__:
+                    before = "" if module.backend == backend else f": its backend was {module.backend!r} and is {backend!r} now"
+                    reason = f"is a {_plain_class(module).__name__} already{before}"
+            if reason is None:
+                report.replaced.append(name)
+            else:
+                report.skipped[name] = reason
     for module in chosen:
-        _become(module, LAYERS[_plain_class(module)])
-        module.backend, module._converted = backend, True
+        if "_converted" not in module.__dict__:
+            _become(module, _tridil_class(_plain_class(module)))
+            module._converted = True
+            mark_leaf(module)
+        module.backend = backend
     return report
 
 
@@ -70,12 +82,14 @@ def revert(model: nn.Module) -> list[str]:
     _check_model(model)
     plain = {tridil: plain for plain, tridil in LAYERS.items()}
     converted = {name: module for name, module in model.named_modules() if "_converted" in module.__dict__}
-    for name, module in converted.items():
-        if _plain_class(module) not in plain:
+    classes = [plain.get(cls) or vars(cls).get("_plain") for cls in map(_plain_class, converted.values())]
+    for (name, module), cls in zip(converted.items(), classes):
+        if cls is None:
             raise ValueError(f"layer {name} is a {type(module).__name__}: revert before the model is wrapped")
-    for module in converted.values():
-        del module.backend, module._converted
-        _become(module, plain[_plain_class(module)])
+    for module, cls in zip(converted.values(), classes):
+        for attribute in ("backend", "_converted", "__module__"):
+            module.__dict__.pop(attribute, None)
+        _become(module, cls)
     return list(converted)
 
 
@@ -100,6 +114,7 @@ def scan(model: Callable, *inputs, **kwargs) -> Counter[Problem]:
 
 class _Recorder(TorchFunctionMode):
     """Counts the Problems of convolutions that return."""
+    knows_tridil = True
     aten = torch.ops.aten
     functions = {2: (torch.conv2d, aten.conv2d, aten.conv2d.default, aten.conv2d.padding, functional.dilated_conv2d),
                  1: (torch.conv1d, aten.conv1d, aten.conv1d.default, aten.conv1d.padding, functional.dilated_conv1d)}
@@ -149,24 +164,70 @@ def _become(module, cls):
 def _reason(name, module, min_dilation, predicate) -> str | None:
     """Why `convert` leaves a convolution layer alone."""
     cls = _plain_class(module)
+    base = next((base for base in LAYERS if issubclass(cls, base)), None)
     if isinstance(module, torch.jit.ScriptModule):
         return "is TorchScript: convert the model before torch.jit.script"
-    if cls in LAYERS.values():
+    if isinstance(module, _Dilated) and "_converted" not in module.__dict__:
         return f"is a {cls.__name__} already"
     if isinstance(module, nn.modules.lazy.LazyModuleMixin):
         return "is not initialised: run the model once before convert"
-    if cls not in LAYERS:
-        base = next((c.__name__ for c in LAYERS if issubclass(cls, c)), None)
-        return f"{cls.__module__}.{cls.__qualname__} " + (f"is a subclass of nn.{base} and may compute something else" if base else
-                                                          "is neither nn.Conv2d nor nn.Conv1d")
+    if base is None:
+        return f"{cls.__module__}.{cls.__qualname__} is neither nn.Conv2d nor nn.Conv1d"
     if {"forward", "_conv_forward"} & module.__dict__.keys():
         return "its forward was replaced on the object"
-    kernel = "x".join(map(str, module.kernel_size))
-    dilation = max((d for d, taps in zip(module.dilation, module.kernel_size) if taps > 1), default=0)
+    try:
+        taps, dilations = ((single(value, name),) if base is nn.Conv1d else pair(value, name) for name, value in (
+            ("kernel_size", module.kernel_size), ("dilation", module.dilation)))
+    except (TypeError, ValueError) as e:
+        return f"PyTorch does not run it: {e}"
+    kernel = "x".join(map(str, taps))
+    dilation = max((d for d, t in zip(dilations, taps) if t > 1), default=0)
     if not dilation:
         return f"kernel {kernel} has one tap"
     if dilation < min_dilation:
         return f"dilation {dilation} of kernel {kernel} is below min_dilation={min_dilation}"
+    if not isinstance(module, _Dilated) and cls is not base:
+        subclass = f"{cls.__module__}.{cls.__qualname__} is a subclass of nn.{base.__name__} "
+        if hasattr(module, "backend"):
+            return subclass + "with a backend of its own"
+        if predicate is None and not _comes_to_nn_conv(cls):
+            return subclass + "and may compute something else: a predicate that names it converts it"
     if predicate is not None and not predicate(name, module):
         return "predicate is false"
     return None
+
+
+@cache
+def _comes_to_nn_conv(cls) -> bool:
+    """Whether a subclass convolves by nn.Conv's own `_conv_forward`, as far as its code shows: by nn.Conv's forward, or one that calls it."""
+    base = next(base for base in LAYERS if issubclass(cls, base))
+    if cls._conv_forward is not base._conv_forward:
+        return False
+    methods = [unwrap(value) for c in cls.__mro__[:cls.__mro__.index(base)] for value in vars(c).values() if callable(value)]
+    return cls.forward is base.forward or any({"forward", "_conv_forward"} & set(m.__code__.co_names) for m in methods if hasattr(m, "__code__"))
+
+
+@cache
+def _tridil_class(cls) -> type:
+    """The class of a converted layer of class `cls`, of users' classes one that derives from both."""
+    base = next(base for base in LAYERS if issubclass(cls, base))
+    if cls is base:
+        return LAYERS[base]
+    function, plain = FUNCTIONS[base]
+
+    @wraps(cls.forward)
+    def forward(self, *args, **kwargs):
+        with functional.Reroute(function, plain, {"backend": self.backend}):
+            return cls.forward(self, *args, **kwargs)
+
+    def conv_forward(self, input, weight, bias):             # a `causal` that the class may have is its own concern
+        return run(function, self, input, weight, bias)
+    own = {"_conv_forward": conv_forward} if _comes_to_nn_conv(cls) else {"forward": forward, "_conv_forward": cls._conv_forward}
+    return type(cls)(f"Dilated{cls.__name__}", (LAYERS[base], cls), own | {
+        "_plain": cls, "__module__": cls.__module__, "__doc__": cls.__doc__, "__init__": cls.__init__, "extra_repr": _Dilated.extra_repr,
+        "__reduce_ex__": lambda self, protocol: (_new, (cls,), *super(LAYERS[base], self).__reduce_ex__(protocol)[2:])})
+
+
+def _new(cls):
+    """An object of `_tridil_class`, for pickle and copy."""
+    return object.__new__(_tridil_class(cls))

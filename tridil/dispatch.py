@@ -63,7 +63,12 @@ def _driver_target() -> str:
 
 def can_run(problem: Problem, device) -> str | None:
     """None when the Triton kernels can run `problem` on tensors of `device` (a torch.device), else the reason."""
-    return _unsupported(problem.dtype) or _serves(device.type)
+    return _unfit(problem) or _serves(device.type)
+
+
+def _unfit(problem: Problem) -> str | None:
+    """Why the kernels run `problem` nowhere. Under torch.compile sizes may be symbols: the operators ask for the geometry again."""
+    return _unsupported(problem.dtype) or (None if torch.compiler.is_compiling() else problem.beyond_int32)
 
 
 def _unsupported(dtype: str) -> str | None:
@@ -87,7 +92,8 @@ _serves._dynamo_marked_constant = True
 
 
 def choose(problem: Problem, device, backend: str = "auto") -> str:
-    """"triton" or "aten". "auto" (TRIDIL_BACKEND overrides it) is ATen on CPU tensors and wherever Triton cannot run.
+    """"triton" or "aten". "auto" (TRIDIL_BACKEND overrides it) is ATen on CPU tensors and wherever Triton cannot run. On meta tensors ATen says the
+    shapes, whatever is asked for.
 
     Raises ValueError for an unknown backend; when "triton" cannot run the problem, TypeError for its dtype, else NotImplementedError, with the
     reason.
@@ -99,11 +105,11 @@ def choose(problem: Problem, device, backend: str = "auto") -> str:
     if backend == "auto":
         return "aten" if device.type == "cpu" or can_run(problem, device) or _too_old(device.type, device.index) else "triton"
     if backend == "triton":
-        reason = can_run(problem, device)
+        reason = _unfit(problem) if device.type == "meta" else can_run(problem, device)
         if reason:
             error = TypeError if _unsupported(problem.dtype) else NotImplementedError
             raise error(f"backend='triton' cannot run this convolution: {reason}")
-    return backend
+    return "aten" if device.type == "meta" else backend
 
 
 def _too_old(device_type: str, index: int | None) -> str | None:
@@ -128,7 +134,7 @@ def explain(problem: Problem, device, backend: str = "auto", target_: str | None
     from . import cost_model, tuner
     from .ops import fp32_precision
     if target_:
-        aim, device, chosen = target_, None, "triton"           # of the GPU that stands for the target
+        aim, device, chosen = target_, None, "aten" if _unfit(problem) else "triton"       # of the GPU that stands for the target
     else:
         aim, chosen = target(), choose(problem, device, backend)
     variable = os.environ.get("TRIDIL_BACKEND", "auto") if backend == "auto" else backend
@@ -137,7 +143,9 @@ def explain(problem: Problem, device, backend: str = "auto", target_: str | None
     for pass_ in PASSES:
         precision = fp32_precision(aim) if problem.dtype == "float32" else "ieee"
         choice = tuner.decide(problem, pass_, aim, precision, device)
-        if variable != "auto":
+        if problem.is_empty:
+            runs, why = "aten", f"there is nothing to multiply: n={problem.n}, c={problem.c}, {problem.h}x{problem.w}"
+        elif variable != "auto":
             runs, why = variable, "asked for" if backend != "auto" else f"TRIDIL_BACKEND={variable}"
         elif chosen == "aten":
             runs, why = "aten", can_run(problem, device) or _too_old(device.type, device.index) or "CPU tensors run through ATen"

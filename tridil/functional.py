@@ -3,12 +3,24 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import lru_cache
 
 import torch
+from torch._subclasses import FakeTensor
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.nn import functional as F
-from torch.overrides import handle_torch_function, has_torch_function_variadic
+from torch.overrides import (
+    TorchFunctionMode,
+    _get_current_function_mode_stack,
+    _get_overloaded_args,
+    _pop_mode,
+    _push_mode,
+    handle_torch_function,
+    has_torch_function_variadic,
+)
+from torch.utils._device import DeviceContext
 
 from . import dispatch, ops
 from .problem import Problem, pair, problem_of, single, to_int
@@ -25,8 +37,9 @@ def dilated_conv2d(input, weight, bias=None, stride=1, padding=0, dilation=1, gr
     `F.conv2d`, "auto" (or the environment variable TRIDIL_BACKEND) the kernels for tensors on a GPU that the active Triton driver serves and
     ATen elsewhere. Raises TypeError and ValueError, with the values, where `F.conv2d` raises.
     """
-    if has_torch_function_variadic(input, weight, bias):    # torch.fx, TorchFunctionModes, subclasses
-        return handle_torch_function(dilated_conv2d, (input, weight, bias), input, weight, bias, stride, padding, dilation, groups, backend=backend)
+    compiling = torch.compiler.is_compiling()
+    if has_torch_function_variadic(input, weight, bias) or compiling and _foreign_modes():
+        return _show(dilated_conv2d, torch.conv2d, (input, weight, bias), stride, padding, dilation, groups, backend=backend)
     dtype, autocast = _dtype(input, weight, bias)
     if input.layout != torch.strided or weight.layout != torch.strided:
         _check_layout(input, weight, backend)
@@ -35,11 +48,10 @@ def dilated_conv2d(input, weight, bias=None, stride=1, padding=0, dilation=1, gr
     padding = padding if type(padding) in (int, str) else pair(padding, "padding")
     dilation = dilation if type(dilation) is int else pair(dilation, "dilation")
     groups = to_int(groups, "groups")
-    compiling = torch.compiler.is_compiling()
     lookup = _problem.__wrapped__ if compiling else _problem
     problem = lookup(input.shape, input.stride(), weight.shape, weight.stride(), None if bias is None else bias.shape,
                      stride, padding, dilation, groups, dtype, input.device.type)
-    chosen, auto = _choose(problem, input.device, backend)
+    chosen, auto = _choose(problem, input, backend)
     if chosen == "aten" or problem.is_empty or (compiling or torch._C._get_tracing_state()) and _to_onnx():
         return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
     y = _run(input if input.dim() == 4 else input.unsqueeze(0), weight, bias, problem, dtype, autocast, auto)
@@ -72,9 +84,9 @@ def dilated_conv1d(input, weight, bias=None, stride=1, padding=0, dilation=1, gr
     inputs up to t*stride: it has ceil(L/stride) samples. backend, autocast, derivatives and errors are those of `dilated_conv2d`; causal=True
     with another padding than 0 raises ValueError.
     """
-    if has_torch_function_variadic(input, weight, bias):
-        return handle_torch_function(dilated_conv1d, (input, weight, bias), input, weight, bias, stride, padding, dilation, groups,
-                                     causal=causal, backend=backend)
+    compiling = torch.compiler.is_compiling()
+    if has_torch_function_variadic(input, weight, bias) or compiling and _foreign_modes():
+        return _show(dilated_conv1d, torch.conv1d, (input, weight, bias), stride, padding, dilation, groups, causal=causal, backend=backend)
     dtype, autocast = _dtype(input, weight, bias)
     if input.layout != torch.strided or weight.layout != torch.strided:
         _check_layout(input, weight, backend)
@@ -82,15 +94,80 @@ def dilated_conv1d(input, weight, bias=None, stride=1, padding=0, dilation=1, gr
             raise TypeError(f"causal=True needs strided tensors, got {input.layout} and {weight.layout}: convert them with .to_dense()")
         return F.conv1d(input, weight, bias, stride, padding, dilation, groups)
     problem = _problem_1d(input, weight, bias, stride, padding, dilation, groups, causal, dtype)
-    compiling = torch.compiler.is_compiling()
-    chosen, auto = _choose(problem, input.device, backend)
+    chosen, auto = _choose(problem, input, backend)
     if chosen == "aten" or problem.is_empty or (compiling or torch._C._get_tracing_state()) and _to_onnx():
         if causal and problem.padding[1][0]:
             input = F.pad(input, problem.padding[1])
         return F.conv1d(input, weight, bias, stride, padding, dilation, groups)
     x = input if input.dim() == 3 else input.unsqueeze(0)
-    y = _run(x.unsqueeze(2), weight.unsqueeze(2), bias, problem, dtype, autocast, auto).squeeze(2)
+    y = _run(x, weight, bias, problem, dtype, autocast, auto)
     return y if input.dim() == 3 else y.squeeze(0)
+
+
+def _foreign_modes() -> list:
+    """Torch function modes but for the one of a default device."""
+    return [mode for mode in _get_current_function_mode_stack() if not isinstance(mode, DeviceContext)]
+
+
+def _show(function, plain, tensors, *args, **kwargs):
+    """`function` before those who watch torch functions: modes and subclasses see `plain` (F.conv2d, F.conv1d), as with a plain layer, and where they
+    hand it on, `function` runs; under torch.compile, ATen. torch.fx and classes with a true `knows_tridil` see `function` itself."""
+    compiling = torch.compiler.is_dynamo_compiling()
+    modes, values = _foreign_modes(), () if compiling else _get_overloaded_args(tensors)
+    knowing = (isinstance(watcher, torch.fx.Proxy) or getattr(type(watcher), "knows_tridil", False) for watcher in (*modes[-1:], *values))
+    if not (compiling or modes or values) or any(knowing):
+        return handle_torch_function(function, tensors, *tensors, *args, **kwargs)
+    if kwargs.pop("causal", False):
+        input, weight, bias = tensors
+        _problem_1d(input, weight, bias, *args, True, _dtype(*tensors)[0])     # raises for arguments that do not go together
+        tensors = F.pad(input, (single(args[2], "dilation") * (weight.shape[2] - 1), 0)), weight, bias
+    if compiling:
+        return plain(*tensors, *args)
+    with _at_the_bottom(_Below(function, plain, kwargs)):
+        return plain(*tensors, *args)
+
+
+class Reroute(TorchFunctionMode):
+    """Calls `function` for `plain`, with kwargs beside: what `convert` puts around layers whose own code calls F.conv2d or F.conv1d."""
+
+    def __init__(self, function, plain, kwargs):
+        super().__init__()
+        self.function, self.plain, self.kwargs = function, plain, kwargs
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return self.function(*args, **(kwargs or {}), **self.kwargs) if func is self.plain else func(*args, **(kwargs or {}))
+
+
+class _Below(Reroute):
+    """The same below all other modes, after the subclasses among the arguments have seen `plain`."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        values = _get_overloaded_args((*args, *kwargs.values())) if func is self.plain else ()
+        if not values:
+            return super().__torch_function__(func, types, args, kwargs)
+        with self:                                          # what a subclass makes of it comes here again
+            for value in values:
+                result = value.__torch_function__(func, types, args, kwargs)
+                if result is not NotImplemented:
+                    return result
+        return func(*args, **kwargs)                        # raises what PyTorch raises
+
+
+@contextmanager
+def _at_the_bottom(mode):
+    """Puts a mode below those that are active."""
+    modes = [_pop_mode() for _ in _get_current_function_mode_stack()]
+    shown = [mode, *(other for other in reversed(modes) if not isinstance(other, _Below))]
+    for other in shown:
+        _push_mode(other)
+    try:
+        yield
+    finally:
+        for _ in shown:
+            _pop_mode()
+        for other in reversed(modes):
+            _push_mode(other)
 
 
 def _refuse_torchscript():
@@ -136,11 +213,24 @@ _to_onnx._dynamo_marked_constant = True
 
 
 def _run(x, weight, bias, problem: Problem, dtype, autocast, auto) -> torch.Tensor:
-    """`ops.convolve` of 4D tensors, in dtype."""
+    """`ops.convolve` of batched tensors, in dtype."""
     if not autocast:
         return ops.convolve(x, weight, bias, problem, auto)
-    with torch.autocast(x.device.type, enabled=False):
-        return ops.convolve(x.to(dtype), weight.to(dtype), bias if bias is None else bias.to(dtype), problem, auto)
+    x, weight, bias = _cast(x, dtype), _cast(weight, dtype), bias if bias is None else bias.to(dtype)
+    with torch.autocast(x.device.type, enabled=False) if torch.compiler.is_compiling() else torch._C._DisableAutocast():
+        return ops.convolve(x, weight, bias, problem, auto)
+
+
+def _cast(t, dtype) -> torch.Tensor:
+    """t in autocast's dtype. Of parameters it is the copy that autocast keeps for F.conv2d, as a convolution of no images saves it."""
+    if (t.dtype is torch.float32 and dtype is not torch.float32 and t.requires_grad and t.is_leaf and not t._is_view() and type(t) in ops.ORDINARY
+            and torch.is_autocast_cache_enabled() and torch._C._autograd._saved_tensors_hooks_is_enabled() and not torch.compiler.is_compiling()
+            and not (torch.is_inference_mode_enabled() or torch._C._are_functorch_transforms_active() or get_proxy_mode())):
+        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):    # its saving is nobody's concern
+            y = (F.conv2d if t.dim() == 4 else F.conv1d)(t.new_empty((0, *t.shape[1:]), dtype=dtype), t)
+        if y.requires_grad:
+            return y.grad_fn._saved_weight
+    return t.to(dtype)
 
 
 def _problem_1d(input, weight, bias, stride, padding, dilation, groups, causal, dtype) -> Problem:
@@ -166,19 +256,23 @@ def _problem_1d(input, weight, bias, stride, padding, dilation, groups, causal, 
 _chosen: dict = {}
 
 
-def _choose(problem, device, backend) -> tuple[str, bool]:
+def _choose(problem, input, backend) -> tuple[str, bool]:
     """(what runs, "triton" or "aten"; whether a pass may run through ATen though the kernels could run it)."""
-    variable = os.environ.get("TRIDIL_BACKEND", "auto") if backend == "auto" else backend
+    variable, device = os.environ.get("TRIDIL_BACKEND", "auto") if backend == "auto" else backend, input.device
     auto = variable == "auto"
-    if torch.compiler.is_compiling() or variable == "aten" or auto and device.type == "cpu":
+    if torch.compiler.is_compiling() or variable == "aten" or auto and device.type == "cpu" or problem.beyond_int32:
         return dispatch.choose(problem, device, backend), auto
     try:
-        key = problem.dtype, device, variable, *ops.switches(device)
+        key = problem.dtype, device, variable, ops.driver_device(device), auto and os.environ.get("TRIDIL_TARGET")
     except Exception:                   # no Triton, or whatever a driver raises where it finds no device
-        return dispatch.choose(problem, device, backend), auto
-    if key not in _chosen:
-        _chosen[key] = dispatch.choose(problem, device, backend)
-    return _chosen[key], auto
+        key = None
+    if key in _chosen:
+        return _chosen[key], auto
+    is_there = not (isinstance(input, FakeTensor) and dispatch.can_run(problem, device))     # the device of a fake tensor need not be
+    chosen = dispatch.choose(problem, device if is_there else torch.device("meta"), backend)
+    if key and is_there:
+        _chosen[key] = chosen
+    return chosen, auto
 
 
 @lru_cache(maxsize=4096)

@@ -9,20 +9,12 @@ from .functional import dilated_conv1d, dilated_conv2d
 
 
 class _Dilated:
-    """What both layers have beside torch's: the backend."""
+    """What both layers have beside torch's: the backend. `convert` derives classes from it and from users' layers: it adds no other names."""
     backend = "auto"                                     # of objects pickled without one
 
-    def __init__(self, *args, backend: str = "auto", **kwargs):
-        super().__init__(*args, **kwargs)
-        if backend not in BACKENDS:
-            raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
-        self.backend = backend
-
-    def _pad(self, input):
-        """input and the zero padding that is left to do"""
-        if self.padding_mode == "zeros":
-            return input, self.padding
-        return pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode), 0
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        mark_leaf(self)
 
     def extra_repr(self) -> str:
         return super().extra_repr() + ("" if self.backend == "auto" else f", backend={self.backend!r}")
@@ -32,15 +24,42 @@ class _Dilated:
                         f"(tridil.revert(model) after tridil.convert(model); the state_dict is the same)")
 
 
+def _finish(layer, backend: str):
+    """The end of __init__."""
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
+    layer.backend = backend
+    mark_leaf(layer)
+
+
+def run(function, layer, input, weight, bias, **kwargs):
+    """What nn.Conv's _conv_forward computes, by dilated_conv2d or dilated_conv1d."""
+    padding = layer.padding
+    if layer.padding_mode != "zeros":
+        input, padding = pad(input, layer._reversed_padding_repeated_twice, mode=layer.padding_mode), 0
+    return function(input, weight, bias, layer.stride, padding, layer.dilation, layer.groups, backend=layer.backend, **kwargs)
+
+
+def mark_leaf(layer: nn.Module):
+    """Makes torch.fx call a layer and not trace through it, as it does with those of torch.nn: tracers ask the object for its module. Subclasses that
+    users derive are traced through, as those of nn.Conv2d are."""
+    if type(layer).__module__ in (__name__, "torch.nn.utils.parametrize"):
+        layer.__module__ = "torch.nn"
+
+
 class DilatedConv2d(_Dilated, nn.Conv2d):
     """`torch.nn.Conv2d` with the same arguments, state_dict and results; input (N, C, H, W) or (C, H, W).
 
     backend: "auto", "triton" or "aten", as in `dilated_conv2d`. Raises ValueError for another name.
     """
 
+    def __init__(self, in_channels, out_channels, kernel_size, stride=1, padding=0, dilation=1, groups=1, bias=True, padding_mode="zeros",
+                 device=None, dtype=None, *, backend: str = "auto"):
+        super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, dtype)
+        _finish(self, backend)
+
     def _conv_forward(self, input, weight, bias):
-        input, padding = self._pad(input)
-        return dilated_conv2d(input, weight, bias, self.stride, padding, self.dilation, self.groups, backend=self.backend)
+        return run(dilated_conv2d, self, input, weight, bias)
 
 
 class DilatedConv1d(_Dilated, nn.Conv1d):
@@ -51,16 +70,17 @@ class DilatedConv1d(_Dilated, nn.Conv1d):
     """
     causal = False
 
-    def __init__(self, *args, causal: bool = False, **kwargs):
-        super().__init__(*args, **kwargs)
+    def __init__(self, in_channels, out_channels, kernel_size, stride=1, padding=0, dilation=1, groups=1, bias=True, padding_mode="zeros",
+                 device=None, dtype=None, *, causal: bool = False, backend: str = "auto"):
+        super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, dtype)
+        _finish(self, backend)
         if causal and (self.padding != (0,) or self.padding_mode != "zeros"):
             raise ValueError(f"causal=True pads by itself, with dilation*(kernel_size-1) zeros on the left: leave padding at 0 and padding_mode at "
                              f"'zeros', got padding={self.padding} and padding_mode={self.padding_mode!r}")
         self.causal = causal
 
     def _conv_forward(self, input, weight, bias):
-        input, padding = self._pad(input)
-        return dilated_conv1d(input, weight, bias, self.stride, padding, self.dilation, self.groups, causal=self.causal, backend=self.backend)
+        return run(dilated_conv1d, self, input, weight, bias, causal=self.causal)
 
     def extra_repr(self) -> str:
         return super().extra_repr() + (", causal=True" if self.causal else "")

@@ -212,6 +212,33 @@ class Problem:
         """Whether the residue classes of `dgrad_axes` write every element of dx (else dx starts as zeros)."""
         return all(sum(a.out for a in axes) == size for axes, size in zip(self.dgrad_axes, (self.h, self.w)))
 
+    @cached_property
+    def beyond_int32(self) -> str | None:
+        """Why the kernels, whose integers have 32 bits, cannot run this geometry, with the numbers; None where they can.
+
+        It bounds, for tiles of up to 1024 pixels, coordinates, the steps of the loops between rows, pixels and images, and how many elements before a
+        tensor a tile begins: with the tensor's own they must fit in 32 bits without a sign, with the flat kernel's (below 2**30 elements) in 31.
+        """
+        elements = max(map(math.prod, (self.x_shape, self.w_shape, self.y_shape)))
+        most = 2**30 if elements < 2**30 else 2**31 if elements < 2**31 else math.inf       # from then on addresses have 64 bits
+        for pass_ in ("fprop", "dgrad"):
+            hs, ws = self.dgrad_axes if pass_ == "dgrad" else ([axis] for axis in self.fprop_axes)
+            if not (hs and ws):
+                continue
+            far_h, far_w = (max(abs(a.offset) for a in axes) for axes in (hs, ws))
+            box_h, box_w = (max(min(1024, 2 * a.out) * a.stride for a in axes) for axes in (hs, ws))
+            height, width = (max(*(a.out for a in axes), axes[0].size) for axes in (hs, ws))
+            values = (
+                ("a coordinate", max(a.size + abs(a.offset) + (a.out + 1024) * a.stride + (a.taps + 1024) * a.dilation for a in (*hs, *ws)), 2**30),
+                ("a step between rows", max(far_h, box_h, hs[0].taps * hs[0].dilation) * width, 2**30),
+                ("a step between pixels", max(box_w, ws[0].dilation) * max(self.c, self.k), 2**31),
+                ("a step between images", max(min(1024, 2 * self.n) * height, self.n + 1024), 2**31),
+                ("a tile's distance before the tensor", (far_h * ws[0].size + far_w) * (self.k if pass_ == "dgrad" else self.c), most))
+            for what, value, limit in values:
+                if value >= limit:
+                    return f"{what} reaches {value} in {pass_} of {self.key()}, and the kernels count in 32 bits (up to {limit})"
+        return None
+
     # ---- work
     @property
     def dense_macs(self) -> int:

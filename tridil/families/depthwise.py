@@ -209,13 +209,13 @@ class Depthwise(Family):
         kept &= registers(c, lanes, problem, shift, target) <= (170 if is_wgrad else 180)
         c, rows = {name: values[kept] for name, values in c.items()}, h.out if is_wgrad else -(-h.out // grid_step(h))
         along = {cols: anchors(w, cols) for cols in counts}
-        return c, [lane_shapes(count, problem.n, rows, along[cols]) for count, cols in zip(lanes[kept].tolist(), c["COLS"].tolist())]
+        return c, [lane_shapes(count, max(problem.n, 1), rows, along[cols]) for count, cols in zip(lanes[kept].tolist(), c["COLS"].tolist())]
 
     def _shares(self, problem: Problem, c: dict, device: Device) -> np.ndarray:
         """Of wgrad the shares of the boxes of dy for about four programs of four warps per SM: at most one box each, 64 MiB of partial results."""
         (h, w), most = problem.fprop_axes, 2**26 // (max(DTYPE_BYTES[problem.dtype], 4) * prod(problem.w_shape))
         lanes = np.array([anchors(w, cols) for cols in range(1, c["COLS"].max() + 1)])[c["COLS"] - 1]
-        boxes = -(-problem.n // c["BLOCK_IMG"]) * -(-h.out // c["BLOCK_P"]) * -(-lanes // c["BLOCK_Q"])
+        boxes = -(-max(problem.n, 1) // c["BLOCK_IMG"]) * -(-h.out // c["BLOCK_P"]) * -(-lanes // c["BLOCK_Q"])
         programs = -(-problem.k // c["BLOCK_N"]) * -(-h.taps // c["ROWS"]) * -(-w.taps // c["TAPS"])
         shares = np.maximum(1, np.minimum(16 * device.sms // (c["num_warps"] * programs), np.minimum(boxes, most)))
         return -(-boxes // -(-boxes // shares))
@@ -281,6 +281,7 @@ class Depthwise(Family):
         issue = l2 = waves = 0.0
         for axes in problem.axes(pass_):
             macs, live, walked, iterations, programs = self._walk(problem, pass_, c, axes)
+            programs = np.maximum(programs, 1)
             shift = shift_of(axes[1])
             slots = macs / threads + warps * (live * (per * assumed.DIRECT_COLUMN + assumed.DIRECT_COLUMN_MASK) + walked * move
                                               + programs * assumed.DIRECT_PROGRAM)

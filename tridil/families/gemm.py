@@ -106,7 +106,7 @@ class Search:
     def __init__(self, problem: Problem, pass_: str):
         self.problem, self.pass_ = problem, pass_
         axes = problem.axes(pass_)
-        self.sides = problem.n, max((h.out for h, _ in axes), default=1), max((w.out for _, w in axes), default=1)
+        self.sides = max(problem.n, 1), max((h.out for h, _ in axes), default=1), max((w.out for _, w in axes), default=1)
         self.axes = [list(dict.fromkeys(axis)) for axis in zip(*axes)] or [[], []]      # residue classes of a strided dgrad
         self._found: dict = {}
 
