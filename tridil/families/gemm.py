@@ -183,7 +183,7 @@ def flat_rectangles(problem: Problem, columns: int) -> tuple[np.ndarray, np.ndar
         (r0, s0), (r1, s1) = divmod(first // c, problem.s), divmod(last // c, problem.s)
         s0, s1 = (s0, s1) if r0 == r1 else (0, problem.s - 1)
         found.append((h.live_out_any(r0, r1), w.live_out_any(s0, s1)))
-    heights, widths = np.array(found).T
+    heights, widths = np.array(found, np.int64).reshape(-1, 2).T
     return heights, widths
 
 
