@@ -11,21 +11,21 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "perf"))
 
 import layers  # noqa: E402
 
-from tridil import config, cost_model, dispatch, launch, testing, workloads  # noqa: E402
+from tridil import config, cost_model, drivers, launch, testing, workloads  # noqa: E402
 from tridil.problem import PASSES  # noqa: E402
 
 LANES, BOXES = ("global_load_bytes", "global_store_bytes"), ("g2s_bytes", "s2g_bytes")      # lanes' copies to shared memory count in both
 for pass_ in PASSES:
     seen, worst = set(), 0.0
     for w in workloads.suite("depthwise")[::int(sys.argv[2]) if sys.argv[2:] else 1]:
-        cfg = cost_model.best(w.problem, pass_, dispatch.target())
+        cfg = cost_model.best(w.problem, pass_, drivers.target())
         memory, _ = config.moved_bytes(w.problem, pass_, cfg)
         if w.kind == "depthwise" and pass_ != "wgrad":
             worst = max(worst, memory / w.problem.bytes)
         p, cfg = layers.reduced(w.problem, cfg, 512)
         p = replace(p, n=1)
         key = p, cfg
-        if key in seen or config.fits(cfg, p, pass_, dispatch.target()):
+        if key in seen or config.fits(cfg, p, pass_, drivers.target()):
             continue
         seen.add(key)
         x, weight, _, dy = testing.random_tensors(p)
@@ -35,6 +35,6 @@ for pass_ in PASSES:
         counted = sum(item.stats[name] for item in ptxemu.launches for name in LANES + BOXES * (cfg["kernel"] == "tma"))
         reported = config.moved_bytes(p, pass_, cfg)[1]
         assert counted == reported if w.kind == "depthwise" else counted <= reported, (pass_, p.key(), cfg, counted, reported)
-    print(f"{pass_}: {len(seen)} geometries, bytes as reported on {dispatch.target()}"
+    print(f"{pass_}: {len(seen)} geometries, bytes as reported on {drivers.target()}"
           + (f"; memory traffic / compulsory of depthwise layers at most {worst:.2f}" if worst else ""), flush=True)
     assert worst <= 1.3

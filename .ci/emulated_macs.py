@@ -10,14 +10,14 @@ import ptxemu
 
 ptxemu.install(int(sys.argv[1]), halo="ignore")
 
-from tridil import config, cost_model, dispatch, launch, testing, workloads  # noqa: E402
+from tridil import config, cost_model, drivers, launch, testing, workloads  # noqa: E402
 from tridil.problem import PASSES  # noqa: E402
 
 for pass_ in PASSES:
     executed = useful = 0
     seen = {}
     for w in workloads.suite("aspp"):
-        cfg = cost_model.best(w.problem, pass_, dispatch.target())
+        cfg = cost_model.best(w.problem, pass_, drivers.target())
         useful += w.problem.useful_macs
         if cfg["kernel"] == "depthwise":
             executed += config.executed_macs(w.problem, pass_, cfg)
@@ -32,5 +32,5 @@ for pass_ in PASSES:
             seen[key] = ptxemu.totals["macs"] - before
             assert seen[key] == config.executed_macs(p, pass_, cfg), (pass_, p.key(), seen[key], config.executed_macs(p, pass_, cfg))
         executed += seen[key] * w.problem.useful_macs / p.useful_macs
-    print(f"{pass_}: {len(seen)} geometries, executed/useful {executed / useful:.3f} counted on {dispatch.target()}", flush=True)
+    print(f"{pass_}: {len(seen)} geometries, executed/useful {executed / useful:.3f} counted on {drivers.target()}", flush=True)
     assert executed / useful <= 1.10

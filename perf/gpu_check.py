@@ -30,13 +30,13 @@ SANITIZED = """
 import os
 os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
 import torch
-from tridil import launch, cost_model, dispatch, testing
+from tridil import cost_model, drivers, launch, testing
 from tridil.problem import PASSES, Problem
 for p in (Problem(2, 64, 17, 19, 64, 3, 3, padding=((6, 6), (6, 6)), dilation=(6, 6)), Problem(1, 3, 16, 16, 8, 3, 3, dilation=(2, 2)),
           Problem(2, 32, 15, 15, 32, 3, 3, padding=((2, 2), (2, 2)), dilation=(2, 2), groups=32)):
     x, w, bias, dy = testing.random_tensors(p, "cuda")
     for pass_, operands in zip(PASSES, ((x, w, bias), (dy, w), (dy, x))):
-        getattr(launch, pass_)(p, *operands, cost_model.best(p, pass_, dispatch.target()))
+        getattr(launch, pass_)(p, *operands, cost_model.best(p, pass_, drivers.target()))
 torch.cuda.synchronize()
 """
 

@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from torch.nn import functional as F
 
-from tridil import cost_model, devices, dilated_conv2d, dispatch, functional, tuner
+from tridil import choice, cost_model, devices, dilated_conv2d, drivers, functional
 from tridil.problem import PASSES, Problem
 
 # a dilated layer of DeepLabV3-ResNet50, which takes one kernel per pass but for wgrad's sum; what runs through ATen is small, since it computes
@@ -149,7 +149,7 @@ def measure(target: str, repetitions: int) -> list[dict]:
     def choose(problem, device, backend):
         return "triton" if backend == "auto" else backend, backend == "auto"
 
-    with mock.patch.object(functional, "_choose", choose), mock.patch.object(tuner, "resolve", lambda *a: None):
+    with mock.patch.object(functional, "_choose", choose), mock.patch.object(choice, "resolve", lambda *a: None):
         us |= timed({"aten": aten, "auto": auto, "F.conv2d": plain}, max(repetitions // 4, 1))         # auto: as on a GPU where ATen is faster
     us |= timed({"aten, tiny": lambda: dilated_conv2d(*tiny, backend="aten"), "F.conv2d, tiny": lambda: F.conv2d(*tiny)}, repetitions)
 
@@ -175,7 +175,7 @@ def main(argv=None) -> int:
     parser.add_argument("--json", help="write the rows to this file")
     args = parser.parse_args(argv)
     import pandas as pd
-    if dispatch.interpreted():
+    if drivers.interpreted():
         parser.error("unset TRITON_INTERPRET: the interpreter launches nothing")
     torch.set_num_threads(1)
     gc.disable()

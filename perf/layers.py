@@ -11,8 +11,8 @@ from itertools import groupby
 import torch
 from providers import Gpu, precision_of, provider
 
+from tridil import choice, cost_model, reference, testing
 from tridil import config as cfg
-from tridil import cost_model, reference, testing, tuner
 from tridil.clock import turns
 from tridil.families import Config
 from tridil.problem import Problem
@@ -77,7 +77,7 @@ def _chosen(gpu, problem: Problem, row: dict):
     problem, precision = replace(problem, layout=provider(row["provider"]).layout), precision_of(problem)
     if not row["provider"].startswith("tridil"):
         return problem, precision, None
-    return problem, precision, tuner.decide(problem, row["pass"], row["target"], precision, torch.device(gpu.device)).config
+    return problem, precision, choice.decide(problem, row["pass"], row["target"], precision, torch.device(gpu.device)).config
 
 
 def _on_gpu(gpu, problem, pass_, tensors, expected, row, device):

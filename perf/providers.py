@@ -7,16 +7,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import lru_cache, partial
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, packages_distributions, version
-from functools import lru_cache, partial
 from importlib.util import find_spec
 
 import torch
 from report import output, triton_version
 
 import tridil
-from tridil import clock, dispatch, ops, tuner
+from tridil import choice, clock, drivers
 from tridil.aot import compiling
 from tridil.problem import Problem
 
@@ -31,7 +31,7 @@ class Gpu:
 
     def spec(self, target: str):
         """`tridil.devices.Device`, as the driver describes it."""
-        return tuner.device_spec(target, torch.device(self.device))[0]
+        return choice.device_spec(target, torch.device(self.device))[0]
 
     def state(self) -> dict:
         """Clock of the SMs and temperature now; without what cannot be read."""
@@ -85,7 +85,7 @@ class Provider:
 
 
 def precision_of(problem: Problem) -> str:
-    return ops.fp32_precision(dispatch.target()) if problem.dtype == "float32" else "ieee"
+    return drivers.fp32_precision(drivers.target()) if problem.dtype == "float32" else "ieee"
 
 
 def _tridil(problem: Problem, pass_: str, a, b, config: dict):

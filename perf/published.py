@@ -24,7 +24,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "perf")]
 from layers import FORMATS, attempt  # noqa: E402
 from providers import PROVIDERS, Gpu, precision_of  # noqa: E402
 
-from tridil import assumed, cost_model, cudnn, devices, dispatch, families, tuner, workloads  # noqa: E402
+from tridil import assumed, choice, cost_model, cudnn, devices, drivers, families, workloads  # noqa: E402
 from tridil import config as cfg  # noqa: E402
 from tridil.problem import DTYPE_BYTES, Problem  # noqa: E402
 
@@ -126,7 +126,7 @@ def measured(gpu, rows: pd.DataFrame, device: devices.Device, budget: float) -> 
     for no, problem, pass_ in rows.dropna(subset="problem").drop_duplicates("problem")[["no", "problem", "pass"]].itertuples(index=False, name=None):
         for p in (replace(problem, layout=layout) for layout in FORMATS):
             precision = precision_of(p)
-            jobs.append((no, p, pass_, precision, tuner.decide(p, pass_, device.target, precision, torch.device(gpu.device)).config))
+            jobs.append((no, p, pass_, precision, choice.decide(p, pass_, device.target, precision, torch.device(gpu.device)).config))
     with gpu.compiling([job[1:] for job in jobs], device.target) as compiled:
         for no in dict.fromkeys(job[0] for job in jobs):
             if time.monotonic() > deadline:
@@ -232,7 +232,7 @@ def main(argv=None, gpu: Gpu | None = None) -> int:
         gpu = Gpu()
     if gpu is None:
         return 0
-    found = measured(gpu, rows, gpu.spec(dispatch.target()), args.budget)
+    found = measured(gpu, rows, gpu.spec(drivers.target()), args.budget)
     found = found.reindex(columns=["no", "pass", *PROVIDED, "differs", "failure"])
     if len(found):
         shown = found.dropna(axis=1, how="all")

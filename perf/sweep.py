@@ -38,7 +38,7 @@ from models import MODELS  # noqa: E402
 from providers import DEFAULT, PROVIDERS, Gpu, precision_of, provider, reason_against  # noqa: E402
 from report import COLUMNS, IDENTITY, is_broken, machine_line, read, report, triton_version, with_ratio  # noqa: E402
 
-from tridil import cost_model, devices, dispatch, workloads  # noqa: E402
+from tridil import cost_model, devices, drivers, workloads  # noqa: E402
 from tridil.__main__ import parse_shape  # noqa: E402
 from tridil.problem import DTYPE_BYTES, PASSES  # noqa: E402
 
@@ -172,7 +172,7 @@ def main(argv=None, gpu: Gpu | None = None) -> int:
     args = arguments(argv, gpu)
     if not gpu:
         os.environ.update(TRITON_INTERPRET="1", TRIDIL_TARGET=args.target or "cuda:90")
-    target, code, console = dispatch.target(), fingerprint(), Console(quiet=rank > 0)
+    target, code, console = drivers.target(), fingerprint(), Console(quiet=rank > 0)
     if not console.is_terminal:
         console = Console(width=120, quiet=rank > 0)
     out = args.out or ROOT / "perf" / "results" / re.sub(r"\W+", "-", (gpu.describe()[0] if gpu else f"no-gpu-{target}").lower())

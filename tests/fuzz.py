@@ -21,14 +21,14 @@ if __name__ == "__main__" and not torch.cuda.is_available():
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from tridil import config, cost_model, dispatch, launch, reference, testing  # noqa: E402
+from tridil import config, cost_model, drivers, launch, reference, testing  # noqa: E402
 from tridil.families.tma import architecture  # noqa: E402
 from tridil.problem import PASSES  # noqa: E402
 
 
 def configs(problem, pass_, rng):
     """The default config and, every other time, a random candidate with a random split, stage count and clamping."""
-    target = dispatch.target()
+    target = drivers.target()
     default, candidates = cost_model.best(problem, pass_, target), config.candidates(problem, pass_, target)
     yield default
     for cfg in rng.sample(candidates, rng.randrange(2)):
@@ -64,7 +64,7 @@ def tma_configs(problem, pass_, rng, target=None):
     if problem.groups > 1:
         cfg["BLOCK_M" if pass_ == "wgrad" else "BLOCK_K"] = 16
     cfg = config.from_json(cfg, pass_)
-    if config.fits(cfg, problem, pass_, target or dispatch.target()) is None:
+    if config.fits(cfg, problem, pass_, target or drivers.target()) is None:
         yield cfg
 
 
@@ -120,15 +120,15 @@ def main(argv=None) -> int:
     parser.add_argument("--dtypes", default="float16,float32", help="comma-separated (fp32 does not run on tensor cores)")
     parser.add_argument("--kernel", choices=["tma"], help="run this kernel only, on a target that has it")
     args = parser.parse_args(argv)
-    if args.kernel and architecture(dispatch.target()) < 90:
-        parser.error(f"kernel tma needs sm_90 or later, the target is {dispatch.target()}: set TRIDIL_TARGET=cuda:90 to interpret it")
+    if args.kernel and architecture(drivers.target()) < 90:
+        parser.error(f"kernel tma needs sm_90 or later, the target is {drivers.target()}: set TRIDIL_TARGET=cuda:90 to interpret it")
     dtypes = args.dtypes.split(",")
     unknown = set(dtypes) - {"float16", "bfloat16", "float32", "float64"}
     if unknown:
         parser.error(f"unknown dtypes {sorted(unknown)}: use float16, bfloat16, float32, float64")
     torch.use_deterministic_algorithms(True, warn_only=True)     # torch.empty returns NaN
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    identity = {"seed": args.seed, "start": args.start, "dtypes": dtypes, "target": dispatch.target(), "kernel": args.kernel}
+    identity = {"seed": args.seed, "start": args.start, "dtypes": dtypes, "target": drivers.target(), "kernel": args.kernel}
     state = json.loads(args.state.read_text()) if args.state and args.state.exists() else None
     if state and state.pop("of") != identity:
         parser.error(f"{args.state} belongs to another seed, start, dtypes or target: give another file")
@@ -146,7 +146,7 @@ def main(argv=None) -> int:
     for failure in state["failures"]:
         print(failure)
     print(f"fuzz: {state['geometries']} of {args.count} geometries x {len(PASSES)} passes x {args.dtypes} (seed {args.seed}, {device.type}, "
-          f"{dispatch.target()}): {state['runs']} runs, {len(state['failures'])} failures, at most {state['most']:.0%} of a budget used")
+          f"{drivers.target()}): {state['runs']} runs, {len(state['failures'])} failures, at most {state['most']:.0%} of a budget used")
     return 1 if state["failures"] else 0
 
 

@@ -4,13 +4,14 @@ import os
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from importlib.metadata import version
 
 import pytest
 
 pytest.importorskip("triton")
 
-from tridil import aot, config, cost_model, devices, dispatch
+from tridil import aot, config, cost_model, devices, drivers
 from tridil.problem import Problem
 
 P = Problem(4, 256, 60, 60, 256, 3, 3, padding=((2, 2), (2, 2)), dilation=(2, 2))
@@ -89,7 +90,7 @@ def test_overhead_of_the_main_loop(tmp_path, target):
     code = f"""
 import json
 from dataclasses import replace
-from tridil import aot, config
+from tridil import aot, config, drivers
 from tridil.problem import Problem
 p = Problem(4, 256, 64, 64, 256, 3, 3, padding=((2, 2), (2, 2)), dilation=(2, 2))
 kernel = "gather" if {target!r} == "cuda:80" else "tma"
@@ -121,7 +122,7 @@ def default_rows(layers, target):
     """{name: rows of the default kernels of the three passes}, compiled in a child process."""
     code = f"""
 import json
-from tridil import aot
+from tridil import aot, drivers
 from tridil.problem import Problem
 print(json.dumps({{name: [aot.resources(p, pass_, None, {target!r})[0] for pass_ in ("fprop", "dgrad", "wgrad")] for name, p in {layers!r}.items()}}))
 """
@@ -187,7 +188,7 @@ def test_kernels_are_compiled_in_a_script_without_a_guard(tmp_path):
 import sys
 from dataclasses import replace
 open(sys.argv[1], "a").write("x")
-from tridil import aot, config, cost_model
+from tridil import aot, config, cost_model, drivers
 from tridil.problem import Problem
 p = Problem(1, 32, 9, 9, 32, 3, 3, padding=((2, 2), (2, 2)), dilation=(2, 2))
 jobs = [(p, pass_, "ieee", cost_model.best(p, pass_, "cuda:90")) for pass_ in ("fprop", "dgrad", "wgrad")]
@@ -215,7 +216,7 @@ def test_what_was_not_begun_is_dropped(monkeypatch):
 
 
 def test_illegal_config_and_interpreter():
-    if not dispatch.interpreted():
+    if not drivers.interpreted():
         with pytest.raises(ValueError, match="does not fit"):
             aot.resources(P, "fprop", replace(cost_model.best(P, "fprop", "cuda:80"), BLOCK_N=24), "cuda:80")
     else:

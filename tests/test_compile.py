@@ -73,7 +73,7 @@ def test_grad_scaler_skips_steps_that_overflow(backend, device, seed):
 
 def test_both_tf32_switches(monkeypatch):
     """The older allow_tf32 and the newer fp32_precision say the same."""
-    from tridil.ops import fp32_precision
+    from tridil.drivers import fp32_precision
     cudnn = torch.backends.cudnn
     for allowed in (True, False, True):
         cudnn.allow_tf32 = allowed

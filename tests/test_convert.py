@@ -708,7 +708,7 @@ EXPECTED = {problem(2, 4, 9, 8, 6, (3, 3), (2, 2), (2, 2)): 1, problem(2, 6, 9, 
 @pytest.mark.parametrize("converted", [None, "auto", "triton"])
 def test_scan_lists_problems(converted, kind, seed, monkeypatch):
     """Without a launch, without Triton even."""
-    monkeypatch.setattr(tridil.dispatch, "_has_triton", lambda: False)
+    monkeypatch.setattr(tridil.drivers, "_has_triton", lambda: False)
     with torch._subclasses.FakeTensorMode() if kind == "fake" else nullcontext():
         model = Functional().to("meta") if kind == "meta" else Functional()
         if converted:

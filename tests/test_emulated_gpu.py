@@ -16,10 +16,10 @@ import report
 import sweep
 import test_gpu_check
 
-from tridil import cache, cost_model, dispatch, tuner, workloads
+from tridil import cache, choice, cost_model, drivers, tuner, workloads
 from tridil.problem import PASSES, Problem
 
-pytestmark = pytest.mark.skipif(dispatch.interpreted() or torch.cuda.is_available(), reason="needs a driver that runs compiled kernels on CPU tensors")
+pytestmark = pytest.mark.skipif(drivers.interpreted() or torch.cuda.is_available(), reason="needs a driver that runs compiled kernels on CPU tensors")
 P = Problem(2, 32, 9, 9, 32, 3, 3, padding=((2, 2), (2, 2)), dilation=(2, 2))
 
 
@@ -40,16 +40,16 @@ def test_tune(dtype):
     assert [(row["problem"], row["pass"]) for row in rows] == [(p, pass_) for p in problems for pass_ in PASSES]
     for row in rows:
         assert not row["rejected"] and row["tried"] >= 3 and row["ms"] == row["aten_ms"] == row["aten_benchmark_ms"] == 1.0, row
-        choice = tuner.decide(row["problem"], row["pass"], row["target"], row["precision"])
-        assert choice.config == row["config"] and choice.source.startswith("user's cache") and choice.backend == "triton"
+        found = choice.decide(row["problem"], row["pass"], row["target"], row["precision"])
+        assert found.config == row["config"] and found.source.startswith("user's cache") and found.backend == "triton"
 
 
 def test_first_use_measures_and_the_kernels_run_the_answer(monkeypatch):
     monkeypatch.setenv("TRIDIL_TUNE", "1")
     monkeypatch.setattr(tuner, "Gpu", fake_gpu.EmulatedTunerGpu)
-    monkeypatch.setattr(tuner, "device_spec", lambda target, device=None: (cost_model.devices.of_target(target), fake_gpu.NAME))
-    config = tuner.resolve(P, "fprop", dispatch.target(), "ieee", torch.device("cuda", 0))
-    record, = cache.user(dispatch.target())[cache.key(P, "fprop")].values()
+    monkeypatch.setattr(choice, "device_spec", lambda target, device=None: (cost_model.devices.of_target(target), fake_gpu.NAME))
+    config = choice.resolve(P, "fprop", drivers.target(), "ieee", torch.device("cuda", 0))
+    record, = cache.user(drivers.target())[cache.key(P, "fprop")].values()
     assert record["config"] == config and record["ms"] == 1.0 and record["aten_ms"] == 1.0
 
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
-from tridil import DilatedConv1d, DilatedConv2d, convert, dilated_conv1d, dilated_conv2d, dispatch, functional, ops
+from tridil import DilatedConv1d, DilatedConv2d, convert, dilated_conv1d, dilated_conv2d, drivers, functional, ops
 
 TOLERANCE = {torch.float16: 4e-3, torch.bfloat16: 3e-2, torch.float32: 2e-5, torch.float64: 1e-12}
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -188,7 +188,7 @@ def test_geometry_around_32_bits(geometry, device, seed):
     problem = functional.problem_of_tensors(x, w, None, *geometry)
     assert bool(problem.beyond_int32) is (max(itertools.chain(*(g if isinstance(g, tuple) else (g,) for g in geometry))) >= 2**20)
     if problem.beyond_int32:
-        assert dispatch.can_run(problem, device) == problem.beyond_int32 and problem.key() in problem.beyond_int32
+        assert drivers.can_run(problem, device) == problem.beyond_int32 and problem.key() in problem.beyond_int32
         with pytest.raises(NotImplementedError, match="cannot run this convolution: .* reaches [0-9]+ in fprop of n1 c3 .*32 bits"):
             dilated_conv2d(x, w, None, *geometry, backend="triton")
         with pytest.raises(NotImplementedError, match="32 bits"):           # of a graph, whose sizes are not those that were exported

@@ -9,32 +9,32 @@ pytest.importorskip("triton")
 
 import fuzz
 
-from tridil import config, dispatch, launch
+from tridil import drivers, launch
 from tridil.families.tma import architecture
 
 
 def test_fresh_geometries(device, seed, poisoned):
-    state = fuzz.fuzz(10 if dispatch.interpreted() else 100, seed, 600, ["float16", "float32"], device)
+    state = fuzz.fuzz(10 if drivers.interpreted() else 100, seed, 600, ["float16", "float32"], device)
     print(state)
     assert not state["failures"] and state["geometries"] >= 10 and 0 < state["most"] <= 1
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float64"])
 def test_other_dtypes(dtype, device, seed, poisoned):
-    state = fuzz.fuzz(3 if dispatch.interpreted() else 30, seed, 600, [dtype], device)
+    state = fuzz.fuzz(3 if drivers.interpreted() else 30, seed, 600, [dtype], device)
     assert not state["failures"] and state["geometries"] >= 3
 
 
 @pytest.mark.parametrize("half", ["first", "second"])
 def test_geometries_of_descriptors(half, device, seed, poisoned, monkeypatch):
     """The tma kernel alone, 300 geometries in two halves (interpreted, 12); every launch is counted."""
-    if dispatch.interpreted():
+    if drivers.interpreted():
         monkeypatch.setenv("TRIDIL_TARGET", "cuda:90")
-    if architecture(dispatch.target()) < 90:
-        pytest.skip(f"{dispatch.target()} has no tensor descriptors")
+    if architecture(drivers.target()) < 90:
+        pytest.skip(f"{drivers.target()} has no tensor descriptors")
     launched, call = Counter(), launch.Ready.__call__
     monkeypatch.setattr(launch.Ready, "__call__", lambda self, tensors: launched.update([self.launch.name]) or call(self, tensors))
-    count = 6 if dispatch.interpreted() else 150
+    count = 6 if drivers.interpreted() else 150
     state = fuzz.fuzz(count, seed, 1800, ["float16"], device, kernel="tma")
     print(state, launched)
     assert not state["failures"] and 0 < state["most"] <= 1 and set(launched) <= {"correlate_tma", "wgrad_tma", "sum_splits"}

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 from gpu_check import Step
 
-from tridil.dispatch import interpreted
+from tridil.drivers import interpreted
 
 FAKE = Path(__file__).with_name("fake_gpu.py")
 

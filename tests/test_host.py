@@ -15,7 +15,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tridil import dilated_conv2d, dispatch, functional, ops, testing, tuner
+from tridil import choice, dilated_conv2d, drivers, functional, ops, testing
 from tridil.problem import PASSES, Problem
 
 ROOT = Path(__file__).parents[1]
@@ -39,15 +39,15 @@ def forget():
 
 @pytest.fixture
 def asked(monkeypatch):
-    """What `tuner.resolve` was asked: (problem, pass, device, allow_aten); passes named in `asked.aten` run through ATen."""
+    """What `choice.resolve` was asked: (problem, pass, device, allow_aten); passes named in `asked.aten` run through ATen."""
     class Asked(list):
         aten = set()
-    found, resolve = Asked(), tuner.resolve
+    found, resolve = Asked(), choice.resolve
 
     def answer(problem, pass_, target, precision, device=None, allow_aten=False):
         found.append((problem, pass_, device, allow_aten))
         return None if allow_aten and pass_ in found.aten else resolve(problem, pass_, target, precision, device)
-    monkeypatch.setattr(tuner, "resolve", answer)
+    monkeypatch.setattr(choice, "resolve", answer)
     return found
 
 
@@ -122,8 +122,8 @@ def test_a_second_call_asks_nothing(asked, monkeypatch, device, seed):
         dilated_conv2d(*leaves, **{**call, **change}).sum().backward()
     train()
     assert [row[1] for row in asked] == ["fprop", "dgrad", "wgrad"] and all(row[2] == device for row in asked)
-    monkeypatch.setattr(dispatch, "choose", lambda *a: pytest.fail("asked again"))
-    monkeypatch.setattr(dispatch, "target", lambda: pytest.fail("asked again"))
+    monkeypatch.setattr(drivers, "choose", lambda *a: pytest.fail("asked again"))
+    monkeypatch.setattr(drivers, "target", lambda: pytest.fail("asked again"))
     train(), train()
     assert len(asked) == 3
     monkeypatch.undo()
@@ -155,7 +155,7 @@ def test_what_makes_it_ask_again(change, asked, monkeypatch, device, seed):
     elif change == "target":
         monkeypatch.setenv("TRIDIL_TARGET", "cuda:86")
     else:
-        for forget in tuner.listeners:
+        for forget in choice.listeners:
             forget()
     try:
         dilated_conv2d(*args, **call)
@@ -235,7 +235,7 @@ import json
 import torch, triton
 from triton.runtime import driver
 from host_overhead import stub_driver
-from tridil import config, launch
+from tridil import choice, config, launch
 from tridil.problem import Problem
 driver.set_active(stub_driver(TARGET))
 p = Problem(1, 64, 9, 9, 64, 3, 3, padding=((2, 2), (2, 2)), dilation=(2, 2))
@@ -307,7 +307,7 @@ import json, torch
 from triton.runtime import driver
 from cold_start import dilated, kernels
 from host_overhead import stub_driver
-from tridil import ops
+from tridil import choice, ops
 from tridil.kernels import common, gather, tma
 driver.set_active(stub_driver(90))
 for p in dilated():
@@ -326,7 +326,7 @@ def test_compiled_ahead_of_time_are_the_kernels_that_the_jit_looks_for(target):
 import json, torch
 from triton.runtime import driver
 from host_overhead import stub_driver
-from tridil import aot, cost_model, launch
+from tridil import aot, choice, cost_model, launch
 from tridil.problem import PASSES, Problem
 driver.set_active(stub_driver(TARGET))
 def layer(n, c, size, k, **rest):
@@ -360,7 +360,7 @@ import json, torch
 from torch.profiler import ProfilerActivity, profile
 from triton.runtime import driver
 from host_overhead import stub_driver
-from tridil import dilated_conv2d, launch
+from tridil import choice, dilated_conv2d, launch
 driver.set_active(stub_driver(90))
 count, call = [], launch.Ready.__call__
 launch.Ready.__call__ = lambda self, tensors: count.append(self.fn) or call(self, tensors)
@@ -388,7 +388,7 @@ def test_launch_hooks_see_the_convolution():
 import json, torch, triton
 from triton.runtime import driver
 from host_overhead import stub_driver
-from tridil import ops
+from tridil import choice, ops
 from tridil.problem import Problem
 driver.set_active(stub_driver(90))
 seen = []

@@ -8,7 +8,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from tridil import config, cost_model, dispatch, launch, reference, testing
+from tridil import config, cost_model, drivers, launch, reference, testing
 from tridil.families.tma import architecture
 from tridil.problem import PASSES, problem_of
 
@@ -35,7 +35,7 @@ def check(p, passes=PASSES, configs=None, device=None, seed=None, precision="iee
     for pass_ in passes:
         args = {"fprop": (x, w, bias), "dgrad": (dy, w), "wgrad": (dy, x)}[pass_]
         expected = getattr(reference, pass_)(p, *args)
-        for cfg in configs or [cost_model.best(p, pass_, dispatch.target())]:
+        for cfg in configs or [cost_model.best(p, pass_, drivers.target())]:
             got = getattr(launch, pass_)(p, *args, cfg, precision)
             assert got.dtype == x.dtype and got.shape == expected.shape
             error, budget = testing.check(got, expected, p, pass_, precision)
@@ -97,16 +97,16 @@ def test_geometry(name, dtype):
 @pytest.mark.parametrize("name", ["aspp", "ragged channels", "RGB", "groups", "narrow groups", "stride 2, dilation 3", "depthwise"])
 def test_every_candidate_gives_the_reference(name, pass_):
     p = GEOMETRIES[name]
-    configs = config.candidates(p, pass_, dispatch.target())
+    configs = config.candidates(p, pass_, drivers.target())
     assert configs
-    if dispatch.interpreted():                                           # how each tile compiles is for compiled code
+    if drivers.interpreted():                                           # how each tile compiles is for compiled code
         configs = random.sample(configs, min(len(configs), 12))
     check(p, [pass_], configs)
 
 
 def gathered(p, pass_):
     """Candidates of the pointer kernels."""
-    return [cfg for cfg in config.candidates(p, pass_, dispatch.target()) if cfg.kernel != "tma"]
+    return [cfg for cfg in config.candidates(p, pass_, drivers.target()) if cfg.kernel != "tma"]
 
 
 @pytest.mark.parametrize("pass_", PASSES)
@@ -124,8 +124,8 @@ def test_every_box(name, box):
     p = GEOMETRIES[name]
     sides = dict(zip(("BLOCK_IMG", "BLOCK_P", "BLOCK_Q"), box))
     for pass_ in PASSES:
-        cfgs = [replace(c, **sides) for c in config.candidates(p, pass_, dispatch.target())[:1] + gathered(p, pass_)[:1]]
-        check(p, [pass_], [cfg for cfg in cfgs if config.fits(cfg, p, pass_, dispatch.target()) is None])
+        cfgs = [replace(c, **sides) for c in config.candidates(p, pass_, drivers.target())[:1] + gathered(p, pass_)[:1]]
+        check(p, [pass_], [cfg for cfg in cfgs if config.fits(cfg, p, pass_, drivers.target()) is None])
 
 
 @pytest.mark.parametrize("pass_", PASSES)
@@ -151,7 +151,7 @@ def test_clamping_is_bit_identical(pass_):
 def test_eight_warps_in_a_flat_reduction_loop(pass_):
     """triton#1254, pytorch#173068."""
     p = problem((2, 48, 9, 9), (64, 48, 3, 3), padding=2, dilation=2)
-    cfgs = [replace(c, num_warps=8) for c in config.candidates(p, pass_, dispatch.target())[:2]]
+    cfgs = [replace(c, num_warps=8) for c in config.candidates(p, pass_, drivers.target())[:2]]
     check(p, [pass_], cfgs)
 
 
@@ -166,7 +166,7 @@ def test_long_reduction_in_one_accumulator(stages):
     """triton#10821: 45 to 90 chained dots per accumulator."""
     p = problem((1, 80, 4, 5), (32, 80, 3, 3), padding=2, dilation=2)
     for pass_ in PASSES:
-        check(p, [pass_], [replace(config.candidates(p, pass_, dispatch.target())[-1], num_stages=stages)])
+        check(p, [pass_], [replace(config.candidates(p, pass_, drivers.target())[-1], num_stages=stages)])
 
 
 @pytest.mark.parametrize("pass_", PASSES)
@@ -176,7 +176,7 @@ def test_split_k_sums_every_split(split, pass_):
     names = ["dilation beyond the map", "NCHW", "aspp", "groups", "49 taps", "stride 2, dilation 3", "stride beyond the filter"]
     for name in names[:2] + ["RGB"] if pass_ == "wgrad" else names:
         p = replace(GEOMETRIES[name], c=80) if name == "aspp" else GEOMETRIES[name]
-        cfgs = [replace(cfg, SPLIT_K=split) for cfg in config.candidates(p, pass_, dispatch.target())[:1] + gathered(p, pass_)[:1]]
+        cfgs = [replace(cfg, SPLIT_K=split) for cfg in config.candidates(p, pass_, drivers.target())[:1] + gathered(p, pass_)[:1]]
         if pass_ != "wgrad":                                             # many short steps, and a kernel that splits them
             cfgs = [replace(cfg, BLOCK_K=16, kernel=cfg.kernel.removesuffix("_flat")) for cfg in cfgs]
         check(p, [pass_], cfgs)
@@ -185,7 +185,7 @@ def test_split_k_sums_every_split(split, pass_):
 @pytest.mark.parametrize("pass_", PASSES)
 def test_reruns_are_bit_identical(pass_):
     p = replace(GEOMETRIES["aspp"], k=32, dtype="float32")
-    cfg = replace(cost_model.best(p, pass_, dispatch.target()), SPLIT_K=5)
+    cfg = replace(cost_model.best(p, pass_, drivers.target()), SPLIT_K=5)
     first, again = check(p, [pass_], [cfg, replace(cfg)], seed=1)
     assert torch.equal(first, again)
 
@@ -226,7 +226,7 @@ def test_more_than_2_31_elements(pass_, groups):
     small = replace(p, w=4, stride=(1, 2))
     assert p.c * p.w > 2**31 and (small.p, small.q) == (p.p, p.q) == (1, 2)
     xs, w, bias, dy = testing.random_tensors(small, kernel_device(), 0)
-    cfg = cost_model.best(p, pass_, dispatch.target())
+    cfg = cost_model.best(p, pass_, drivers.target())
     args = {"fprop": (xs, w, bias), "dgrad": (dy, w), "wgrad": (dy, xs)}[pass_]
     expected = getattr(reference, pass_)(small, *args)
     if pass_ == "dgrad":
@@ -252,7 +252,7 @@ def test_nan_weight_on_a_dead_tap_is_not_read():
     x, w, bias, dy = testing.random_tensors(p, kernel_device(), 0)
     poisoned = w.clone()
     poisoned[:, :, 0] = poisoned[:, :, 2] = float("nan")
-    cfg = cost_model.best(p, "fprop", dispatch.target())
+    cfg = cost_model.best(p, "fprop", drivers.target())
     got = launch.fprop(p, x, poisoned, bias, cfg)
     assert torch.equal(got, launch.fprop(p, x, w, bias, cfg)) and torch.isfinite(got).all()
 
@@ -262,7 +262,7 @@ def test_nan_stays_in_its_group(width):
     p = problem((1, 4 * width, 5, 6), (4 * width, width, 3, 3), padding=2, dilation=2, groups=4)
     x, w, _, dy = testing.random_tensors(p, kernel_device(), 0)
     for pass_, (a, b) in {"fprop": (x, w), "dgrad": (dy, w), "wgrad": (dy, x)}.items():
-        cfg, run = cost_model.best(p, pass_, dispatch.target()), launch.prepare
+        cfg, run = cost_model.best(p, pass_, drivers.target()), launch.prepare
         clean, a = run(p, pass_, cfg)(a, b), a.clone()
         a[:, width:2 * width] = float("nan")
         got = run(p, pass_, cfg)(a, b)
@@ -335,8 +335,8 @@ def test_depthwise(name, dtype, layout, monkeypatch):
 def test_every_depthwise_tile(name, change):
     p = DEPTHWISE[name]
     for pass_ in PASSES:
-        cfg = replace(cost_model.best(p, pass_, dispatch.target()), **change)
-        assert config.fits(cfg, p, pass_, dispatch.target()) is None
+        cfg = replace(cost_model.best(p, pass_, drivers.target()), **change)
+        assert config.fits(cfg, p, pass_, drivers.target()) is None
         check(p, [pass_], [cfg])
 
 
@@ -345,14 +345,14 @@ def test_depthwise_wgrad_sums_every_share(rows, split):
     """More shares than boxes, more rows than the filter has left."""
     for name in ("residues on both axes", "odd channels", "dilation beyond the map"):
         p = DEPTHWISE[name]
-        check(p, ["wgrad"], [replace(cost_model.best(p, "wgrad", dispatch.target()), ROWS=rows, SPLIT_K=split)])
+        check(p, ["wgrad"], [replace(cost_model.best(p, "wgrad", drivers.target()), ROWS=rows, SPLIT_K=split)])
 
 
 @pytest.mark.parametrize("layout", ["nhwc", "nchw"])
 @pytest.mark.parametrize("pass_", PASSES)
 def test_depthwise_reruns_are_bit_identical(pass_, layout):
     p = laid_out(DEPTHWISE["residues on both axes"], layout, "float32")
-    cfg = cost_model.best(p, pass_, dispatch.target())
+    cfg = cost_model.best(p, pass_, drivers.target())
     first, again = check(p, [pass_], [cfg, replace(cfg)], seed=1)
     assert torch.equal(first, again)
 
@@ -383,7 +383,7 @@ def test_depthwise_of_a_misaligned_tensor():
     check(p, tensors=(shifted(x), w, bias, shifted(dy)))
 
 
-@pytest.mark.skipif(not dispatch.interpreted(), reason="counts the interpreter's loads and stores")
+@pytest.mark.skipif(not drivers.interpreted(), reason="counts the interpreter's loads and stores")
 @pytest.mark.parametrize("name, layout", [("odd channels", "nchw"), *((name, "nhwc") for name in (
     "VAN", "stride 2, dilation 3", "stride 2, dilation 2", "dilation beyond the map", "multiplier 2", "13 taps in a row"))])
 def test_bytes_of_depthwise_layers(name, layout, monkeypatch):
@@ -404,13 +404,13 @@ def test_bytes_of_depthwise_layers(name, layout, monkeypatch):
     monkeypatch.setattr(InterpreterBuilder, "create_masked_store", storing)
     x, w, _, dy = testing.random_tensors(p, kernel_device(), 0)
     for pass_, args in (("fprop", (x, w, None)), ("dgrad", (dy, w)), ("wgrad", (dy, x))):
-        cfg, count = cost_model.best(p, pass_, dispatch.target()), 0
+        cfg, count = cost_model.best(p, pass_, drivers.target()), 0
         getattr(launch, pass_)(p, *args, cfg)
         moved, requested = config.moved_bytes(p, pass_, cfg)
         assert count == requested and (moved == p.bytes) == (pass_ != "wgrad")
 
 
-@pytest.mark.skipif(not dispatch.interpreted(), reason="counts the interpreter's products")
+@pytest.mark.skipif(not drivers.interpreted(), reason="counts the interpreter's products")
 @pytest.mark.parametrize("layout", ["nhwc", "nchw"])
 @pytest.mark.parametrize("name", ["VAN", "odd channels", "stride 3x2, dilation 2x4", "dilation beyond the map", "multiplier 2", "13 taps in a row"])
 def test_executed_macs_of_depthwise_layers(name, layout, monkeypatch):
@@ -428,10 +428,10 @@ GEOMETRIES |= {"ragged channels of 8": problem((1, 72, 9, 9), (40, 72, 3, 3), pa
 @pytest.fixture
 def hopper(monkeypatch):
     """Descriptors run in the interpreter, and on the GPUs that have them."""
-    if dispatch.interpreted():
+    if drivers.interpreted():
         monkeypatch.setenv("TRIDIL_TARGET", "cuda:90")
-    if architecture(dispatch.target()) < 90:
-        pytest.skip(f"{dispatch.target()} has no tensor descriptors")
+    if architecture(drivers.target()) < 90:
+        pytest.skip(f"{drivers.target()} has no tensor descriptors")
     launched = []
     call = launch.Ready.__call__
     monkeypatch.setattr(launch.Ready, "__call__", lambda self, tensors: launched.append(self.launch.name) or call(self, tensors))
@@ -455,12 +455,12 @@ def test_descriptors(name, dtype, hopper):
             cfg = tma_config(pass_, **change)
             if p.groups > 1:
                 cfg = replace(cfg, **{"BLOCK_M" if pass_ == "wgrad" else "BLOCK_K": 16})
-            if config.fits(cfg, p, pass_, dispatch.target()) is None:
+            if config.fits(cfg, p, pass_, drivers.target()) is None:
                 hopper.clear()
                 check(p, [pass_], [cfg], precision="tf32" if dtype == "float32" else "ieee")
                 assert any(kernel.endswith("_tma") for kernel in hopper)
             else:                                                        # stride 3 dilation 2 in fprop and wgrad, 21 channels in the backward passes
-                assert name in ("stride 2, dilation 3", "output channels that no descriptor stores"), config.fits(cfg, p, pass_, dispatch.target())
+                assert name in ("stride 2, dilation 3", "output channels that no descriptor stores"), config.fits(cfg, p, pass_, drivers.target())
 
 
 def test_the_overhang_of_ragged_channels_is_not_multiplied(hopper):
@@ -489,7 +489,7 @@ def test_descriptors_of_a_misaligned_tensor(hopper, offset):
     assert len(hopper) == 3
 
 
-@pytest.mark.skipif(not dispatch.interpreted(), reason="counts the interpreter's matrix products")
+@pytest.mark.skipif(not drivers.interpreted(), reason="counts the interpreter's matrix products")
 @pytest.mark.parametrize("name", GEOMETRIES)
 def test_executed_macs_are_those_that_run(name, monkeypatch, p=None):
     """config.executed_macs, which the sweep reports, against a count of the products that the kernels form."""
@@ -508,6 +508,6 @@ def test_executed_macs_are_those_that_run(name, monkeypatch, p=None):
     monkeypatch.setattr(InterpreterBuilder, "create_dot", counting)
     monkeypatch.setattr(InterpreterBuilder, "create_fmul", counting_elements)
     for pass_ in PASSES:
-        cfg, count = cost_model.best(p, pass_, dispatch.target()), 0
+        cfg, count = cost_model.best(p, pass_, drivers.target()), 0
         check(p, [pass_], [cfg])
         assert count == config.executed_macs(p, pass_, cfg)

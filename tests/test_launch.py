@@ -7,7 +7,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from tridil import cost_model, dispatch, launch, testing
+from tridil import cost_model, drivers, launch, testing
 from tridil.problem import PASSES, Problem
 
 P = Problem(2, 16, 9, 9, 24, 3, 3, padding=((2, 2), (2, 2)), dilation=(2, 2))
@@ -86,4 +86,4 @@ def test_config_is_checked_against_the_target(pass_, monkeypatch):
     big = replace(cfg(P, pass_), num_stages=12, **{"BLOCK_M" if pass_ == "wgrad" else "BLOCK_K": 64})
     with pytest.raises(ValueError, match="cuda:86 has 101376"):
         getattr(launch, pass_)(P, *{"fprop": (x, w, bias), "dgrad": (dy, w), "wgrad": (dy, x)}[pass_], big)
-    assert dispatch.target() == "cuda:86"
+    assert drivers.target() == "cuda:86"

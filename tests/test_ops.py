@@ -12,7 +12,7 @@ pytest.importorskip("triton")
 from torch.autograd import gradcheck, gradgradcheck
 from torch.nn import functional as F
 
-from tridil import dilated_conv1d, dilated_conv2d, dispatch, launch, ops, reference, testing
+from tridil import dilated_conv1d, dilated_conv2d, drivers, launch, ops, reference, testing
 from tridil.problem import PASSES, Problem
 
 OPS = {pass_: getattr(torch.ops.tridil, pass_) for pass_ in PASSES}
@@ -279,7 +279,7 @@ def test_precision_follows_cudnn(setting, expected, prepared, device, seed):
 def test_the_target_reaches_the_config(monkeypatch, prepared, device, seed):
     for target, clamp in (("cuda:80", False), ("cuda:100", True), ("cuda:80", False)):
         monkeypatch.setenv("TRIDIL_TARGET", target)
-        assert dispatch.target() == target
+        assert drivers.target() == target
         OPS["fprop"](*arguments(CASES["dilated"], "fprop", device))
         assert [row for row in prepared if row[2].CLAMP is clamp]
     assert len(prepared) == 2
@@ -304,7 +304,7 @@ def test_launches_under_the_inputs_device(monkeypatch, forget):
         device = torch.device("cuda", 1)
     monkeypatch.setattr(torch.cuda, "device", Guard)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(ops.dispatch, "target", lambda: order.append("target") or "cuda:80")
+    monkeypatch.setattr(ops.drivers, "target", lambda: order.append("target") or "cuda:80")
     monkeypatch.setattr(launch, "prepare", lambda *args: lambda *tensors: order.append("launch"))
     x, w = torch.randn(1, 4, 5, 5).as_subclass(OnAnotherDevice), torch.randn(4, 4, 3, 3)
     for _ in range(2):

@@ -6,7 +6,7 @@ import torch
 from fake_gpu import SweepGpu
 
 from tridil import devices, reference
-from tridil.dispatch import interpreted
+from tridil.drivers import interpreted
 
 pytest.importorskip("triton")
 PAIRS = ("R", "S"), ("stride_h", "stride_w"), ("pad_h", "pad_w"), ("dil_h", "dil_w")

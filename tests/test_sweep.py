@@ -20,7 +20,7 @@ from providers import PROVIDERS, provider, reason_against
 
 import tridil
 from tridil import config, cost_model, launch, reference, testing, workloads
-from tridil.dispatch import interpreted
+from tridil.drivers import interpreted
 from tridil.problem import PASSES, Problem
 
 PERF = Path(__file__).resolve().parents[1] / "perf"                  # conftest puts it on the path

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import tridil
-from tridil import assumed, cache, config, cost_model, devices, dispatch, families, reference, testing, tuner
+from tridil import assumed, cache, choice, config, cost_model, devices, drivers, families, reference, testing, tuner, verdict
 from tridil.problem import PASSES, Problem
 
 P = Problem(2, 64, 9, 9, 64, 3, 3, padding=((2, 2), (2, 2)), dilation=(2, 2))
@@ -74,7 +74,7 @@ def folder(tmp_path, monkeypatch):
     for name in ("TRIDIL_TUNE", "TRIDIL_BACKEND", "RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
-    tuner._told.clear()
+    choice._told.clear()
     cache._memory.clear()
 
 
@@ -83,7 +83,7 @@ def tune(subject=P, gpu=None, passes=("fprop",), **kwargs):
 
 
 def lookup(problem=P, pass_="fprop", name=NAME):
-    return tuner.lookup(problem, pass_, TARGET, "ieee", devices.of_name(name, TARGET), name)
+    return choice.lookup(problem, pass_, TARGET, "ieee", devices.of_name(name, TARGET), name)
 
 
 def ranked(problem=P, pass_="fprop"):
@@ -92,7 +92,7 @@ def ranked(problem=P, pass_="fprop"):
 
 def made_with(cfg, problem=P, pass_="fprop"):
     """What a record says of the sources."""
-    return {"code": tuner.code_of(problem, pass_, cfg, "ieee"), "triton": cache.triton()}
+    return {"code": choice.code_of(problem, pass_, cfg, "ieee"), "triton": cache.triton()}
 
 
 # ---- measuring
@@ -129,7 +129,7 @@ def test_nothing_is_kept_when_every_candidate_fails():
 
 def test_without_aten():
     row, = tune(gpu=FakeGpu(times=[2, 1], aten_ms=None), top=2)
-    assert row["aten_ms"] is None and tuner.decide(P, "fprop", TARGET, "ieee", None).backend == "triton"
+    assert row["aten_ms"] is None and choice.decide(P, "fprop", TARGET, "ieee", None).backend == "triton"
 
 
 def test_short_of_memory_for_float64(monkeypatch):
@@ -155,11 +155,11 @@ def test_aten_is_timed_under_both_settings_and_judged_by_the_present_one(monkeyp
     assert len(threads) == 2 and threading.get_ident() not in threads
     for benchmark, backend, why in ((False, "triton", "2 ms, ATen 3 ms with cudnn.benchmark off"), (True, "aten", "ATen 1 ms with cudnn.benchmark on")):
         monkeypatch.setattr(torch.backends.cudnn, "benchmark", benchmark)
-        choice = tuner.decide(P, "fprop", TARGET, "ieee")
-        assert choice.backend == backend and why in choice.why
+        found = choice.decide(P, "fprop", TARGET, "ieee")
+        assert found.backend == backend and why in found.why
     record = lookup()[2]
-    assert tuner.aten_ms({"aten_ms": 3.0}) == (3.0, "cudnn.benchmark off"), "what was measured, where the other was not"
-    assert tuner.aten_ms(record | {"aten_ms": None, "aten_benchmark_ms": None}) is None
+    assert choice.aten_ms({"aten_ms": 3.0}) == (3.0, "cudnn.benchmark off"), "what was measured, where the other was not"
+    assert choice.aten_ms(record | {"aten_ms": None, "aten_benchmark_ms": None}) is None
 
 
 def test_what_is_not_compiled_by_the_deadline_is_left(monkeypatch):
@@ -216,14 +216,14 @@ def test_order_of_lookup(monkeypatch):
     assert lookup()[:2] == (shipped, "shipped table: measured 2026-01-01")
     cache.add(TARGET, table(user))
     assert lookup()[:2] == (user, "user's cache: measured 2026-01-01")
-    with tuner.override(fprop=override):
+    with choice.override(fprop=override):
         assert lookup() == (override, "override", None) and lookup(pass_="wgrad")[1].startswith("cost model")
     assert lookup()[0] == user
     cache.add(TARGET, table(user, date="2027", triton="another"))         # merged: the fresh one stays
     assert lookup()[0] == user
-    with pytest.raises(ValueError, match="forward"), tuner.override(forward=user):
+    with pytest.raises(ValueError, match="forward"), choice.override(forward=user):
         pass
-    with tuner.override(fprop=config.to_json(override)):
+    with choice.override(fprop=config.to_json(override)):
         assert lookup()[0] == override, "as it is written in files"
 
 
@@ -255,7 +255,7 @@ def test_hints_of_every_kind(monkeypatch):
     assert "on NVIDIA H200" in lookup()[1]
     add(P, triton="0.1")
     assert "measured with other sources or another Triton" in lookup()[1] and "H200" not in lookup()[1]
-    assert tuner.decide(P, "fprop", TARGET, "ieee").record is None
+    assert choice.decide(P, "fprop", TARGET, "ieee").record is None
     assert lookup(replace(P, dilation=(3, 3), padding=((3, 3), (3, 3))))[1].startswith("cost model"), "another dilation is another problem"
 
 
@@ -274,12 +274,12 @@ def measured(problem=P, pass_="fprop", ms=1.0, aten_ms=2.0):
 
 def test_measured_times_decide():
     measured(ms=1.0, aten_ms=2.0)
-    choice = tuner.decide(P, "fprop", TARGET, "ieee")
-    assert choice.backend == "triton" and choice.why == "measured: 1 ms, ATen 2 ms with cudnn.benchmark off"
+    found = choice.decide(P, "fprop", TARGET, "ieee")
+    assert found.backend == "triton" and found.why == "measured: 1 ms, ATen 2 ms with cudnn.benchmark off"
     measured(pass_="dgrad", ms=3.0, aten_ms=2.0)
-    assert tuner.decide(P, "dgrad", TARGET, "ieee").backend == "aten"
-    assert tuner.resolve(P, "dgrad", TARGET, "ieee", allow_aten=True) is None
-    assert tuner.resolve(P, "dgrad", TARGET, "ieee") == ranked(P, "dgrad")[0], "backend='triton' never falls back"
+    assert choice.decide(P, "dgrad", TARGET, "ieee").backend == "aten"
+    assert choice.resolve(P, "dgrad", TARGET, "ieee", allow_aten=True) is None
+    assert choice.resolve(P, "dgrad", TARGET, "ieee") == ranked(P, "dgrad")[0], "backend='triton' never falls back"
 
 
 def test_predictions_decide_with_a_margin(monkeypatch):
@@ -287,26 +287,26 @@ def test_predictions_decide_with_a_margin(monkeypatch):
     time = cost_model.predict(P, "fprop", ranked()[0], spec).seconds
     for estimate, backend in ((time * assumed.MARGIN * 1.01, "triton"), (time * assumed.MARGIN * 0.99, "aten")):
         monkeypatch.setattr(cost_model, "cudnn", lambda *a, e=estimate: e)
-        choice = tuner.decide(P, "fprop", TARGET, "ieee")
-        assert choice.backend == backend and "predicted" in choice.why and str(assumed.MARGIN) in choice.why
+        found = choice.decide(P, "fprop", TARGET, "ieee")
+        assert found.backend == backend and "predicted" in found.why and str(assumed.MARGIN) in found.why
 
 
 def test_override_decides():
-    with tuner.override(fprop=ranked()[2]):
-        assert tuner.resolve(P, "fprop", TARGET, "ieee", allow_aten=True) == ranked()[2]
+    with choice.override(fprop=ranked()[2]):
+        assert choice.resolve(P, "fprop", TARGET, "ieee", allow_aten=True) == ranked()[2]
 
 
 def test_listeners_hear_of_changes():
     heard = []
-    tuner.listeners.append(lambda: heard.append(1))
+    choice.listeners.append(lambda: heard.append(1))
     try:
-        with tuner.override(fprop=ranked()[2]):
+        with choice.override(fprop=ranked()[2]):
             assert len(heard) == 1
         assert len(heard) == 2
         tune()
         assert len(heard) == 3
     finally:
-        tuner.listeners.pop()
+        choice.listeners.pop()
 
 
 # ---- first use
@@ -328,8 +328,8 @@ def cuda(monkeypatch):
 
 def test_the_first_miss_says_how_to_measure(cuda, caplog):
     with caplog.at_level(logging.WARNING):
-        assert tuner.resolve(P, "fprop", TARGET, "ieee", CUDA) == ranked()[0] and not cuda.gpu.ran
-        tuner.resolve(P, "dgrad", TARGET, "ieee", CUDA)
+        assert choice.resolve(P, "fprop", TARGET, "ieee", CUDA) == ranked()[0] and not cuda.gpu.ran
+        choice.resolve(P, "dgrad", TARGET, "ieee", CUDA)
     message, = [r.getMessage() for r in caplog.records]
     command = message[message.index("python -m tridil "):]
     from tridil.__main__ import parse_shape
@@ -342,11 +342,11 @@ def test_first_use_measures_where_asked(cuda, how, monkeypatch):
         monkeypatch.setenv("TRIDIL_TUNE", "1")
     else:
         monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
-    assert tuner.resolve(P, "fprop", TARGET, "ieee", CUDA) == ranked()[2]
+    assert choice.resolve(P, "fprop", TARGET, "ieee", CUDA) == ranked()[2]
     ran = len(cuda.gpu.ran)
-    assert ran and tuner.resolve(P, "fprop", TARGET, "ieee", CUDA) == ranked()[2] and len(cuda.gpu.ran) == ran, "once"
-    with tuner.override(dgrad=ranked(P, "dgrad")[1]):
-        tuner.resolve(P, "dgrad", TARGET, "ieee", CUDA)
+    assert ran and choice.resolve(P, "fprop", TARGET, "ieee", CUDA) == ranked()[2] and len(cuda.gpu.ran) == ran, "once"
+    with choice.override(dgrad=ranked(P, "dgrad")[1]):
+        choice.resolve(P, "dgrad", TARGET, "ieee", CUDA)
     assert len(cuda.gpu.ran) == ran
 
 
@@ -358,13 +358,13 @@ def test_first_use_says_what_it_does_and_is_bounded(cuda, monkeypatch, caplog):
     monkeypatch.setattr(tuner.time, "monotonic", lambda: clock[0])
     run = cuda.gpu.run
     cuda.gpu.run = lambda *a: (clock.__setitem__(0, clock[0] + 0.3 * assumed.FIRST_USE), run(*a))[1]
-    assert tuner.resolve(P, "fprop", TARGET, "ieee", CUDA) == ranked()[0]
+    assert choice.resolve(P, "fprop", TARGET, "ieee", CUDA) == ranked()[0]
     assert [i for *_, i in cuda.gpu.ran] == [0, 0], "ATen, a result and a timing of it took all there was"
     record = lookup()[2]
     assert record["aten_ms"] == 1.0 and record["aten_benchmark_ms"] is None
     message, = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
     assert cache.key(P, "fprop") in message and f"{assumed.FIRST_USE:g} s" in message and str(cache.path(TARGET)) in message
-    tuner.resolve(P, "wgrad", TARGET, "ieee", CUDA)
+    choice.resolve(P, "wgrad", TARGET, "ieee", CUDA)
     assert len([r for r in caplog.records if r.levelno == logging.WARNING]) == 1
 
 
@@ -374,7 +374,7 @@ def test_first_use_is_measured_on_every_rank(cuda, rank, monkeypatch):
     monkeypatch.setenv("TRIDIL_TUNE", "1")
     monkeypatch.setenv("RANK", str(rank))
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert tuner.resolve(P, "fprop", TARGET, "ieee", CUDA) == ranked()[2] and cuda.gpu.ran
+    assert choice.resolve(P, "fprop", TARGET, "ieee", CUDA) == ranked()[2] and cuda.gpu.ran
     assert [r["pass"] for r in tune(P, passes=("dgrad", "wgrad"))] == ["dgrad", "wgrad"]
     assert [r["problem"].n for r in tune([replace(P, n=n) for n in (3, 4)])] == [3 + rank]
 
@@ -382,16 +382,16 @@ def test_first_use_is_measured_on_every_rank(cuda, rank, monkeypatch):
 def test_the_variable_can_forbid_it(cuda, monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
     monkeypatch.setenv("TRIDIL_TUNE", "0")
-    tuner.resolve(P, "fprop", TARGET, "ieee", CUDA)
+    choice.resolve(P, "fprop", TARGET, "ieee", CUDA)
     assert not cuda.gpu.ran
 
 
 def test_nothing_is_measured_while_a_graph_is_captured(cuda, monkeypatch):
     monkeypatch.setenv("TRIDIL_TUNE", "1")
     cuda.capturing = True
-    assert tuner.resolve(P, "fprop", TARGET, "ieee", CUDA) == ranked()[0] and not cuda.gpu.ran
+    assert choice.resolve(P, "fprop", TARGET, "ieee", CUDA) == ranked()[0] and not cuda.gpu.ran
     cuda.capturing = False
-    assert tuner.resolve(P, "fprop", TARGET, "ieee", CUDA) == ranked()[2] and cuda.gpu.ran
+    assert choice.resolve(P, "fprop", TARGET, "ieee", CUDA) == ranked()[2] and cuda.gpu.ran
 
 
 # ---- what people see
@@ -412,18 +412,18 @@ def test_info_names_what_was_measured(cuda, capsys, monkeypatch):
 
 
 def test_explain_measured_and_predicted(cuda, monkeypatch):
-    monkeypatch.setattr(dispatch, "can_run", lambda problem, device: None)
+    monkeypatch.setattr(drivers, "can_run", lambda problem, device: None)
     measured(pass_="fprop", ms=1.0, aten_ms=2.0)
     measured(pass_="dgrad", ms=3.0, aten_ms=2.0)
-    rows = dispatch.explain(P, CUDA)
+    rows = verdict.rows_of(P, CUDA)
     assert [r["backend"] for r in rows[:2]] == ["triton", "aten"] and [r["ms"] for r in rows] == [1.0, 3.0, None]
     assert rows[0]["cudnn_ms"] == 2.0 and rows[2]["source"].startswith("cost model") and all(r["predicted_ms"] > r["roof_ms"] > 0 for r in rows)
-    text = dispatch.explanation(P, CUDA)
+    text = verdict.text_of(P, CUDA)
     assert "1 ms measured" in text and "cuDNN 2 ms measured" in text and text.count("ms predicted (limited by") == 3 and "ms estimated" in text
     for backend in ("triton", "aten"):
-        assert {(r["backend"], r["why"]) for r in dispatch.explain(P, CUDA, backend)} == {(backend, "asked for")}
+        assert {(r["backend"], r["why"]) for r in verdict.rows_of(P, CUDA, backend)} == {(backend, "asked for")}
     monkeypatch.setenv("TRIDIL_BACKEND", "triton")
-    assert {r["why"] for r in dispatch.explain(P, CUDA)} == {"TRIDIL_BACKEND=triton"}
+    assert {r["why"] for r in verdict.rows_of(P, CUDA)} == {"TRIDIL_BACKEND=triton"}
 
 
 def test_public_explain(capsys):
@@ -457,7 +457,7 @@ def command(tmp_path, *args, launcher=()):
 
 
 def test_command_line(tmp_path):
-    shape = ("tune", "--shape", tuner.shape_of(P), "--top", 3)
+    shape = ("tune", "--shape", P.shape(), "--top", 3)
     out = command(tmp_path, *shape, "--passes", "fprop,wgrad", "--budget", "10m")
     assert out.returncode == 0 and "2 measured, kept in" in out.stdout and "0.5000 ms" in out.stdout, out.stdout + out.stderr
     assert set(cache.user(TARGET)) == {cache.key(P, "fprop"), cache.key(P, "wgrad")}

@@ -12,9 +12,8 @@ from pathlib import Path
 
 import torch
 
-from . import __version__, cache, dispatch
+from . import __version__, cache, devices, drivers, verdict
 from . import config as cfg
-from . import devices
 from .problem import PASSES, Problem, problem_of
 from .workloads import SUITES
 
@@ -28,11 +27,11 @@ def info(args) -> int:
         triton_version = "not installed"
     small = Problem(1, 16, 8, 8, 16, 3, 3, dilation=(2, 2))
     print(f"tridil {__version__}  python {platform.python_version()}  torch {torch.__version__}  triton {triton_version}")
-    print(f"target {dispatch.target()}{' (interpreted)' if dispatch.interpreted() else ''}")
+    print(f"target {drivers.target()}{' (interpreted)' if drivers.interpreted() else ''}")
     devices = [torch.device("cpu"), *(torch.device("cuda", i) for i in range(torch.cuda.device_count()))]
     for device in devices:
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-        print(f"{str(device):8} {name}: auto runs {dispatch.choose(small, device)}; triton {dispatch.can_run(small, device) or 'can run'}")
+        print(f"{str(device):8} {name}: auto runs {drivers.choose(small, device)}; triton {drivers.can_run(small, device) or 'can run'}")
         if device.type == "cuda":
             print(f"         {measured_on(name)}")
     return 0
@@ -40,7 +39,7 @@ def info(args) -> int:
 
 def measured_on(name: str) -> str:
     """What was measured on a GPU of that name, and what to run next."""
-    target, counts = dispatch.target(), []
+    target, counts = drivers.target(), []
     for table, entries in (("your cache", cache.user(target)), ("the shipped table", cache.shipped(target))):
         records = [records[name] for records in entries.values() if name in records]
         fresh = sum(map(cache.is_fresh, records))
@@ -83,7 +82,7 @@ def parse_shape(text: str, dtype: str = "float16", layout: str = "nhwc") -> Prob
 def explain(args) -> int:
     """What runs for one layer, and why."""
     problem = parse_shape(args.shape, args.dtype, args.layout)
-    print(dispatch.explanation(problem, torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu")), args.backend, args.target))
+    print(verdict.text_of(problem, torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu")), args.backend, args.target))
     return 0
 
 
@@ -111,13 +110,13 @@ def tune(args) -> int:
     except RuntimeError as e:
         print(f"tridil tune: {e}", file=sys.stderr)
         return 1
-    rows = tuner.gather(rows)
+    rows = tuner.rows_of_all_ranks(rows)
     if int(os.environ.get("RANK", 0)) == 0:
         for row in rows:
             result = "every candidate was rejected" if row["config"] is None else f"{row['ms']:.4f} ms {cfg.describe(row['config'])}"
             print(f"{row['problem'].key()} | {row['pass']}: {result}; ATen {row['aten_ms'] or float('nan'):.4f} ms; {row['tried']} tried, "
                   f"{len(row['rejected'])} rejected")
-        print(f"{len(rows)} measured, kept in {cache.path(dispatch.target())}")
+        print(f"{len(rows)} measured, kept in {cache.path(drivers.target())}")
     return int(any(row["config"] is None for row in rows))
 
 
@@ -133,7 +132,7 @@ def show_cache(args) -> int:
             if not kept:
                 return 1
         return 0
-    target = args.target or dispatch.target()
+    target = args.target or drivers.target()
     entries = cache.merge(cache.shipped(target), cache.user(target))
     if args.action == "export":
         if len(args.files) != 1:
@@ -175,7 +174,7 @@ def aot(args) -> int:
 
     from . import workloads
     from .aot import report
-    target = args.target or dispatch.target()
+    target = args.target or drivers.target()
     layers = [(args.shape, parse_shape(args.shape, args.dtype))] if args.shape else \
         [(w.name, w.problem) for w in workloads.suite(args.suite, args.dtype)]
     if args.save:
@@ -214,7 +213,7 @@ def main(argv=None) -> int:
         if name != "explain":
             sub.add_argument("--suite", default="quick", help="suite of tridil.workloads: " + ", ".join(SUITES))
             sub.add_argument("--passes", default=",".join(PASSES))
-    commands.choices["explain"].add_argument("--backend", default="auto", choices=dispatch.BACKENDS)
+    commands.choices["explain"].add_argument("--backend", default="auto", choices=drivers.BACKENDS)
     commands.choices["explain"].add_argument("--device", help="torch device of the tensors (default: cuda if there is one)")
     commands.choices["aot"].add_argument("--json", help="write the rows to this file")
     commands.choices["aot"].add_argument("--save", help="keep PTX and SASS in this folder")
@@ -230,7 +229,7 @@ def main(argv=None) -> int:
     sub.add_argument("--target", help="like cuda:90 (default: the active driver's)")
     args = parser.parse_args(argv)
     try:
-        dispatch.check_target(getattr(args, "target", None) or dispatch.target())
+        drivers.check_target(getattr(args, "target", None) or drivers.target())
         return args.run(args)
     except (ValueError, NotImplementedError) as e:
         parser.error(str(e))

@@ -32,8 +32,8 @@ def sources(problem: Problem, pass_: str, config: Config, target: str, precision
     from triton.compiler import ASTSource
 
     from . import config as cfg
-    from . import dispatch, launch
-    if dispatch.interpreted():
+    from . import drivers, launch
+    if drivers.interpreted():
         raise RuntimeError("kernels cannot be compiled in a process that interprets them: unset TRITON_INTERPRET")
     reason = cfg.fits(config, problem, pass_, target)
     if reason:

@@ -13,7 +13,7 @@ from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
 
 from . import functional
-from .dispatch import BACKENDS
+from .drivers import BACKENDS
 from .module import DilatedConv1d, DilatedConv2d, _Dilated, mark_leaf, run
 from .problem import DTYPE_BYTES, Problem, pair, single, to_int
 

@@ -10,9 +10,9 @@ from dataclasses import replace
 from functools import lru_cache
 from operator import itemgetter
 
-from . import assumed, devices, families
 from . import config as cfg
 from . import cudnn as aten
+from . import devices, families
 from .devices import Device
 from .families import Config, Prediction
 from .problem import Problem

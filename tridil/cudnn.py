@@ -31,6 +31,8 @@ def kind(problem: Problem, pass_: str) -> str:
 
 def seconds(problem: Problem, pass_: str, device: Device, precision: str = "tf32") -> float:
     """Seconds of ATen for one pass on tensors in the problem's memory format, its copies included; `assumed.FAVOUR` times as fast as the fit."""
+    if problem.is_empty:
+        return assumed.LAUNCH
     found, hertz = kind(problem, pass_), device.sms * device.clock * 1e9
     shapes = {"x": problem.x_shape, "w": problem.w_shape, "y": problem.y_shape}
     times = dict.fromkeys(shapes, assumed.CUDNN_TRAFFIC["nhwc" if found in ("depthwise", "pointwise") else problem.layout])

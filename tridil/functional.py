@@ -22,7 +22,7 @@ from torch.overrides import (
 )
 from torch.utils._device import DeviceContext
 
-from . import dispatch, ops
+from . import drivers, ops
 from .problem import Problem, pair, problem_of, single, to_int
 
 
@@ -56,16 +56,6 @@ def dilated_conv2d(input, weight, bias=None, stride=1, padding=0, dilation=1, gr
         return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
     y = _run(input if input.dim() == 4 else input.unsqueeze(0), weight, bias, problem, dtype, autocast, auto)
     return y if input.dim() == 4 else y.squeeze(0)
-
-
-def explain(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1, *, backend: str = "auto") -> list[dict]:
-    """Prints what `dilated_conv2d` runs for these arguments, and why: for each pass the backend, the kernel, its config and where that came from,
-    dense, useful and executed multiply-accumulates, the measured or predicted time and what limits it. Returns the rows of `dispatch.explain`.
-    """
-    problem = problem_of_tensors(input, weight, bias, stride, padding, dilation, groups)
-    rows = dispatch.explain(problem, input.device, backend)
-    print(dispatch.explanation(problem, input.device, backend, rows=rows))
-    return rows
 
 
 def problem_of_tensors(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1, *, backend: str = "auto") -> Problem:
@@ -252,7 +242,7 @@ def _problem_1d(input, weight, bias, stride, padding, dilation, groups, causal, 
                   to_int(groups, "groups"), dtype, input.device.type)
 
 
-# what `dispatch.choose` answered: it asks the driver
+# what `drivers.choose` answered: it asks the driver
 _chosen: dict = {}
 
 
@@ -261,15 +251,15 @@ def _choose(problem, input, backend) -> tuple[str, bool]:
     variable, device = os.environ.get("TRIDIL_BACKEND", "auto") if backend == "auto" else backend, input.device
     auto = variable == "auto"
     if torch.compiler.is_compiling() or variable == "aten" or auto and device.type == "cpu" or problem.beyond_int32:
-        return dispatch.choose(problem, device, backend), auto
+        return drivers.choose(problem, device, backend), auto
     try:
         key = problem.dtype, device, variable, ops.driver_device(device), auto and os.environ.get("TRIDIL_TARGET")
     except Exception:                   # no Triton, or whatever a driver raises where it finds no device
         key = None
     if key in _chosen:
         return _chosen[key], auto
-    is_there = not (isinstance(input, FakeTensor) and dispatch.can_run(problem, device))     # the device of a fake tensor need not be
-    chosen = dispatch.choose(problem, device if is_there else torch.device("meta"), backend)
+    is_there = not (isinstance(input, FakeTensor) and drivers.can_run(problem, device))     # the device of a fake tensor need not be
+    chosen = drivers.choose(problem, device if is_there else torch.device("meta"), backend)
     if key and is_there:
         _chosen[key] = chosen
     return chosen, auto

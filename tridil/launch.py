@@ -12,13 +12,12 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import config as cfg
 from . import families
-from .dispatch import interpreted, target
+from .drivers import FORMATS, interpreted, target
 from .families import Box, Config, Launch
 from .families.base import accumulator, result_shape
 from .problem import Problem
 
 _interpreted = interpreted()                             # decided when the kernels are imported
-FORMATS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
 
 
 def kernel_of(launch: Launch):

@@ -4,7 +4,7 @@ from __future__ import annotations
 from torch import nn
 from torch.nn.functional import pad
 
-from .dispatch import BACKENDS
+from .drivers import BACKENDS
 from .functional import dilated_conv1d, dilated_conv2d
 
 

@@ -13,7 +13,7 @@ from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad, profiler
 from torch.autograd.function import BackwardCFunction
 
-from . import dispatch, tuner
+from . import choice, drivers
 from .problem import Problem
 
 # tensors are 4D (N, C, H, W), or 3D (N, C, L): maps of height 1, whose results are 3D, too, and no views
@@ -43,15 +43,9 @@ def _map(shape):
     return shape if len(shape) == 4 else (*shape[:2], 1, shape[2])
 
 
-def fp32_precision(target: str) -> str:
-    """"tf32" or "ieee", as torch.backends.cudnn.conv.fp32_precision (and the older allow_tf32) say; of AMD's GPUs only gfx942 has tf32."""
-    allowed = target.startswith("cuda") or target == "hip:gfx942"
-    return "tf32" if allowed and torch.backends.cudnn.conv.fp32_precision == "tf32" else "ieee"
-
-
 # what runs a pass: (pass, shapes, geometry, dtype, device, switches) -> function of (a, b, bias); forgotten when a config may have changed
 _runs: dict = {}
-tuner.listeners.append(_runs.clear)
+choice.listeners.append(_runs.clear)
 
 
 @lru_cache(maxsize=1)
@@ -97,12 +91,12 @@ def _prepare(pass_, has_bias, x_shape, w_shape, geometry, channels_last, auto, d
                       "nhwc" if channels_last else "nchw")
     if problem.is_empty:
         return partial(_without_products, {"fprop": problem.y_shape, "dgrad": problem.x_shape, "wgrad": problem.w_shape}[pass_], channels_last)
-    target = dispatch.target()                              # of this device, not of the one that was current
-    precision = fp32_precision(target) if dtype == torch.float32 else "ieee"
+    target = drivers.target()                              # of this device, not of the one that was current
+    precision = drivers.fp32_precision(target) if dtype == torch.float32 else "ieee"
     allow_aten, unfit = auto and all(lo == hi for lo, hi in problem.padding), problem.beyond_int32
     if unfit and not allow_aten:
         raise NotImplementedError(f"the Triton kernels cannot run this convolution: {unfit}")
-    config = None if unfit else tuner.resolve(problem, pass_, target, precision, device, allow_aten)
+    config = None if unfit else choice.resolve(problem, pass_, target, precision, device, allow_aten)
     if config is None:
         return partial(aten, problem, pass_)
     return _launch().prepare(problem, pass_, config, precision, has_bias)

@@ -264,6 +264,15 @@ class Problem:
         return (f"n{self.n} c{self.c} h{self.h} w{self.w} k{self.k} {self.r}x{self.s} stride{pair(*self.stride)} pad{pair(*pad)} "
                 f"dil{pair(*self.dilation)} g{self.groups} {self.dtype} {self.layout}")
 
+    def shape(self) -> str:
+        """The sizes as the command line takes them (--shape)."""
+        def pair(a, b):
+            return f"{a}" if a == b else f"{a},{b}"
+        (top, bottom), (left, right) = self.padding
+        pad = pair(top, left) if (top, left) == (bottom, right) else f"{top},{bottom},{left},{right}"
+        return (f"n={self.n} c={self.c} h={self.h} w={self.w} k={self.k} r={self.r} s={self.s} stride={pair(*self.stride)} pad={pad} "
+                f"d={pair(*self.dilation)} g={self.groups}")
+
 
 def _residue_classes(size, out, stride, pad_lo, dilation, taps):
     g = math.gcd(stride, dilation)

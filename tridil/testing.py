@@ -5,7 +5,7 @@ import random
 
 import torch
 
-from .dispatch import interpreted
+from .drivers import interpreted
 from .problem import Problem
 
 

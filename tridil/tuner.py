@@ -1,201 +1,28 @@
-"""Which config runs a pass of a problem: lookup, measuring, and the choice between the kernels and ATen.
-
-A pass runs the config of `override`, else the one measured on this GPU (user's cache, then the shipped table), else a hint (measured with other
-sources, on another GPU of the target, in the other memory format or at another batch size), else the pick of the cost model.
-"""
+"""Measures which config runs a pass fastest, and ATen beside it; keeps the answers in the user's cache, where choice.py looks them up."""
 from __future__ import annotations
 
 import logging
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from contextlib import nullcontext
+from dataclasses import replace
 from datetime import datetime, timezone
 from functools import partial
 
 import torch
 
-from . import assumed, cache, clock, cost_model, devices, dispatch, families
+from . import aot, assumed, cache, choice, clock, cost_model, drivers, functional, ops, reference
 from . import config as cfg
+from .choice import ATEN
+from .convert import scan
+from .drivers import FORMATS
 from .families import Config
 from .problem import PASSES, Problem
+from .testing import budget, random_tensors, reduction_depth
 
 log = logging.getLogger("tridil")
-# called with no arguments whenever an answer of `resolve` may have changed: those who keep answers forget them
-listeners: list = []
-_overrides: dict[str, Config] = {}
-_told: set[tuple] = set()
-
-
-def _changed():
-    for listener in listeners:
-        listener()
-
-
-@contextmanager
-def override(**configs: Config | Mapping):
-    """Within the context the passes named (fprop=, dgrad=, wgrad=) run the given configs, as objects or as they are written in files, whatever was
-    measured; for tests and experiments."""
-    global _overrides
-    unknown = set(configs) - set(PASSES)
-    if unknown:
-        raise ValueError(f"unknown passes {sorted(unknown)}: use {', '.join(PASSES)}")
-    given = {pass_: c if isinstance(c, Config) else cfg.from_json(c, pass_) for pass_, c in configs.items()}
-    before, _overrides = _overrides, _overrides | given
-    _changed()
-    try:
-        yield
-    finally:
-        _overrides = before
-        _changed()
-
-
-@dataclass(frozen=True)
-class Choice:
-    """What runs one pass: the config of the kernels, where it came from, and whether "auto" runs the kernels or ATen, and why.
-
-    record is the measurement behind the config, None where there is none; prediction is the cost model's of config.
-    """
-    config: Config
-    source: str
-    backend: str
-    why: str
-    record: dict | None
-    prediction: cost_model.Prediction
-    cudnn: float
-
-
-def device_spec(target: str, device=None) -> tuple[devices.Device, str]:
-    """(spec, name) of a torch.device, as its driver describes it, or of the GPU that stands for the target where there is no such device."""
-    if device is not None and getattr(device, "type", "cpu") == "cuda" and torch.cuda.is_available():
-        properties = torch.cuda.get_device_properties(device)
-        return devices.of_properties(properties, target), properties.name
-    spec = devices.of_target(target)
-    return spec, spec.name
-
-
-def lookup(problem: Problem, pass_: str, target: str, precision: str, spec: devices.Device, name: str) -> tuple[Config, str, dict | None]:
-    """(config, source, record): the record only of a fresh measurement of this very problem on this GPU."""
-    def legal(record):
-        """The config of a record, if it is one for this pass."""
-        try:
-            config = cfg.from_json(record["config"], pass_)
-        except ValueError:                                  # of another version
-            return None
-        return config if cfg.fits(config, problem, pass_, target) is None else None
-    if pass_ in _overrides:
-        return _overrides[pass_], "override", None
-    tables = [("user's cache", cache.user(target)), ("shipped table", cache.shipped(target))]
-    key = cache.key(problem, pass_, precision)
-    for table, entries in tables:
-        record = entries.get(key, {}).get(name)
-        config = legal(record) if record and cache.is_fresh(record) else None
-        if config and record.get("code") == code_of(problem, pass_, config, precision):
-            return config, f"{table}: measured {record['date'][:10]}", record
-    for table, entries in tables:
-        for what, hint in _hints(problem, pass_, precision, entries, name):
-            if config := legal(hint):
-                return config, f"hint of the {table}: {what}", None
-    return cost_model.best(problem, pass_, spec, precision), "cost model (nothing measured)", None
-
-
-def code_of(problem: Problem, pass_: str, config: Config, precision: str) -> str:
-    """`cache.code` of what a config launches."""
-    return cache.code(families.of(config.kernel).plan(problem, pass_, config, precision, False))
-
-
-def _hints(problem, pass_, precision, entries, name):
-    """(what it is, record) of measurements that are not this one but near it, the nearest first."""
-    other_layout = replace(problem, layout="nchw" if problem.layout == "nhwc" else "nhwc")
-    batches = sorted((abs(n.bit_length() - problem.n.bit_length()), n) for n in {2**e for e in range(11)} | {3, 6, 12, 24} if n != problem.n)
-    near = [(problem, "measured with other sources or another Triton"), (other_layout, "measured in the other memory format"),
-            *((replace(problem, n=n), f"measured at batch size {n}") for distance, n in batches if distance <= 2)]
-    for p, what in near:
-        records = entries.get(cache.key(p, pass_, precision), {})
-        for device in sorted(records, key=lambda d: (d != name, d)):
-            yield what + (f" on {device}" if device != name else ""), records[device]
-
-
-def decide(problem: Problem, pass_: str, target: str, precision: str = "tf32", device=None) -> Choice:
-    """The config of a pass and the backend that "auto" runs: of two measured times the shorter; else the kernels where they are predicted to be
-    `assumed.MARGIN` times as fast as the estimate of cuDNN."""
-    spec, name = device_spec(target, device)
-    config, source, record = lookup(problem, pass_, target, precision, spec, name)
-    prediction, estimate = cost_model.predict(problem, pass_, config, spec, precision), cost_model.cudnn(problem, pass_, spec, precision)
-    if record and (known := aten_ms(record)):
-        faster = record["ms"] <= known[0]
-        why = f"measured: {record['ms']:.4g} ms, ATen {known[0]:.4g} ms with {known[1]}"
-    elif record:
-        faster, why = True, f"measured: {record['ms']:.4g} ms; ATen could not run it"
-    elif source == "override":
-        faster, why = True, "override"
-    else:
-        faster = prediction.seconds * assumed.MARGIN <= estimate
-        why = (f"predicted: {1e3 * prediction.seconds:.4g} ms, cuDNN estimated at {1e3 * estimate:.4g} ms; "
-               f"the kernels need a factor of {assumed.MARGIN}")
-    return Choice(config, source, "triton" if faster else "aten", why, record, prediction, estimate)
-
-
-# how ATen is measured: with the algorithms that cuDNN's heuristics choose, and with those that its search finds (torch.backends.cudnn.benchmark)
-ATEN = {"aten_ms": False, "aten_benchmark_ms": True}
-
-
-def aten_ms(record: dict) -> tuple[float, str] | None:
-    """(milliseconds, how) of ATen in a record of the cache: as it runs under the present torch.backends.cudnn.benchmark, else as it was measured."""
-    for name in sorted(ATEN, key=lambda name: ATEN[name] != torch.backends.cudnn.benchmark):
-        if record.get(name):
-            return record[name], f"cudnn.benchmark {'on' if ATEN[name] else 'off'}"
-    return None
-
-
-def resolve(problem: Problem, pass_: str, target: str, precision: str, device=None, allow_aten: bool = False) -> Config | None:
-    """The config that runs one pass, or None where ATen is known to be faster (only with allow_aten).
-
-    device: the tensors' torch.device. Where nothing was measured there, it is measured now if torch.backends.cudnn.benchmark or TRIDIL_TUNE=1 says so
-    (never while a CUDA graph is captured); else the first miss of the process logs how to measure.
-    """
-    choice = decide(problem, pass_, target, precision, device)
-    if choice.record is None and choice.source != "override" and device is not None and device.type == "cuda":
-        if _tunes_on_first_use():
-            _tell_of_first_use(problem, pass_, precision, target)
-            if _measure_now([(problem, pass_, precision)], Gpu(device), 4, assumed.FIRST_USE, (torch.backends.cudnn.benchmark,)):
-                choice = decide(problem, pass_, target, precision, device)
-        elif _tells("miss", target):
-            log.warning("tridil: nothing was measured for %s on %s, %s; to measure it: python -m tridil tune --shape \"%s\" --dtype %s",
-                        cache.key(problem, pass_, precision), target, choice.source, shape_of(problem), problem.dtype)
-    return None if allow_aten and choice.backend == "aten" else choice.config
-
-
-def _tells(*what) -> bool:
-    """Whether this is the first time that the process has this to tell."""
-    if what in _told:
-        return False
-    _told.add(what)
-    return True
-
-
-def _tell_of_first_use(problem, pass_, precision, target):
-    level = logging.WARNING if _tells("first use", target) else logging.INFO
-    why = "TRIDIL_TUNE=1" if os.environ.get("TRIDIL_TUNE") == "1" else "torch.backends.cudnn.benchmark"
-    log.log(level, "tridil: %s: measuring %s, about %g s, as every new convolution and pass from now on; answers are kept in %s (TRIDIL_TUNE=0 "
-            "measures nothing)", why, cache.key(problem, pass_, precision), assumed.FIRST_USE, cache.path(target))
-
-
-def _tunes_on_first_use() -> bool:
-    variable = os.environ.get("TRIDIL_TUNE", "")
-    asked = variable == "1" or variable != "0" and torch.backends.cudnn.benchmark
-    return asked and not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
-
-
-def shape_of(p: Problem) -> str:
-    """A problem as the command line takes it (--shape)."""
-    def pair(a, b):
-        return f"{a}" if a == b else f"{a},{b}"
-    (top, bottom), (left, right) = p.padding
-    pad = pair(top, left) if (top, left) == (bottom, right) else f"{top},{bottom},{left},{right}"
-    return f"n={p.n} c={p.c} h={p.h} w={p.w} k={p.k} r={p.r} s={p.s} stride={pair(*p.stride)} pad={pad} d={pair(*p.dilation)} g={p.groups}"
 
 
 class Gpu:
@@ -203,23 +30,20 @@ class Gpu:
 
     def __init__(self, device: torch.device):
         self.device = device
-        self.target = dispatch.target()
-        self.spec, self.name = device_spec(self.target, device)
+        self.target = drivers.target()
+        self.spec, self.name = choice.device_spec(self.target, device)
 
     def tensors(self, problem: Problem):
         """(x, w, bias, dy) in the problem's memory format."""
-        from .launch import FORMATS
-        from .testing import random_tensors
         return tuple(t.contiguous(memory_format=FORMATS[problem.layout]) if t.dim() == 4 else t for t in random_tensors(problem, self.device))
 
     def prepare(self, problem: Problem, pass_: str, config: Config | None, precision: str) -> Callable:
         """Function of a pass's two tensors: by a config, or (None) by ATen."""
-        from . import launch, ops
+        from . import launch  # imports Triton
         return partial(ops.aten, problem, pass_) if config is None else launch.prepare(problem, pass_, config, precision)
 
     def reference(self, problem: Problem, pass_: str, a, b):
         """The float64 result of one pass."""
-        from . import reference
         return getattr(reference, pass_)(problem, a, b)
 
     def milliseconds(self, run: Callable, a, b) -> float:
@@ -231,8 +55,7 @@ class Gpu:
 
     def compiling(self, jobs: list):
         """`aot.compiling` for this device."""
-        from .aot import compiling
-        return compiling(jobs, self.target)
+        return aot.compiling(jobs, self.target)
 
 
 def tune(subject, *args, passes=PASSES, top: int = 8, budget: float | None = None, device=None, precision: str | None = None, force: bool = False,
@@ -259,8 +82,7 @@ def tune(subject, *args, passes=PASSES, top: int = 8, budget: float | None = Non
         with torch.cuda.device(device):
             return tune(problems, passes=passes, top=top, budget=budget, precision=precision, force=force, progress=progress,
                         gpu=Gpu(torch.device("cuda", torch.cuda.current_device())))
-    from .ops import fp32_precision
-    jobs = [(p, pass_, (precision or fp32_precision(gpu.target)) if p.dtype == "float32" else "ieee") for p in problems
+    jobs = [(p, pass_, (precision or drivers.fp32_precision(gpu.target)) if p.dtype == "float32" else "ieee") for p in problems
             if not p.is_empty for pass_ in passes]
     if len(problems) > 1:
         rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
@@ -270,7 +92,7 @@ def tune(subject, *args, passes=PASSES, top: int = 8, budget: float | None = Non
     if len(rows) < len(jobs):
         log.warning("tridil: the budget of %g s ended after %d of %d measurements: the same command goes on from there", budget, len(rows), len(jobs))
     if rows:
-        _changed()
+        choice.changed()
     return rows
 
 
@@ -289,7 +111,15 @@ def _measure_now(jobs: list, gpu: Gpu, top: int, budget: float | None, settings:
     return rows
 
 
-def gather(rows: list[dict]) -> list[dict]:
+def _first_use(problem: Problem, pass_: str, precision: str, device: torch.device) -> bool:
+    """`choice.first_use`: the best of few candidates within a short budget; ATen is timed as it runs now."""
+    return bool(_measure_now([(problem, pass_, precision)], Gpu(device), 4, assumed.FIRST_USE, (torch.backends.cudnn.benchmark,)))
+
+
+choice.first_use = _first_use
+
+
+def rows_of_all_ranks(rows: list[dict]) -> list[dict]:
     """The rows of all ranks of a torchrun, which one rank of every host also merges into its user's cache; without torchrun, rows."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return rows
@@ -310,11 +140,9 @@ def _problems(subject, args, kwargs) -> list[Problem]:
     if isinstance(subject, Problem):
         return [subject]
     if isinstance(subject, torch.nn.Module):
-        from .convert import scan
         return list(scan(subject, *args, **kwargs))
     if isinstance(subject, torch.Tensor):
-        from .functional import problem_of_tensors
-        return [problem_of_tensors(subject, *args, **kwargs)]
+        return [functional.problem_of_tensors(subject, *args, **kwargs)]
     problems = list(subject) if isinstance(subject, (list, tuple, set)) else [subject]
     if not all(isinstance(p, Problem) for p in problems):
         raise TypeError(f"tune takes Problems, a convolution's tensors, or a module and its inputs, got {type(subject).__name__}")
@@ -328,7 +156,6 @@ def _is_measured(problem, pass_, precision, gpu) -> bool:
 
 def _measure(problem: Problem, pass_: str, precision: str, configs: list[Config], gpu: Gpu, deadline: float, settings, compiled) -> dict:
     """One row of `tune`. A result outside its error budget, against float64 (where memory is short: against ATen), rejects its config."""
-    from .testing import budget, reduction_depth
     x, w, _, dy = gpu.tensors(problem)
     a, b = {"fprop": (x, w), "dgrad": (dy, w), "wgrad": (dy, x)}[pass_]
     rejected, seen, best = [], [], None
@@ -400,7 +227,7 @@ def _keep(row: dict) -> None:
     """Writes a row of `tune` into the user's cache."""
     if row["config"] is not None:
         times = {name: row[name] and round(row[name], 6) for name in ("ms", *ATEN)}
-        code = code_of(row["problem"], row["pass"], row["config"], row["precision"])
+        code = choice.code_of(row["problem"], row["pass"], row["config"], row["precision"])
         record = {"config": cfg.to_json(row["config"]), **times, "code": code, "triton": cache.triton(), "torch": torch.__version__, "date": row["date"]}
         cache.add(row["target"], {cache.key(row["problem"], row["pass"], row["precision"]): {row["device"]: record}})
 

@@ -16,8 +16,25 @@ import numpy as np
 from .. import assumed, devices
 from ..devices import Device
 from ..problem import DTYPE_BYTES, Axis, Problem
-from .base import (UNITS, Config, Family, Launch, Prediction, accumulator, aligned, bad_maxnreg, columns, elements, launch, no_power_of_two, not_positive,
-                   pixels, result_shape, steps, strides)
+from .base import (
+    UNITS,
+    Config,
+    Family,
+    Launch,
+    Prediction,
+    accumulator,
+    aligned,
+    bad_maxnreg,
+    columns,
+    elements,
+    launch,
+    no_power_of_two,
+    not_positive,
+    pixels,
+    result_shape,
+    steps,
+    strides,
+)
 
 
 @dataclass(frozen=True)

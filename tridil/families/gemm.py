@@ -19,8 +19,23 @@ import numpy as np
 from .. import assumed, devices
 from ..devices import Device
 from ..problem import DTYPE_BYTES, Axis, Problem
-from .base import (UNITS, Config, Family, Launch, Prediction, aligned, bad_maxnreg, columns, launch, no_power_of_two, not_positive, pixels, result_shape,
-                   strides, up)
+from .base import (
+    UNITS,
+    Config,
+    Family,
+    Launch,
+    Prediction,
+    aligned,
+    bad_maxnreg,
+    columns,
+    launch,
+    no_power_of_two,
+    not_positive,
+    pixels,
+    result_shape,
+    strides,
+    up,
+)
 
 
 @dataclass(frozen=True)

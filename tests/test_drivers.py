@@ -5,7 +5,7 @@ import sys
 import pytest
 import torch
 
-from tridil import dispatch
+from tridil import drivers, verdict
 from tridil.problem import PASSES, Problem
 
 P = Problem(1, 16, 9, 9, 16, 3, 3, padding=((2, 2), (2, 2)), dilation=(2, 2))
@@ -32,35 +32,35 @@ class Driver:
 @pytest.fixture
 def driver(monkeypatch):
     """Sets the active Triton driver, or the reason why there is none."""
-    monkeypatch.setattr(dispatch, "_has_triton", lambda: True)
+    monkeypatch.setattr(drivers, "_has_triton", lambda: True)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
 
     def use(value):
-        monkeypatch.setattr(dispatch, "_driver", lambda: value)
+        monkeypatch.setattr(drivers, "_driver", lambda: value)
     return use
 
 
 def test_auto(driver):
     driver(Driver("cuda"))
-    assert dispatch.choose(P, GPU) == "triton" and dispatch.choose(P, CPU) == "aten"
-    assert dispatch.target() == "cuda:90"
+    assert drivers.choose(P, GPU) == "triton" and drivers.choose(P, CPU) == "aten"
+    assert drivers.target() == "cuda:90"
     driver(Driver("cuda", "hip", "gfx942"))
-    assert dispatch.target() == "hip:gfx942"
+    assert drivers.target() == "hip:gfx942"
     driver(Driver("cuda", arch=75))
-    assert dispatch.choose(P, GPU) == "aten" and dispatch.choose(P, GPU, "triton") == "triton"
-    assert "tensor cores" in dispatch.explain(P, GPU)[0]["why"]
+    assert drivers.choose(P, GPU) == "aten" and drivers.choose(P, GPU, "triton") == "triton"
+    assert "tensor cores" in verdict.rows_of(P, GPU)[0]["why"]
     driver(Driver("cpu"))                                     # an emulating driver: asked for, not chosen
-    assert dispatch.choose(P, CPU) == "aten" and dispatch.choose(P, CPU, "triton") == "triton"
-    assert dispatch.choose(P, GPU) == "aten"
+    assert drivers.choose(P, CPU) == "aten" and drivers.choose(P, CPU, "triton") == "triton"
+    assert drivers.choose(P, GPU) == "aten"
     driver("no driver: libcuda was not found")
-    assert dispatch.choose(P, GPU) == "aten"
+    assert drivers.choose(P, GPU) == "aten"
 
 
 def test_interpreter_serves_cpu_tensors(driver, monkeypatch):
     driver("no driver")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert dispatch.can_run(P, CPU) is None and "TRITON_INTERPRET" in dispatch.can_run(P, GPU)
-    assert dispatch.choose(P, CPU) == "aten" and dispatch.choose(P, CPU, "triton") == "triton"
+    assert drivers.can_run(P, CPU) is None and "TRITON_INTERPRET" in drivers.can_run(P, GPU)
+    assert drivers.choose(P, CPU) == "aten" and drivers.choose(P, CPU, "triton") == "triton"
 
 
 @pytest.mark.parametrize("state, device, reason", [
@@ -68,7 +68,7 @@ def test_interpreter_serves_cpu_tensors(driver, monkeypatch):
 def test_explicit_triton_never_falls_back(driver, state, device, reason):
     driver(state)
     with pytest.raises(NotImplementedError, match=reason):
-        dispatch.choose(P, device, "triton")
+        drivers.choose(P, device, "triton")
 
 
 @pytest.mark.parametrize("dtype", ["int64", "complex64", "float8_e4m3fn", "bool"])
@@ -76,44 +76,44 @@ def test_dtypes(driver, dtype):
     import dataclasses
     driver(Driver("cuda"))
     odd = dataclasses.replace(P, dtype=dtype)
-    assert dispatch.choose(odd, GPU) == "aten"
+    assert drivers.choose(odd, GPU) == "aten"
     with pytest.raises(TypeError, match=f"dtype {dtype} is not supported"):
-        dispatch.choose(odd, GPU, "triton")
+        drivers.choose(odd, GPU, "triton")
 
 
 def test_without_triton(monkeypatch):
-    monkeypatch.setattr(dispatch, "_has_triton", lambda: False)
-    assert dispatch.choose(P, GPU) == "aten"
+    monkeypatch.setattr(drivers, "_has_triton", lambda: False)
+    assert drivers.choose(P, GPU) == "aten"
     with pytest.raises(NotImplementedError, match="pip install triton"):
-        dispatch.choose(P, GPU, "triton")
+        drivers.choose(P, GPU, "triton")
 
 
 def test_variables(driver, monkeypatch):
     driver(Driver("cuda"))
     monkeypatch.setenv("TRIDIL_BACKEND", "aten")
-    assert dispatch.choose(P, GPU) == "aten" and dispatch.choose(P, GPU, "triton") == "triton"
+    assert drivers.choose(P, GPU) == "aten" and drivers.choose(P, GPU, "triton") == "triton"
     monkeypatch.setenv("TRIDIL_BACKEND", "cudnn")
     with pytest.raises(ValueError, match="cudnn"):
-        dispatch.choose(P, GPU)
+        drivers.choose(P, GPU)
     monkeypatch.setenv("TRIDIL_TARGET", "cuda:80")
-    assert dispatch.target() == "cuda:80"
+    assert drivers.target() == "cuda:80"
     monkeypatch.setenv("TRIDIL_TARGET", "sm_90")
     with pytest.raises(ValueError, match="sm_90"):
-        dispatch.target()
+        drivers.target()
     with pytest.raises(ValueError, match="inductor"):
-        dispatch.choose(P, GPU, "inductor")
+        drivers.choose(P, GPU, "inductor")
 
 
 def test_explain(driver, monkeypatch):
     driver(Driver("cuda"))
     aspp = Problem(4, 2048, 60, 60, 256, 3, 3, padding=((36, 36), (36, 36)), dilation=(36, 36))
-    rows = dispatch.explain(aspp, GPU)
+    rows = verdict.rows_of(aspp, GPU)
     assert [r["pass"] for r in rows] == list(PASSES) and {r["backend"] for r in rows} == {"triton"}
     assert all(r["executed_macs"] >= r["useful_macs"] > 0 for r in rows)
-    assert {r["why"] for r in dispatch.explain(P, CPU)} == {"the active Triton driver serves 'cuda' tensors, got a tensor on 'cpu'"}
-    assert {r["why"] for r in dispatch.explain(P, GPU, "aten")} == {"asked for"}
+    assert {r["why"] for r in verdict.rows_of(P, CPU)} == {"the active Triton driver serves 'cuda' tensors, got a tensor on 'cpu'"}
+    assert {r["why"] for r in verdict.rows_of(P, GPU, "aten")} == {"asked for"}
     monkeypatch.setenv("TRIDIL_BACKEND", "aten")
-    assert {r["why"] for r in dispatch.explain(P, GPU)} == {"TRIDIL_BACKEND=aten"}
+    assert {r["why"] for r in verdict.rows_of(P, GPU)} == {"TRIDIL_BACKEND=aten"}
 
 
 @pytest.mark.parametrize("change", [dict(n=0), dict(c=0), dict(h=0, padding=((4, 4), (2, 2))), dict(n=0, c=4, k=4, groups=4),
@@ -125,9 +125,9 @@ def test_explain_of_nothing_to_multiply(target, change):
 
     from tridil import config
     empty = replace(P, **change)
-    rows = dispatch.explain(empty, CPU, "auto", target)
+    rows = verdict.rows_of(empty, CPU, "auto", target)
     assert {(r["backend"], r["useful_macs"]) for r in rows} == {("aten", 0)}
-    assert all(f"nothing to multiply: n={empty.n}, c={empty.c}, " in r["why"] for r in rows) and "nothing to multiply" in dispatch.explanation(
+    assert all(f"nothing to multiply: n={empty.n}, c={empty.c}, " in r["why"] for r in rows) and "nothing to multiply" in verdict.text_of(
         empty, CPU, "auto", target, rows)
     for pass_ in PASSES:
         for option in config.candidates(empty, pass_, target):
@@ -138,11 +138,11 @@ def test_explain_of_geometry_beyond_32_bits(driver):
     from dataclasses import replace
     driver(Driver("cuda"))
     far = replace(P, padding=((2**30, 2**30), (2**30, 2**30)), dilation=(2**30, 2**30))
-    assert dispatch.choose(far, GPU) == "aten" and "32 bits" in dispatch.can_run(far, GPU)
-    for rows in (dispatch.explain(far, GPU), dispatch.explain(far, GPU, target_="cuda:90")):
+    assert drivers.choose(far, GPU) == "aten" and "32 bits" in drivers.can_run(far, GPU)
+    for rows in (verdict.rows_of(far, GPU), verdict.rows_of(far, GPU, target="cuda:90")):
         assert {r["backend"] for r in rows} == {"aten"} and all(r["why"] == far.beyond_int32 for r in rows)
     with pytest.raises(NotImplementedError, match="cannot run this convolution: .*reaches [0-9]+ .*dil1073741824"):
-        dispatch.choose(far, GPU, "triton")
+        drivers.choose(far, GPU, "triton")
 
 
 @pytest.mark.parametrize("dtype, error", [("float16", None), ("int64", TypeError)])
@@ -152,9 +152,9 @@ def test_meta_tensors_ask_for_shapes(driver, dtype, error):
     for backend in ("auto", "aten", "triton"):
         if error and backend == "triton":
             with pytest.raises(error):
-                dispatch.choose(replace(P, dtype=dtype), torch.device("meta"), backend)
+                drivers.choose(replace(P, dtype=dtype), torch.device("meta"), backend)
         else:
-            assert dispatch.choose(replace(P, dtype=dtype), torch.device("meta"), backend) == "aten"
+            assert drivers.choose(replace(P, dtype=dtype), torch.device("meta"), backend) == "aten"
 
 
 def run(*args):

@@ -1,4 +1,4 @@
-"""What can run where: the one place that knows Triton's drivers."""
+"""What can run where: the one place that knows Triton's drivers, and the targets that kernels are compiled for."""
 from __future__ import annotations
 
 import os
@@ -8,9 +8,10 @@ from importlib.util import find_spec
 
 import torch
 
-from .problem import DTYPE_BYTES, PASSES, Problem
+from .problem import DTYPE_BYTES, Problem
 
 BACKENDS = ("auto", "triton", "aten")
+FORMATS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}         # PyTorch's memory formats by the names of layouts
 
 
 @lru_cache(maxsize=1)
@@ -63,10 +64,10 @@ def _driver_target() -> str:
 
 def can_run(problem: Problem, device) -> str | None:
     """None when the Triton kernels can run `problem` on tensors of `device` (a torch.device), else the reason."""
-    return _unfit(problem) or _serves(device.type)
+    return unfit(problem) or _serves(device.type)
 
 
-def _unfit(problem: Problem) -> str | None:
+def unfit(problem: Problem) -> str | None:
     """Why the kernels run `problem` nowhere. Under torch.compile sizes may be symbols: the operators ask for the geometry again."""
     return _unsupported(problem.dtype) or (None if torch.compiler.is_compiling() else problem.beyond_int32)
 
@@ -103,16 +104,16 @@ def choose(problem: Problem, device, backend: str = "auto") -> str:
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
     if backend == "auto":
-        return "aten" if device.type == "cpu" or can_run(problem, device) or _too_old(device.type, device.index) else "triton"
+        return "aten" if device.type == "cpu" or can_run(problem, device) or too_old(device.type, device.index) else "triton"
     if backend == "triton":
-        reason = _unfit(problem) if device.type == "meta" else can_run(problem, device)
+        reason = unfit(problem) if device.type == "meta" else can_run(problem, device)
         if reason:
             error = TypeError if _unsupported(problem.dtype) else NotImplementedError
             raise error(f"backend='triton' cannot run this convolution: {reason}")
     return "aten" if device.type == "meta" else backend
 
 
-def _too_old(device_type: str, index: int | None) -> str | None:
+def too_old(device_type: str, index: int | None) -> str | None:
     """Why "auto" leaves a GPU to ATen although the kernels run there; index is that of the tensors' device, which need not be the current one."""
     name = target()
     if device_type == "cuda" and name.startswith("cuda") and not os.environ.get("TRIDIL_TARGET") and torch.cuda.is_available():
@@ -120,56 +121,10 @@ def _too_old(device_type: str, index: int | None) -> str | None:
     return f"{name} has no tensor cores that the kernels use: sm_80 and later do" if name.startswith("cuda") and int(name[5:]) < 80 else None
 
 
-_too_old._dynamo_marked_constant = True
+too_old._dynamo_marked_constant = True
 
 
-def explain(problem: Problem, device, backend: str = "auto", target_: str | None = None) -> list[dict]:
-    """What runs for each pass, and why: rows with pass, backend, why, kernel, kernel_why, config, source of the config, dense/useful/executed MACs,
-    ms (measured, or None), predicted_ms and limiter of the cost model, cudnn_ms (estimated; measured where there is a measurement of ATen).
-
-    MACs are counts, not times. Where ATen runs, kernel and config are what Triton would run. With target_ (like "cuda:90") the answer is for a GPU of
-    that target, whatever the device.
-    """
-    from . import config as cfg
-    from . import cost_model, tuner
-    from .ops import fp32_precision
-    if target_:
-        aim, device, chosen = target_, None, "aten" if _unfit(problem) else "triton"       # of the GPU that stands for the target
-    else:
-        aim, chosen = target(), choose(problem, device, backend)
-    variable = os.environ.get("TRIDIL_BACKEND", "auto") if backend == "auto" else backend
-    spec, _ = tuner.device_spec(aim, device)
-    rows = []
-    for pass_ in PASSES:
-        precision = fp32_precision(aim) if problem.dtype == "float32" else "ieee"
-        choice = tuner.decide(problem, pass_, aim, precision, device)
-        if problem.is_empty:
-            runs, why = "aten", f"there is nothing to multiply: n={problem.n}, c={problem.c}, {problem.h}x{problem.w}"
-        elif variable != "auto":
-            runs, why = variable, "asked for" if backend != "auto" else f"TRIDIL_BACKEND={variable}"
-        elif chosen == "aten":
-            runs, why = "aten", can_run(problem, device) or _too_old(device.type, device.index) or "CPU tensors run through ATen"
-        else:
-            runs, why = choice.backend, choice.why
-        record, config = choice.record or {}, choice.config
-        rows.append({"pass": pass_, "backend": runs, "why": why, "kernel": config.kernel,
-                     "kernel_why": cost_model.why(problem, pass_, config, spec, precision), "config": cfg.describe(config), "source": choice.source,
-                     "dense_macs": problem.dense_macs, "useful_macs": problem.useful_macs,
-                     "executed_macs": cfg.executed_macs(problem, pass_, config), "ms": record.get("ms"),
-                     "predicted_ms": 1e3 * choice.prediction.seconds, "limiter": choice.prediction.limiter,
-                     "cudnn_ms": record.get("aten_ms") or 1e3 * choice.cudnn, "roof_ms": 1e3 * cost_model.roof(problem, spec, precision)})
-    return rows
-
-
-def explanation(problem: Problem, device, backend: str = "auto", target_: str | None = None, rows: list[dict] | None = None) -> str:
-    """`explain`, or the rows that it gave, as people read them."""
-    lines = [f"{problem.key()} -> {problem.p}x{problem.q}, {f'target {target_}' if target_ else f'tensors on {device}, target {target()}'}"]
-    for row in explain(problem, device, backend, target_) if rows is None else rows:
-        macs = "  ".join(f"{name} {row[name + '_macs'] / 1e6:.4g}M" for name in ("dense", "useful", "executed"))
-        times = [f"{row['predicted_ms']:.4g} ms predicted (limited by {row['limiter']})", f"{row['roof_ms']:.4g} ms roof",
-                 f"cuDNN {row['cudnn_ms']:.4g} ms {'estimated' if row['ms'] is None else 'measured'}"]
-        if row["ms"] is not None:
-            times.insert(0, f"{row['ms']:.4g} ms measured")
-        lines.append(f"{row['pass']}: {row['backend']} ({row['why']})\n  kernel {row['kernel']} ({row['kernel_why']}): {row['config']}\n"
-                     f"  config from: {row['source']}\n  MACs (counted): {macs}\n  kernels: {', '.join(times)}")
-    return "\n".join(lines)
+def fp32_precision(target: str) -> str:
+    """"tf32" or "ieee", as torch.backends.cudnn.conv.fp32_precision (and the older allow_tf32) say; of AMD's GPUs only gfx942 has tf32."""
+    allowed = target.startswith("cuda") or target == "hip:gfx942"
+    return "tf32" if allowed and torch.backends.cudnn.conv.fp32_precision == "tf32" else "ieee"
