@@ -6,7 +6,7 @@ from html import escape
 from pathlib import Path
 
 import pandas as pd
-from report import COLUMNS, is_broken, summary, table
+from results import COLUMNS, is_broken, summary, table
 
 CAPTIONS = {"results.png": "Layer by layer", "speedup.png": "Speedup over cuDNN by dilation and channels", "roofline.png": "Distance from the roofs",
             "dilation.png": "Against dilation", "macs.png": "Multiply-accumulates by kind of layer", "memory.png": "Extra memory"}
@@ -51,7 +51,7 @@ filter();
 
 
 def write(frame: pd.DataFrame, out: Path, machine: str, notes: list[str], images: list[Path]) -> Path:
-    """Writes report.html: machine, notes, summary, the pictures inline, the table of report.table with the layers' names."""
+    """Writes report.html: machine, notes, summary, the pictures inline, the table of results.table with the layers' names."""
     view = table(frame)
     view.insert(0, "layer", frame["model"] + " " + frame["layer"])
     view["problem"] = frame["problem"].astype(object).fillna("")
@@ -60,7 +60,8 @@ def write(frame: pd.DataFrame, out: Path, machine: str, notes: list[str], images
                      for cells, bad in zip(view.itertuples(index=False), is_broken(frame)))
     figures = "\n".join(f'<figure><figcaption>{CAPTIONS[path.name]}</figcaption><img alt="{CAPTIONS[path.name]}" '
                         f'src="data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"></figure>' for path in images)
-    columns = "".join(f"<dt>{escape(name)}{f' ({kind})' if kind else ''}</dt><dd>{escape(meaning)}</dd>" for name, (kind, meaning) in COLUMNS.items())
+    columns = "".join(f"<dt>{escape(name)}{f' ({column.kind})' if column.kind else ''}</dt><dd>{escape(column.meaning)}</dd>"
+                      for name, column in COLUMNS.items())
     path = out / "report.html"
     path.write_text(f"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">

@@ -14,7 +14,7 @@ import pandas as pd
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
-from report import IDENTITY, read
+from results import IDENTITY, read
 
 PROVIDERS = ("tridil", "cudnn", "cudnn_nchw", "inductor", "flaggems")                       # each has its colour in every picture
 COLOURS = ("#0072B2", "#E69F00", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#8C8C00", "#000000")

@@ -13,7 +13,7 @@ from importlib.metadata import PackageNotFoundError, packages_distributions, ver
 from importlib.util import find_spec
 
 import torch
-from report import output, triton_version
+from results import output, triton_version
 
 import tridil
 from tridil import choice, clock, drivers

@@ -36,7 +36,8 @@ import networks  # noqa: E402
 import validate  # noqa: E402
 from models import MODELS  # noqa: E402
 from providers import DEFAULT, PROVIDERS, Gpu, precision_of, provider, reason_against  # noqa: E402
-from report import COLUMNS, IDENTITY, is_broken, machine_line, read, report, triton_version, with_ratio  # noqa: E402
+from report import report  # noqa: E402
+from results import COLUMNS, IDENTITY, is_broken, machine_line, read, triton_version, with_ratio  # noqa: E402
 
 from tridil import cost_model, devices, drivers, workloads  # noqa: E402
 from tridil.__main__ import parse_shape  # noqa: E402
@@ -183,7 +184,11 @@ def main(argv=None, gpu: Gpu | None = None) -> int:
     path = out / (f"results.rank{rank}.csv" if rank else "results.csv")
     if args.fresh:
         path.unlink(missing_ok=True)
-    old = read(path)
+    try:
+        old = read(path)
+    except ValueError as e:
+        print(f"sweep.py: {e}: start over with --fresh or give another --out", file=sys.stderr)
+        raise SystemExit(2) from None
     done = set(old[old["failure"].isna()][list(IDENTITY)].itertuples(index=False, name=None))
     wanted = _wanted(args, target, code, gpu, device)
     units = list(dict.fromkeys(_unit(w, row) for w, row in wanted))        # a layer stays on one rank

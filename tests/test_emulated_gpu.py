@@ -12,7 +12,7 @@ pytest.importorskip("triton")
 
 import fake_gpu
 import gpu_check
-import report
+import results
 import sweep
 import test_gpu_check
 
@@ -57,7 +57,7 @@ def test_sweep_and_validate(tmp_path, capsys):
     names = ["tridil", "tridil_nchw", "cudnn"]
     gpu = fake_gpu.EmulatedSweepGpu()
     assert sweep.main(["--out", str(tmp_path), "--providers", ",".join(names)], gpu) == 0, capsys.readouterr().out
-    rows = report.read(tmp_path / "results.csv")
+    rows = results.read(tmp_path / "results.csv")
     of_layers = rows[rows["kind"] != "machine"]
     assert len(of_layers) == 2 * 3 * 3 and rows["failure"].isna().all() and (rows["clock"] == "graph").all() and (of_layers["extra_mib"] < 1).all()
     ours = of_layers[of_layers["provider"].str.startswith("tridil")]
@@ -76,4 +76,4 @@ def test_gpu_check_from_end_to_end(tmp_path, monkeypatch, capsys):
     assert out.count(": ok, ") == 7 and "gpu_check passed" in out, out
     files = {path.name for path in (tmp_path / "out").iterdir()}
     assert files == {"check.log", "verdict.md", "results.csv", "results.md", "report.html", "model.csv", "tuned.json"}
-    assert (report.read(tmp_path / "out" / "results.csv")["clock"] == "graph").all()
+    assert (results.read(tmp_path / "out" / "results.csv")["clock"] == "graph").all()

@@ -16,7 +16,7 @@ PERF = Path(__file__).resolve().parents[1] / "perf"
 sys.path.insert(0, str(PERF))
 import page  # noqa: E402
 import plot  # noqa: E402
-import report  # noqa: E402
+import results  # noqa: E402
 
 MACHINE = "device Made Up <9000> | target cuda:90 | driver 1.2.3"
 MEASURED = {"results.png", "speedup.png", "roofline.png", "dilation.png", "macs.png", "memory.png"}
@@ -51,8 +51,8 @@ def made_up(folder: Path, measured: bool, machine_rows: bool = True) -> pd.DataF
     if measured:
         rows.append(common | {"model": "whole", "layer": "(model)", "kind": "model", "pass": "training", "dtype": "float16", "provider": "tridil",
                               "problem": "2x3x64x64", "ms": 9.0, "extra_mib": 1e6})
-    report.with_ratio(pd.DataFrame(rows, columns=list(report.COLUMNS))).to_csv(folder / "results.csv", index=False)
-    return report.read(folder / "results.csv")
+    results.with_ratio(pd.DataFrame(rows, columns=list(results.COLUMNS))).to_csv(folder / "results.csv", index=False)
+    return results.read(folder / "results.csv")
 
 
 def texts(fig) -> list[str]:
@@ -174,7 +174,7 @@ def test_page_holds_everything_and_asks_for_nothing(tmp_path, measured):
     assert "Made Up &lt;9000&gt;" in text and "a &lt;note&gt;" in text and "net &lt;b&gt;&amp;&quot;&#x27; b" in text and "<b>" not in text
     assert not re.search(r"""(src|href)\s*=\s*["'](?!data:)|https?://|@import|url\(""", re.sub(r"base64,[^\"]*", "", text))
     head = re.search(r"<thead>(.*)</thead>", text, re.DOTALL)[1]
-    assert re.findall(r"<button[^>]*>(.*?)</button>", head, re.DOTALL) == ["layer", *report.table(frame), "problem"]
+    assert re.findall(r"<button[^>]*>(.*?)</button>", head, re.DOTALL) == ["layer", *results.table(frame), "problem"]
 
 
 def test_page_in_a_browser(tmp_path, monkeypatch):

@@ -12,7 +12,7 @@ import layers
 import models
 import pandas as pd
 import pytest
-import report
+import results
 import sweep
 import torch
 from fake_gpu import TINY, SweepGpu, suite
@@ -37,7 +37,7 @@ def run(monkeypatch, tmp_path, capsys):
 
     def run(*arguments, gpu=None):
         status = sweep.main(["--out", str(tmp_path), *arguments], gpu)
-        return status, report.read(tmp_path / "results.csv"), capsys.readouterr().out
+        return status, results.read(tmp_path / "results.csv"), capsys.readouterr().out
     run.out = tmp_path
     return run
 
@@ -132,7 +132,7 @@ def test_sigint_in_a_real_process_keeps_rows(tmp_path):
     out, _ = process.communicate(timeout=300)
     assert process.returncode == 130, out
     assert "Traceback" not in out and "interrupted" in out
-    assert 1 <= len(report.read(path)) < len(workloads.suite("aspp"))
+    assert 1 <= len(results.read(path)) < len(workloads.suite("aspp"))
 
 
 @pytest.mark.parametrize("gpu", [False, True])
@@ -295,9 +295,9 @@ sys.exit(sweep.main(["--passes", "fprop", "--out", sys.argv[1]], SweepGpu()))"""
                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for i in range(2)]
     out = [p.communicate(timeout=600)[0] for p in ranks]
     assert [p.returncode for p in ranks] == [0, 0], out
-    rows = report.read(tmp_path / "results.csv")
+    rows = results.read(tmp_path / "results.csv")
     assert len(rows) == 2 + 2 * 3 and set(rows["layer"]) == {"copy", "matmul", "d3", "grouped"}
-    assert len(report.read(tmp_path / "results.rank1.csv")) == 4 and "2.00 x the best cuDNN" in out[0] and "cuDNN" not in out[1]
+    assert len(results.read(tmp_path / "results.rank1.csv")) == 4 and "2.00 x the best cuDNN" in out[0] and "cuDNN" not in out[1]
 
 
 def test_the_model_against_a_clock(run, monkeypatch):
@@ -384,7 +384,18 @@ def test_arguments_that_make_no_sense(arguments, message, capsys):
     assert message in re.sub(r"\s+", " ", capsys.readouterr().err)
 
 
-def test_results_of_another_version_are_refused(run):
-    pd.DataFrame({"layer": ["d3"], "ms": [1.0]}).to_csv(run.out / "results.csv", index=False)
-    with pytest.raises(ValueError, match="columns of another version: start over with --fresh"):
-        run()
+def test_results_of_an_older_version_are_read(run):
+    """Without the columns that are new since, with some that are gone."""
+    no = {"eager_ms", "clock", "roof_ms"}
+    row = {name: "x" for name in results.IDENTITY} | {"ms": 1.0, "gone": 3}
+    pd.DataFrame([row]).to_csv(run.out / "old.csv", index=False)
+    frame = results.read(run.out / "old.csv")
+    assert list(frame) == list(results.COLUMNS) and frame["ms"].tolist() == [1.0] and frame[list(no)].isna().all(axis=None)
+
+
+@pytest.mark.parametrize("content", ["layer,ms\nd3,1\n", "", "\x00\x01"])
+def test_what_is_no_table_of_a_sweep_is_refused(run, content, capsys):
+    (run.out / "results.csv").write_text(content)
+    with pytest.raises(SystemExit) as e:
+        sweep.main(["--out", str(run.out)])
+    assert e.value.code == 2 and "results.csv" in capsys.readouterr().err and (run.out / "results.csv").read_text() == content
