@@ -12,8 +12,9 @@ from pathlib import Path
 
 import torch
 
-from . import __version__, cache, devices, drivers, verdict
+from . import __version__, cache, devices, drivers, tuner, verdict, workloads
 from . import config as cfg
+from .aot import report
 from .problem import PASSES, Problem, problem_of
 from .workloads import SUITES
 
@@ -88,7 +89,6 @@ def explain(args) -> int:
 
 def tune(args) -> int:
     """Measures the fastest configs of a suite, a layer or a model on this GPU and keeps them; under torchrun each rank measures its part."""
-    from . import tuner, workloads
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     if args.model:
@@ -172,8 +172,6 @@ def aot(args) -> int:
     """Compiles the default kernels of a suite or a shape for a target and reads the machine code; status 1 when one spills or exceeds a limit."""
     import pandas as pd
 
-    from . import workloads
-    from .aot import report
     target = args.target or drivers.target()
     layers = [(args.shape, parse_shape(args.shape, args.dtype))] if args.shape else \
         [(w.name, w.problem) for w in workloads.suite(args.suite, args.dtype)]

@@ -13,7 +13,8 @@ from functools import lru_cache
 from pathlib import Path
 from threading import TIMEOUT_MAX
 
-from . import families, sass
+from . import config as cfg
+from . import cost_model, drivers, families, sass
 from .families import Config
 from .problem import DTYPE_BYTES, Problem
 
@@ -31,8 +32,7 @@ def sources(problem: Problem, pass_: str, config: Config, target: str, precision
     """
     from triton.compiler import ASTSource
 
-    from . import config as cfg
-    from . import drivers, launch
+    from . import launch  # imports Triton
     if drivers.interpreted():
         raise RuntimeError("kernels cannot be compiled in a process that interprets them: unset TRITON_INTERPRET")
     reason = cfg.fits(config, problem, pass_, target)
@@ -90,8 +90,6 @@ def resources(problem: Problem, pass_: str, config: Config | None = None, target
     is no such loop, and on AMD. Of a direct kernel: per_fma, see `sass.per_fma`.
     save: a folder that keeps PTX and SASS as name-pass-kernel.*. Errors as in `compile_pass`.
     """
-    from . import config as cfg
-    from . import cost_model
     config = config or cost_model.best(problem, pass_, target, precision)
     rows = []
     for i, (item, kernel) in enumerate(compile_pass(problem, pass_, config, target, precision)):
@@ -155,14 +153,11 @@ def _workers(jobs: list) -> int:
 
 
 def _rows(job) -> list[dict]:
-    from . import config as cfg
-    from . import cost_model
-    from .ops import fp32_precision
     name, problem, pass_, target, save = job
     head = {"layer": name, "pass": pass_}
     tail = {"dense_macs": problem.dense_macs, "useful_macs": problem.useful_macs}
     try:
-        precision = fp32_precision(target)
+        precision = drivers.fp32_precision(target)
         config = cost_model.best(problem, pass_, target, precision)
         rows = resources(problem, pass_, config, target, precision, save, name)
     except Exception as e:                                      # ptxas and LLVM fail in many ways; the row says how

@@ -6,6 +6,7 @@ from functools import lru_cache
 from importlib import import_module
 
 import torch
+import triton.language as tl
 from triton.compiler import CompiledKernel
 from triton.runtime import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -29,7 +30,6 @@ def kernel_of(launch: Launch):
 @lru_cache(maxsize=4096)
 def constexprs(items: tuple) -> dict:
     """Constexprs of a launch, as its kernel takes them."""
-    import triton.language as tl
     return {name: {"float32": tl.float32, "float64": tl.float64}[value] if name == "ACC" else value for name, value in items}
 
 
