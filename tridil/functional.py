@@ -9,6 +9,7 @@ from functools import lru_cache
 
 import torch
 from torch._subclasses import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.nn import functional as F
 from torch.overrides import (
@@ -52,7 +53,8 @@ def dilated_conv2d(input, weight, bias=None, stride=1, padding=0, dilation=1, gr
     problem = lookup(input.shape, input.stride(), weight.shape, weight.stride(), None if bias is None else bias.shape,
                      stride, padding, dilation, groups, dtype, input.device.type)
     chosen, auto = _choose(problem, input, backend)
-    if chosen == "aten" or problem.is_empty or (compiling or torch._C._get_tracing_state()) and _to_onnx():
+    if (chosen == "aten" or problem.is_empty or (compiling or torch._C._get_tracing_state()) and _to_onnx()
+            or auto and (_is_foreign(input) or _is_foreign(weight))):
         return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
     y = _run(input if input.dim() == 4 else input.unsqueeze(0), weight, bias, problem, dtype, autocast, auto)
     return y if input.dim() == 4 else y.squeeze(0)
@@ -95,13 +97,20 @@ def dilated_conv1d(input, weight, bias=None, stride=1, padding=0, dilation=1, gr
         return F.conv1d(input, weight, bias, stride, padding, dilation, groups)
     problem = _problem_1d(input, weight, bias, stride, padding, dilation, groups, causal, dtype)
     chosen, auto = _choose(problem, input, backend)
-    if chosen == "aten" or problem.is_empty or (compiling or torch._C._get_tracing_state()) and _to_onnx():
+    if (chosen == "aten" or problem.is_empty or (compiling or torch._C._get_tracing_state()) and _to_onnx()
+            or auto and (_is_foreign(input) or _is_foreign(weight))):
         if causal and problem.padding[1][0]:
             input = F.pad(input, problem.padding[1])
         return F.conv1d(input, weight, bias, stride, padding, dilation, groups)
     x = input if input.dim() == 3 else input.unsqueeze(0)
     y = _run(x, weight, bias, problem, dtype, autocast, auto)
     return y if input.dim() == 3 else y.squeeze(0)
+
+
+def _is_foreign(t) -> bool:
+    """Whether a tensor's class has rules of its own for ATen's operators, and so for none of tridil's: an explicit backend="triton" asks it."""
+    dispatch = getattr(type(t), "__torch_dispatch__", None) if type(t) not in ops.ORDINARY else None
+    return dispatch not in (None, torch.Tensor.__torch_dispatch__) and not (isinstance(t, (FakeTensor, FunctionalTensor)) or hasattr(t, "placements"))
 
 
 def _foreign_modes() -> list:
