@@ -34,9 +34,10 @@ def dilated_conv2d(input, weight, bias=None, stride=1, padding=0, dilation=1, gr
     dilation are ints or pairs (h, w); padding may be "valid" or "same". Returns (N, K, P, Q) or (K, P, Q), in the memory format that
     `F.conv2d` gives. Differentiable twice. Under `torch.autocast` it computes in the dtype that `F.conv2d` would.
 
-    backend: "triton" runs the Triton kernels (float16, bfloat16, float32, float64) or raises with the reason why they cannot run, "aten" runs
-    `F.conv2d`, "auto" (or the environment variable TRIDIL_BACKEND) the kernels for tensors on a GPU that the active Triton driver serves and
-    ATen elsewhere. Raises TypeError and ValueError, with the values, where `F.conv2d` raises.
+    backend: "triton" runs the Triton kernels (float16, bfloat16, float32, float64; geometry within 32 bits) or raises with the reason why they
+    cannot run, "aten" runs `F.conv2d`, "auto" (or the environment variable TRIDIL_BACKEND) the kernels for tensors on a GPU that the active
+    Triton driver serves and ATen elsewhere. Meta tensors give their shapes, whatever the backend. Modes and subclasses with a
+    `__torch_function__` see `F.conv2d`. Raises TypeError and ValueError, with the values, where `F.conv2d` raises.
     """
     compiling = torch.compiler.is_compiling()
     if has_torch_function_variadic(input, weight, bias) or compiling and _foreign_modes():
@@ -108,9 +109,9 @@ def dilated_conv1d(input, weight, bias=None, stride=1, padding=0, dilation=1, gr
 
 
 def _is_foreign(t) -> bool:
-    """Whether a tensor's class has rules of its own for ATen's operators, and so for none of tridil's: an explicit backend="triton" asks it."""
-    dispatch = getattr(type(t), "__torch_dispatch__", None) if type(t) not in ops.ORDINARY else None
-    return dispatch not in (None, torch.Tensor.__torch_dispatch__) and not (isinstance(t, (FakeTensor, FunctionalTensor)) or hasattr(t, "placements"))
+    """Whether a tensor's class has rules of its own for operators, and so none for tridil's, which a DTensor (it has placements) has."""
+    return (type(t) not in ops.ORDINARY and getattr(type(t), "__torch_dispatch__", None) not in (None, torch.Tensor.__torch_dispatch__)
+            and not isinstance(t, (FakeTensor, FunctionalTensor)) and not hasattr(t, "placements"))
 
 
 def _foreign_modes() -> list:
