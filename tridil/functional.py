@@ -100,12 +100,21 @@ def dilated_conv1d(input, weight, bias=None, stride=1, padding=0, dilation=1, gr
     chosen, auto = _choose(problem, input, backend)
     if (chosen == "aten" or problem.is_empty or (compiling or torch._C._get_tracing_state()) and _to_onnx()
             or auto and (_is_foreign(input) or _is_foreign(weight))):
-        if causal and problem.padding[1][0]:
-            input = F.pad(input, problem.padding[1])
+        if causal:
+            input, weight = _padded(input, weight, problem)
         return F.conv1d(input, weight, bias, stride, padding, dilation, groups)
     x = input if input.dim() == 3 else input.unsqueeze(0)
     y = _run(x, weight, bias, problem, dtype, autocast, auto)
     return y if input.dim() == 3 else y.squeeze(0)
+
+
+def _padded(input, weight, problem: Problem) -> tuple[torch.Tensor, torch.Tensor]:
+    """A causal convolution's input with its zeros, and weight. Where the zeros may be too many for any memory, without taps that read nothing else."""
+    zeros, dilation = problem.padding[1][0], problem.dilation[1]
+    if not torch.compiler.is_compiling() and problem.beyond_int32:
+        zeros = min(zeros, (problem.w - 1) // dilation * dilation)
+        weight = weight[..., problem.s - 1 - zeros // dilation:]
+    return F.pad(input, (zeros, 0)) if zeros else input, weight
 
 
 def _is_foreign(t) -> bool:
@@ -128,9 +137,7 @@ def _show(function, plain, tensors, *args, **kwargs):
     if not (compiling or modes or values) or any(knowing):
         return handle_torch_function(function, tensors, *tensors, *args, **kwargs)
     if kwargs.pop("causal", False):
-        input, weight, bias = tensors
-        _problem_1d(input, weight, bias, *args, True, _dtype(*tensors)[0])     # raises for arguments that do not go together
-        tensors = F.pad(input, (single(args[2], "dilation") * (weight.shape[2] - 1), 0)), weight, bias
+        tensors = *_padded(*tensors[:2], _problem_1d(*tensors, *args, True, _dtype(*tensors)[0])), tensors[2]
     if compiling:
         return plain(*tensors, *args)
     with _at_the_bottom(_Below(function, plain, kwargs)):
