@@ -109,7 +109,7 @@ def dilated_conv1d(input, weight, bias=None, stride=1, padding=0, dilation=1, gr
 
 
 def _padded(input, weight, problem: Problem) -> tuple[torch.Tensor, torch.Tensor]:
-    """A causal convolution's input with its zeros, and weight. Where the zeros may be too many for any memory, without taps that read nothing else."""
+    """A causal convolution's input with its zeros, and weight: without taps that read zeros alone, where these may be too many for any memory."""
     zeros, dilation = problem.padding[1][0], problem.dilation[1]
     if not torch.compiler.is_compiling() and problem.beyond_int32:
         zeros = min(zeros, (problem.w - 1) // dilation * dilation)
