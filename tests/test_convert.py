@@ -1,6 +1,7 @@
 """Whole models: what convert changes and leaves, that converted models train like the originals, and what scan sees."""
 import copy
 import io
+import os
 import pickle
 import shutil
 import subprocess
@@ -478,6 +479,42 @@ def test_a_mode_that_answers_nothing(dim, backend, device, seed):
     assert not torch.overrides._get_current_function_mode_stack() and layer(x).shape[1] == 4
 
 
+class Packed(torch.Tensor):
+    """A weight of int8 whose operators are ATen's: convolutions unpack it, tridil's are unknown."""
+
+    @staticmethod
+    def __new__(cls, data, scale):
+        return torch.Tensor._make_wrapper_subclass(cls, data.shape, dtype=scale.dtype, device=data.device)
+
+    def __init__(self, data, scale):
+        self.data_, self.scale = data, scale
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.detach.default:
+            return cls(args[0].data_, args[0].scale)
+        if func is not torch.ops.aten.convolution.default:
+            raise NotImplementedError(f"{func} of packed weights")
+        return func(args[0], args[1].data_ * args[1].scale, *args[2:], **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dim", [1, 2])
+def test_weights_that_know_atens_operators(dim, launches, monkeypatch, device, seed):
+    """"auto" leaves them to ATen; asked for, the kernels are asked of them, which they do not know."""
+    layer, x = (nn.Conv1d if dim == 1 else nn.Conv2d)(3, 4, 3, dilation=2).to(device), torch.randn(1, 3, *[7] * dim, device=device)
+    data, scale = torch.randint(-9, 9, layer.weight.shape, dtype=torch.int8, device=device), torch.tensor(0.1, device=device)
+    del layer.weight
+    layer.weight = Packed(data, scale)
+    expected = layer(x)
+    assert convert(layer, backend="auto").replaced == [""]
+    monkeypatch.setattr(tridil.functional, "_choose", lambda problem, input, backend: ("triton", backend == "auto"))     # as on a GPU
+    torch.testing.assert_close(layer(x), expected)
+    assert not launches
+    layer.backend = "triton"
+    with pytest.raises(NotImplementedError, match="tridil.fprop.default of packed weights"):
+        layer(x)
+
+
 @pytest.mark.parametrize("watcher", ["mode", "weight"])
 def test_compiled_layers_show_conv2d_too(watcher, backend, device, seed):
     torch._dynamo.reset()
@@ -627,7 +664,8 @@ def test_exported_graphs_in_another_process(backend_, tmp_path, seed):
     torch.export.save(torch.export.export(model, (x,)), file)
     for imported in (True, False):
         code = f"import torch{', tridil' * imported}; torch.export.load({str(file)!r}).module()(torch.randn(1, 2, 6, 6))"
-        done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
+        env = os.environ | {"TRITON_INTERPRET": "1"}
+        done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, env=env)
         assert (done.returncode == 0) is (imported or backend_ == "auto"), done.stderr
     readme = " ".join((Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8").split())
     assert "need `import tridil` before `torch.export.load`, or ATen's convolutions, also where \"auto\" was exported on the CPU" in readme

@@ -208,6 +208,13 @@ def test_causal_geometry_around_32_bits(backend, device, seed):
     for dilation in (2**20, 2**28, 2**33):
         with pytest.raises(NotImplementedError, match=f"pad0,{8 * dilation}:0 dil1,{dilation} .*32 bits"):
             dilated_conv1d(x, w, dilation=dilation, causal=True, backend="triton")
+        for t, mode in itertools.product((x, x[0], x[:, :, :1]), (nullcontext, torch.overrides.BaseTorchFunctionMode)):
+            leaf = w.clone().requires_grad_()
+            with mode():
+                y = dilated_conv1d(t, leaf, dilation=dilation, causal=True)
+            torch.testing.assert_close(y, F.conv1d(t, w[..., 8:]), rtol=1e-4, atol=1e-4)
+            y.sum().backward()
+            assert leaf.grad[..., 8].any() and not leaf.grad[..., :8].any()
 
 
 def test_layouts_that_are_not_strided(seed):

@@ -3,6 +3,7 @@ import copy
 import inspect
 import io
 import pickle
+import typing
 
 import pytest
 import torch
@@ -60,6 +61,7 @@ def test_signatures_are_written_out(plain, ours, more, device, seed):
     parameters = list(inspect.signature(ours).parameters.values())
     expected = list(inspect.signature(plain).parameters.values())
     assert [(p.name, p.default, p.kind) for p in parameters[:-len(more)]] == [(p.name, p.default, p.kind) for p in expected]
+    assert typing.get_type_hints(ours.__init__).keys() - set(more) == typing.get_type_hints(plain.__init__).keys()
     assert [(p.name, p.kind) for p in parameters[-len(more):]] == [(name, inspect.Parameter.KEYWORD_ONLY) for name in more]
     layer = nn.utils.skip_init(ours, 3, 4, 3, dilation=2, device=device, backend="aten")
     assert layer.backend == "aten" and layer.dilation == (2,) * len(layer.dilation) and layer.weight.device.type == device.type

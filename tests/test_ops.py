@@ -176,7 +176,7 @@ def test_the_weight_gradient_has_the_format_of_the_weight(groups, multiplier, nh
     expected, = torch.autograd.grad(F.conv2d(x, w, None, 1, 2, 2, groups).square().sum(), w)
     torch.testing.assert_close(dw, expected, rtol=1e-3, atol=1e-3)
     assert dw.stride() == w.stride() and not dw._is_view()
-    args = torch.randn(2, 4 * multiplier, 5, 7, device=device), x.detach(), w.shape, (1, 1), (2, 2, 2, 2), (2, 2), groups, nhwc_w
+    args = torch.randn(2, 4 * multiplier, 5, 8, device=device), x.detach(), w.shape, (1, 1), (2, 2, 2, 2), (2, 2), groups, nhwc_w
     with torch._subclasses.FakeTensorMode() as mode:
         fake = OPS["wgrad"](*(mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in args))
     assert fake.stride() == OPS["wgrad"](*args).stride() == w.stride()

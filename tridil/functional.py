@@ -9,6 +9,7 @@ from functools import lru_cache
 
 import torch
 from torch._subclasses import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.nn import functional as F
 from torch.overrides import (
@@ -33,9 +34,10 @@ def dilated_conv2d(input, weight, bias=None, stride=1, padding=0, dilation=1, gr
     dilation are ints or pairs (h, w); padding may be "valid" or "same". Returns (N, K, P, Q) or (K, P, Q), in the memory format that
     `F.conv2d` gives. Differentiable twice. Under `torch.autocast` it computes in the dtype that `F.conv2d` would.
 
-    backend: "triton" runs the Triton kernels (float16, bfloat16, float32, float64) or raises with the reason why they cannot run, "aten" runs
-    `F.conv2d`, "auto" (or the environment variable TRIDIL_BACKEND) the kernels for tensors on a GPU that the active Triton driver serves and
-    ATen elsewhere. Raises TypeError and ValueError, with the values, where `F.conv2d` raises.
+    backend: "triton" runs the Triton kernels (float16, bfloat16, float32, float64; geometry within 32 bits) or raises with the reason why they
+    cannot run, "aten" runs `F.conv2d`, "auto" (or the environment variable TRIDIL_BACKEND) the kernels for tensors on a GPU that the active
+    Triton driver serves and ATen elsewhere. Meta tensors give their shapes, whatever the backend. Modes and subclasses with a
+    `__torch_function__` see `F.conv2d`. Raises TypeError and ValueError, with the values, where `F.conv2d` raises.
     """
     compiling = torch.compiler.is_compiling()
     if has_torch_function_variadic(input, weight, bias) or compiling and _foreign_modes():
@@ -52,7 +54,8 @@ def dilated_conv2d(input, weight, bias=None, stride=1, padding=0, dilation=1, gr
     problem = lookup(input.shape, input.stride(), weight.shape, weight.stride(), None if bias is None else bias.shape,
                      stride, padding, dilation, groups, dtype, input.device.type)
     chosen, auto = _choose(problem, input, backend)
-    if chosen == "aten" or problem.is_empty or (compiling or torch._C._get_tracing_state()) and _to_onnx():
+    if (chosen == "aten" or problem.is_empty or (compiling or torch._C._get_tracing_state()) and _to_onnx()
+            or auto and (_is_foreign(input) or _is_foreign(weight))):
         return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
     y = _run(input if input.dim() == 4 else input.unsqueeze(0), weight, bias, problem, dtype, autocast, auto)
     return y if input.dim() == 4 else y.squeeze(0)
@@ -85,13 +88,29 @@ def dilated_conv1d(input, weight, bias=None, stride=1, padding=0, dilation=1, gr
         return F.conv1d(input, weight, bias, stride, padding, dilation, groups)
     problem = _problem_1d(input, weight, bias, stride, padding, dilation, groups, causal, dtype)
     chosen, auto = _choose(problem, input, backend)
-    if chosen == "aten" or problem.is_empty or (compiling or torch._C._get_tracing_state()) and _to_onnx():
-        if causal and problem.padding[1][0]:
-            input = F.pad(input, problem.padding[1])
+    if (chosen == "aten" or problem.is_empty or (compiling or torch._C._get_tracing_state()) and _to_onnx()
+            or auto and (_is_foreign(input) or _is_foreign(weight))):
+        if causal:
+            input, weight = _padded(input, weight, problem)
         return F.conv1d(input, weight, bias, stride, padding, dilation, groups)
     x = input if input.dim() == 3 else input.unsqueeze(0)
     y = _run(x, weight, bias, problem, dtype, autocast, auto)
     return y if input.dim() == 3 else y.squeeze(0)
+
+
+def _padded(input, weight, problem: Problem) -> tuple[torch.Tensor, torch.Tensor]:
+    """A causal convolution's input with its zeros, and weight: without taps that read zeros alone, where these may be too many for any memory."""
+    zeros, dilation = problem.padding[1][0], problem.dilation[1]
+    if not torch.compiler.is_compiling() and problem.beyond_int32:
+        zeros = min(zeros, (problem.w - 1) // dilation * dilation)
+        weight = weight[..., problem.s - 1 - zeros // dilation:]
+    return F.pad(input, (zeros, 0)) if zeros else input, weight
+
+
+def _is_foreign(t) -> bool:
+    """Whether a tensor's class has rules of its own for operators, and so none for tridil's, which a DTensor (it has placements) has."""
+    return (type(t) not in ops.ORDINARY and getattr(type(t), "__torch_dispatch__", None) not in (None, torch.Tensor.__torch_dispatch__)
+            and not isinstance(t, (FakeTensor, FunctionalTensor)) and not hasattr(t, "placements"))
 
 
 def _foreign_modes() -> list:
@@ -108,9 +127,7 @@ def _show(function, plain, tensors, *args, **kwargs):
     if not (compiling or modes or values) or any(knowing):
         return handle_torch_function(function, tensors, *tensors, *args, **kwargs)
     if kwargs.pop("causal", False):
-        input, weight, bias = tensors
-        _problem_1d(input, weight, bias, *args, True, _dtype(*tensors)[0])     # raises for arguments that do not go together
-        tensors = F.pad(input, (single(args[2], "dilation") * (weight.shape[2] - 1), 0)), weight, bias
+        tensors = *_padded(*tensors[:2], _problem_1d(*tensors, *args, True, _dtype(*tensors)[0])), tensors[2]
     if compiling:
         return plain(*tensors, *args)
     with _at_the_bottom(_Below(function, plain, kwargs)):

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from torch import nn
+from torch.nn.common_types import _size_1_t, _size_2_t
 from torch.nn.functional import pad
 
 from .drivers import BACKENDS
@@ -53,8 +54,9 @@ class DilatedConv2d(_Dilated, nn.Conv2d):
     backend: "auto", "triton" or "aten", as in `dilated_conv2d`. Raises ValueError for another name.
     """
 
-    def __init__(self, in_channels, out_channels, kernel_size, stride=1, padding=0, dilation=1, groups=1, bias=True, padding_mode="zeros",
-                 device=None, dtype=None, *, backend: str = "auto"):
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: _size_2_t, stride: _size_2_t = 1, padding: str | _size_2_t = 0,
+                 dilation: _size_2_t = 1, groups: int = 1, bias: bool = True, padding_mode: str = "zeros", device=None, dtype=None, *,
+                 backend: str = "auto") -> None:
         super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, dtype)
         _finish(self, backend)
 
@@ -70,8 +72,9 @@ class DilatedConv1d(_Dilated, nn.Conv1d):
     """
     causal = False
 
-    def __init__(self, in_channels, out_channels, kernel_size, stride=1, padding=0, dilation=1, groups=1, bias=True, padding_mode="zeros",
-                 device=None, dtype=None, *, causal: bool = False, backend: str = "auto"):
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: _size_1_t, stride: _size_1_t = 1, padding: str | _size_1_t = 0,
+                 dilation: _size_1_t = 1, groups: int = 1, bias: bool = True, padding_mode: str = "zeros", device=None, dtype=None, *,
+                 causal: bool = False, backend: str = "auto") -> None:
         super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, dtype)
         _finish(self, backend)
         if causal and (self.padding != (0,) or self.padding_mode != "zeros"):

@@ -210,7 +210,7 @@ def _wanted(ctx):
 def _will_run(node) -> bool:
     try:
         return torch._C._will_engine_execute_node(node)
-    except RuntimeError:                                    # of leaves that it was asked for, and outside of the engine
+    except RuntimeError:                                    # of leaves that it was asked for
         return True
 
 
@@ -452,7 +452,7 @@ class _Late(MetaPathFinder):
             return None
         finders = iter(sys.meta_path)
         any(finder is self for finder in finders)           # those behind this one are left
-        spec = next(filter(None, (finder.find_spec(name, path, target) for finder in finders)), None)
+        spec = next(filter(None, (finder.find_spec(name, path, target) for finder in finders if hasattr(finder, "find_spec"))), None)
         if spec is not None and hasattr(spec.loader, "exec_module"):
             run, spec.loader = spec.loader.exec_module, copy(spec.loader)
             spec.loader.exec_module = lambda module: (run(module), self.register(name, module))
