@@ -39,6 +39,24 @@ BEGIN = time.monotonic()
 
 def pytest_addoption(parser):
     parser.addoption("--seconds", type=float, default=float("inf"), help="skip what has not begun by then")
+    parser.addoption("--all", action="store_true", help="run the slow tests, too")
+    parser.addoption("--part", type=float, default=1, metavar="SHARE", help="run a random share of the tests; --part-seed repeats one")
+    parser.addoption("--part-seed", type=int, default=random.randrange(2**31), metavar="N")
+
+
+def pytest_report_header(config):
+    share, number = config.getoption("--part"), config.getoption("--part-seed")
+    return f"a random {share:.0%} of the tests: --part {share:g} --part-seed {number}" if share < 1 else None
+
+
+def pytest_collection_modifyitems(config, items):
+    share, chance = config.getoption("--part"), random.Random(config.getoption("--part-seed"))
+    with_slow = config.getoption("--all") or any("::" in name for name in config.args)      # a test that is named is run
+    chosen, left = [], []
+    for item in items:
+        (chosen if (with_slow or not item.get_closest_marker("slow")) and chance.random() < share else left).append(item)
+    config.hook.pytest_deselected(items=left)
+    items[:] = chosen
 
 
 def pytest_runtest_setup(item):

@@ -19,7 +19,7 @@ from torch.nn.utils import parametrizations, parametrize, prune
 from torch.utils.checkpoint import checkpoint
 
 import tridil
-from tridil import DilatedConv1d, DilatedConv2d, Problem, convert, launch, ops, revert, scan
+from tridil import DilatedConv1d, DilatedConv2d, Problem, convert, launch, passes, revert, scan
 
 BUILD = {"deeplab": lambda: models.DeepLabV3(16), "tcn": lambda: models.TCN(5, (8, 8, 6, 6))}
 INPUTS = {"deeplab": (2, 3, 48, 48), "tcn": (3, 5, 50)}
@@ -56,9 +56,9 @@ def launches(monkeypatch):
         run = prepare(problem, pass_, *args)
         return lambda *tensors: count.update([pass_]) or run(*tensors)
     monkeypatch.setattr(launch, "prepare", counted)
-    ops._runs.clear()                                       # what was prepared before counts nothing, what is prepared here must not outlive it
+    passes._runs.clear()                                       # what was prepared before counts nothing, what is prepared here must not outlive it
     yield count
-    ops._runs.clear()
+    passes._runs.clear()
 
 
 @pytest.mark.parametrize("mode", ["eager", "compile", "autocast"])

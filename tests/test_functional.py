@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
-from tridil import DilatedConv1d, DilatedConv2d, convert, dilated_conv1d, dilated_conv2d, drivers, functional, ops
+from tridil import DilatedConv1d, DilatedConv2d, convert, dilated_conv1d, dilated_conv2d, drivers, functional, passes
 
 TOLERANCE = {torch.float16: 4e-3, torch.bfloat16: 3e-2, torch.float32: 2e-5, torch.float64: 1e-12}
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -287,7 +287,7 @@ def test_the_rule_of_memory_formats_is_atens(shape, order, step, expanded):
         t = t.narrow(expanded, 0, 1).expand(*[3 if d == expanded else n for d, n in enumerate(t.shape)])
     x = t
     expected = F.conv2d(x, torch.empty(2, x.shape[1], 1, 1)).stride()
-    nhwc = ops.is_channels_last(x.shape, x.stride())
+    nhwc = passes.is_channels_last(x.shape, x.stride())
     wanted = torch.empty(x.shape[0], 2, *x.shape[2:], memory_format=torch.channels_last if nhwc else torch.contiguous_format).stride()
     assert wanted == expected
 

@@ -15,7 +15,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tridil import choice, dilated_conv2d, drivers, functional, ops, testing
+from tridil import choice, dilated_conv2d, drivers, functional, ops, passes, testing
 from tridil.problem import PASSES, Problem
 
 ROOT = Path(__file__).parents[1]
@@ -31,10 +31,10 @@ pytestmark = pytest.mark.usefixtures("poisoned", "forget")
 @pytest.fixture
 def forget():
     """No plan of a test outlives it, none of another reaches it."""
-    ops._runs.clear()
+    passes._runs.clear()
     functional._chosen.clear()
     yield
-    ops._runs.clear()
+    passes._runs.clear()
 
 
 @pytest.fixture
@@ -74,7 +74,7 @@ def test_passes_through_aten(name, aten, asked, device, seed):
     for i, (got, expected) in enumerate(zip(*results)):
         assert got.dtype == expected.dtype and got.shape == expected.shape
         if i == 2 and aten != PASSES:                                   # the weight gradient has the format of the weight
-            last = ops.is_channels_last(w.shape, w.stride())
+            last = passes.is_channels_last(w.shape, w.stride())
             expected = torch.empty(w.shape, memory_format=torch.channels_last if last else torch.contiguous_format, device=device).copy_(expected)
         assert got.stride() == expected.stride(), i
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)

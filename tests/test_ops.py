@@ -12,7 +12,7 @@ pytest.importorskip("triton")
 from torch.autograd import gradcheck, gradgradcheck
 from torch.nn import functional as F
 
-from tridil import dilated_conv1d, dilated_conv2d, drivers, launch, ops, reference, testing
+from tridil import dilated_conv1d, dilated_conv2d, drivers, launch, ops, passes, reference, testing
 from tridil.problem import PASSES, Problem
 
 OPS = {pass_: getattr(torch.ops.tridil, pass_) for pass_ in PASSES}
@@ -37,9 +37,9 @@ def arguments(p, pass_, device, seed=0):
 @pytest.fixture
 def forget():
     """No plan of a test outlives it, none of another reaches it."""
-    ops._runs.clear()
+    passes._runs.clear()
     yield
-    ops._runs.clear()
+    passes._runs.clear()
 
 
 @pytest.fixture
@@ -304,9 +304,9 @@ def test_launches_under_the_inputs_device(monkeypatch, forget):
         device = torch.device("cuda", 1)
     monkeypatch.setattr(torch.cuda, "device", Guard)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(ops.drivers, "target", lambda: order.append("target") or "cuda:80")
+    monkeypatch.setattr(passes.drivers, "target", lambda: order.append("target") or "cuda:80")
     monkeypatch.setattr(launch, "prepare", lambda *args: lambda *tensors: order.append("launch"))
     x, w = torch.randn(1, 4, 5, 5).as_subclass(OnAnotherDevice), torch.randn(4, 4, 3, 3)
     for _ in range(2):
-        ops._run("fprop", x, w, None, x.shape, w.shape, ((1, 1), (0, 0, 0, 0), (1, 1), 1), False, False)
+        passes.run("fprop", x, w, None, x.shape, w.shape, ((1, 1), (0, 0, 0, 0), (1, 1), 1), False, False)
     assert order == ["cuda:1", "enter", "target", "exit", "cuda:1", "enter", "launch", "exit", "cuda:1", "enter", "launch", "exit"]

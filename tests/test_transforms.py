@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
-from tridil import DilatedConv2d, dilated_conv1d, dilated_conv2d, launch, ops, reference, testing
+from tridil import DilatedConv2d, dilated_conv1d, dilated_conv2d, launch, passes, reference, testing
 from tridil.problem import PASSES, Problem
 
 conv2d = partial(dilated_conv2d, backend="triton")
@@ -33,9 +33,9 @@ def launches(monkeypatch):
         run = prepare(problem, pass_, *args)
         return lambda *tensors: count.update([pass_]) or run(*tensors)
     monkeypatch.setattr(launch, "prepare", counted)
-    ops._runs.clear()
+    passes._runs.clear()
     yield count
-    ops._runs.clear()
+    passes._runs.clear()
 
 
 def draw(*shape, device, dtype=torch.float64):
@@ -123,7 +123,7 @@ def test_formats_and_dtypes_of_a_layer_per_sample(dtype, device, seed):
         layer.backend = backend
         return vmap(grad(lambda p, x: functional_call(layer, p, x).float().square().mean()), (None, 0))(parameters, x)
     expected, got = per_sample("aten"), per_sample("triton")
-    assert ops.is_channels_last(x.shape[1:], vmap(layer)(x).stride()[1:])
+    assert passes.is_channels_last(x.shape[1:], vmap(layer)(x).stride()[1:])
     for name, value in expected.items():
         assert got[name].dtype == dtype
         torch.testing.assert_close(got[name], value, rtol=1e-2, atol=1e-2 if dtype == torch.float16 else 1e-5)

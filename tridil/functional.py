@@ -23,7 +23,7 @@ from torch.overrides import (
 )
 from torch.utils._device import DeviceContext
 
-from . import drivers, ops
+from . import drivers, ops, passes
 from .problem import Problem, pair, problem_of, single, to_int
 
 
@@ -270,7 +270,7 @@ def _choose(problem, input, backend) -> tuple[str, bool]:
     if torch.compiler.is_compiling() or variable == "aten" or auto and device.type == "cpu" or problem.beyond_int32:
         return drivers.choose(problem, device, backend), auto
     try:
-        key = problem.dtype, device, variable, ops.driver_device(device), auto and os.environ.get("TRIDIL_TARGET")
+        key = problem.dtype, device, variable, passes.driver_device(device), auto and os.environ.get("TRIDIL_TARGET")
     except Exception:                   # no Triton, or whatever a driver raises where it finds no device
         key = None
     if key in _chosen:
@@ -288,7 +288,7 @@ def _problem(x_shape, x_stride, w_shape, w_stride, bias_shape, stride, padding, 
     if len(x_shape) == 3:
         x_shape, x_stride = (1, *x_shape), (x_shape[0] * x_stride[0], *x_stride)
     # cuDNN returns float64 contiguous
-    if (device_type, dtype) != ("cuda", torch.float64) and (ops.is_channels_last(x_shape, x_stride) or ops.is_channels_last(w_shape, w_stride)):
+    if (device_type, dtype) != ("cuda", torch.float64) and (passes.is_channels_last(x_shape, x_stride) or passes.is_channels_last(w_shape, w_stride)):
         problem = replace(problem, layout="nhwc")
     return problem
 

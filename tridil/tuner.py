@@ -13,7 +13,7 @@ from functools import partial
 
 import torch
 
-from . import aot, assumed, cache, choice, clock, cost_model, drivers, functional, ops, reference
+from . import aot, assumed, cache, choice, clock, cost_model, drivers, functional, passes, reference
 from . import config as cfg
 from .choice import ATEN
 from .convert import scan
@@ -40,7 +40,7 @@ class Gpu:
     def prepare(self, problem: Problem, pass_: str, config: Config | None, precision: str) -> Callable:
         """Function of a pass's two tensors: by a config, or (None) by ATen."""
         from . import launch  # imports Triton
-        return partial(ops.aten, problem, pass_) if config is None else launch.prepare(problem, pass_, config, precision)
+        return partial(passes.aten, problem, pass_) if config is None else launch.prepare(problem, pass_, config, precision)
 
     def reference(self, problem: Problem, pass_: str, a, b):
         """The float64 result of one pass."""
