@@ -1,9 +1,9 @@
 """Everything that needs a GPU, in one command of less than nine minutes: `python perf/gpu_check.py FOLDER`.
 
-Steps: what is there, the kernel tests natively, the quick sweep against cuDNN, the cost model against the clock, tuning of the deeplab suite, a few
-launches under compute-sanitizer. Each has its share of the time and is stopped at its end; what one leaves over the next ones get. What a step has
-by then is kept: it is "partial". FOLDER receives at most eight files: check.log, verdict.md, results.csv, results.md, report.html, model.csv,
-tuned.json. Exit status 1 when a result was wrong or a step crashed.
+Steps: what is there, the experimental family hopper beside the default kernels, the kernel tests natively, the quick sweep against cuDNN, the cost
+model against the clock, tuning of the deeplab suite, a few launches under compute-sanitizer. Each has its share of the time and is stopped at its
+end; what one leaves over the next ones get. What a step has by then is kept: it is "partial". FOLDER receives at most eight files: check.log,
+verdict.md, results.csv, results.md, report.html, model.csv, tuned.json. Exit status 1 when a result was wrong or a step crashed.
 """
 from __future__ import annotations
 
@@ -62,6 +62,7 @@ def steps(work: Path) -> list[Step]:
     python, sweep = sys.executable, str(ROOT / "perf" / "sweep.py")
     found = [
         Step("machine", [python, "-m", "tridil", "info"], 20, ("cuda:0",)),
+        Step("hopper", [python, str(ROOT / "perf" / "hopper.py"), "--seconds", "20"], 30, ("hopper",), wrong="WRONG|FAILED|Traceback"),
         Step("tests", [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--maxfail", "20", "--seconds", str(TESTS - 2 * GRACE),
                        "tests/test_kernels.py"], TESTS, (" passed", " failed", " error"), wrong=r"\d (failed|error)"),
         Step("sweep", [python, sweep, "--suite", "quick", "--out", str(work)], 120, ("x the best cuDNN", *BROKEN),
@@ -120,7 +121,7 @@ def main(argv=None, has_gpu: bool | None = None, run=run, steps=steps) -> int:
     begin, lines, words = time.monotonic(), [], []
     with tempfile.TemporaryDirectory() as temporary, open(args.folder / "check.log", "w", encoding="utf-8") as log:
         work = Path(temporary)
-        switches = ("TRITON_INTERPRET", "TRIDIL_TARGET", "TRIDIL_BACKEND", "TRIDIL_TUNE")
+        switches = ("TRITON_INTERPRET", "TRIDIL_TARGET", "TRIDIL_BACKEND", "TRIDIL_TUNE", "TRIDIL_EXPERIMENTAL")
         env = {name: value for name, value in os.environ.items() if name not in switches}
         env |= {"PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), env.get("PYTHONPATH")])), "PYTHONUNBUFFERED": "1"}
         env |= {"TRIDIL_CACHE": str(work / "cache")}                          # what this run measured, and nothing else

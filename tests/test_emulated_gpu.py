@@ -12,6 +12,7 @@ pytest.importorskip("triton")
 
 import fake_gpu
 import gpu_check
+import hopper
 import results
 import sweep
 import test_gpu_check
@@ -73,7 +74,20 @@ def test_gpu_check_from_end_to_end(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))
     assert gpu_check.main([str(tmp_path / "out"), "--seconds", "3000"], has_gpu=True, steps=test_gpu_check.on_the_fake_gpu) == 0
     out = capsys.readouterr().out
-    assert out.count(": ok, ") == 7 and "gpu_check passed" in out, out
+    assert out.count(": ok, ") == 8 and "gpu_check passed" in out, out
     files = {path.name for path in (tmp_path / "out").iterdir()}
     assert files == {"check.log", "verdict.md", "results.csv", "results.md", "report.html", "model.csv", "tuned.json"}
     assert (results.read(tmp_path / "out" / "results.csv")["clock"] == "graph").all()
+
+
+def test_hopper_beside_the_default_kernels(capsys, monkeypatch):
+    """perf/hopper.py, where the family can run."""
+    monkeypatch.setattr(tuner, "Gpu", fake_gpu.EmulatedTunerGpu)
+    layer = workloads.Workload("net", "layer", 1, replace(P, c=128, k=128), "made up")
+    monkeypatch.setattr(workloads, "suite", lambda name: [layer])
+    assert hopper.main(["--seconds", "600"]) == 0
+    out = capsys.readouterr().out
+    if drivers.target() == "cuda:90":
+        assert out.count("hopper box ") == 6 and out.count(" stream 1.0000 ms") == 3 and "ATen 1.0000 ms" in out and "(geometric mean of 3 passes" in out
+    else:
+        assert out == f"no layer of quick for the family hopper on {drivers.target()}\n"

@@ -26,7 +26,7 @@ def test_from_end_to_end(tmp_path, capsys):
     assert gpu_check.main([str(tmp_path / "out"), "--seconds", "3000"], has_gpu=True, steps=on_the_fake_gpu) == 0
     out = capsys.readouterr().out
     lines = dict(line.split(": ", 1) for line in out.splitlines() if ": " in line)
-    assert list(lines) == ["machine", "tests", "sweep", "validate", "tune", "export", "sanitizer"]
+    assert list(lines) == ["machine", "hopper", "tests", "sweep", "validate", "tune", "export", "sanitizer"]
     assert all(line.startswith("ok, ") for line in lines.values()), out
     assert " passed" in lines["tests"] and lines["sweep"].count("x the best cuDNN (geometric mean, measured)") == 3
     assert "rank correlation" in lines["validate"] and "6 measured, kept in" in lines["tune"] and "0 errors" in lines["sanitizer"]
@@ -94,12 +94,13 @@ def test_time_is_shared(tmp_path, monkeypatch):
 
 
 def test_what_it_measures_depends_on_no_switch_or_cache_of_the_user(tmp_path, monkeypatch):
-    for name in ("TRITON_INTERPRET", "TRIDIL_TARGET", "TRIDIL_BACKEND", "TRIDIL_TUNE", "TRIDIL_CACHE"):
+    switches = {"TRITON_INTERPRET", "TRIDIL_TARGET", "TRIDIL_BACKEND", "TRIDIL_TUNE", "TRIDIL_EXPERIMENTAL"}
+    for name in (*switches, "TRIDIL_CACHE"):
         monkeypatch.setenv(name, "1")
     seen = []
     gpu_check.main([str(tmp_path)], has_gpu=True, steps=fake_steps("a"), run=scripted([(0, "")], seen))
     env = seen[0][2]
-    assert not {"TRITON_INTERPRET", "TRIDIL_TARGET", "TRIDIL_BACKEND", "TRIDIL_TUNE"} & env.keys() and env["TRIDIL_CACHE"] != "1"
+    assert not switches & env.keys() and env["TRIDIL_CACHE"] != "1"
 
 
 def test_a_command_that_takes_too_long_is_interrupted_then_killed(monkeypatch):
@@ -137,7 +138,7 @@ def test_without_a_gpu_it_says_so(tmp_path, capsys):
 def test_the_real_steps_are_commands_that_exist(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_check.shutil, "which", lambda name: f"/opt/{name}")
     steps = gpu_check.steps(tmp_path)
-    assert [s.name for s in steps] == ["machine", "tests", "sweep", "validate", "tune", "export", "sanitizer"]
+    assert [s.name for s in steps] == ["machine", "hopper", "tests", "sweep", "validate", "tune", "export", "sanitizer"]
     assert sum(s.seconds for s in steps) <= 600 and steps[-1].command[0] == "/opt/compute-sanitizer"
     compile(gpu_check.SANITIZED, "sanitized", "exec")
     assert all(Path(part).exists() for s in steps for part in s.command if part.endswith(".py") and "/" in part[:1])

@@ -50,7 +50,12 @@ def sources(problem: Problem, pass_: str, config: Config, target: str, precision
                 signature[name], attrs[(i,)] = "constexpr", []
             elif name in tensors:
                 type_, box = tensors[name]
-                signature[name] = f"tensordesc<{type_}[{', '.join(map(str, box.block))}]>" if box else f"*{type_}"
+                if not box:
+                    signature[name] = f"*{type_}"
+                elif box.swizzle is None:
+                    signature[name] = f"tensordesc<{type_}[{', '.join(map(str, box.block))}]>"
+                else:
+                    signature[name] = f"tensordesc<{type_}[{','.join(map(str, box.block))}],{launch.shared_layout(box, int(type_[2:]))!r}>"
                 if not box:
                     attrs[(i,)] = [["tt.divisibility", 16]]
             elif scalars[name] == 1 and not parameter.do_not_specialize:
@@ -61,8 +66,13 @@ def sources(problem: Problem, pass_: str, config: Config, target: str, precision
                     divisible = scalars[name] % 16 == 0 and not parameter.do_not_specialize_on_alignment
                     attrs[(i,)] = [["tt.divisibility", 16]] if divisible else []
         constexprs = {(fn.arg_names.index(name),): value for name, value in constants.items()}
-        out.append((item, ASTSource(fn, signature, constexprs=constexprs, attrs=attrs)))
+        out.append((item, (gluon_source() if fn.is_gluon() else ASTSource)(fn, signature, constexprs=constexprs, attrs=attrs)))
     return out
+
+
+def gluon_source() -> type:
+    from triton.experimental.gluon._runtime import GluonASTSource
+    return GluonASTSource
 
 
 def compile_source(source, options, target: str):

@@ -25,6 +25,10 @@ DEPTHWISE_INSTRUCTIONS = {("nchw", "fprop"): (155, 13.5), ("nchw", "dgrad"): (35
                           ("nhwc", "fprop"): (400, 56), ("nhwc", "dgrad"): (70, 25), ("nhwc", "wgrad"): (410, 51)}
 MARGIN = 1.1                # how much faster than the estimate of cuDNN the prediction must be before "auto" relies on it
 
+# family hopper (measured on an H200: 700 ns a step of 128x256x64 at the power limit, 6 us beside the steps)
+HOPPER_STEP = 360           # warp instructions of a step that are not products, all consumers and the producer together (static counts: 330 to 430)
+HOPPER_TILE = (1500, 300)   # clocks that storing a tile keeps the tensor cores from working, cooperative and ping-pong (assumed)
+
 GEMM_REGISTERS = 90         # registers of a thread beside the accumulator: addresses, masks and the copies in flight (static counts: 70 to 110)
 
 # direct kernels: instructions of a lane's element (to load and convert a column, a weight), of a column's address and masks, of an iteration, of a

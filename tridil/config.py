@@ -58,7 +58,7 @@ def moved_bytes(problem: Problem, pass_: str, config: Config) -> tuple[int, int]
     matrix products an upper bound, since it counts masked elements.
     """
     family, nbytes, result = families.of(config.kernel), DTYPE_BYTES[problem.dtype], prod(result_shape(problem, pass_))
-    sums = 2 * max(nbytes, 4) * config.SPLIT_K * result if family.has_partials(config, pass_) else 0
+    sums = family.partial_bytes(problem, pass_, config)
     zeros = 0 if family.covers(problem, pass_) else nbytes * result
     return problem.bytes + zeros + sums, zeros + sums + family.requested_bytes(problem, pass_, config)
 

@@ -36,14 +36,27 @@ def constexprs(items: tuple) -> dict:
 def describe(box: Box, tensor: torch.Tensor, known: dict) -> TensorDescriptor:
     """The TensorDescriptor of a tensor; Triton checks sizes and strides once, `known` keeps them. The base's alignment is `_operand`'s concern."""
     base = torch.as_strided(tensor, box.shape, box.strides, tensor.storage_offset() + box.offset) if box.offset else tensor
-    fields = known.get(box)
-    if fields is None:
-        first = TensorDescriptor(base, list(box.shape), list(box.strides), list(box.block))
-        known[box] = {name: value for name, value in vars(first).items() if name != "base"}         # at once: other threads read it
+    found = known.get(box)
+    if found is None:
+        sizes = base, list(box.shape), list(box.strides), list(box.block)
+        first = TensorDescriptor(*sizes) if box.swizzle is None else gluon_descriptor()(*sizes, shared_layout(box, 8 * tensor.element_size()))
+        known[box] = type(first), {name: value for name, value in vars(first).items() if name != "base"}         # at once: other threads read it
         return first
-    descriptor = object.__new__(TensorDescriptor)
+    class_, fields = found
+    descriptor = object.__new__(class_)
     descriptor.__dict__.update(fields, base=base)
     return descriptor
+
+
+def gluon_descriptor() -> type:
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+    return TensorDescriptor
+
+
+def shared_layout(box: Box, bits: int):
+    """Gluon's layout of a box of elements of so many bits in shared memory."""
+    from triton.experimental.gluon.language import NVMMASharedLayout
+    return NVMMASharedLayout(box.swizzle, bits, len(box.block))
 
 
 class Ready:

@@ -76,18 +76,23 @@ def _leaves(ins: Instruction) -> bool:
     return ins.opcode.startswith(("BRA", "JMP", "BRX", "EXIT", "RET"))
 
 
-def main_loop(code: list[Instruction]) -> tuple[list[Instruction], bool] | None:
-    """(instructions of the innermost loop with the most matrix products, without loops inside it, whether another loop loads its operands)."""
+def main_loops(code: list[Instruction]) -> tuple[list[list[Instruction]], list[list[Instruction]]] | None:
+    """(innermost loops with the most matrix products, without loops inside them; where these do not load their operands, innermost loops that load):
+    of a warp-specialised program each group of warps has its own."""
     everything = [frozenset(loop) for loop in loops(code)]
     hot = [loop for loop in everything if any(MMA.match(ins.opcode) for ins in loop)]
     inner = [loop for loop in hot if not any(other < loop for other in hot)]
     if not inner:
         return None
-    best = max(inner, key=lambda loop: sum(bool(MMA.match(ins.opcode)) for ins in loop))
-    spins = frozenset().union(*(loop for loop in everything if loop < best))
-    others = [ins for loop in everything if loop not in hot for ins in loop]
-    fed = not any(LOADS.match(ins.opcode) for ins in best) and any(LOADS.match(ins.opcode) for ins in others)
-    return sorted(best - spins, key=lambda ins: ins.address), fed
+    most = max(sum(bool(MMA.match(ins.opcode)) for ins in loop) for loop in inner)
+    best = [loop for loop in inner if sum(bool(MMA.match(ins.opcode)) for ins in loop) == most]
+    loads = [loop for loop in everything if loop not in hot and any(LOADS.match(ins.opcode) for ins in loop)]
+    fed = not any(LOADS.match(ins.opcode) for ins in best[0])
+    found = []
+    for loop in best:
+        spins = frozenset().union(*(other for other in everything if other < loop))
+        found.append(sorted(loop - spins, key=lambda ins: ins.address))
+    return found, [list(loop) for loop in loads if fed and not any(other < loop for other in loads)]
 
 
 def per_fma(code: list[Instruction]) -> float | None:
@@ -103,7 +108,8 @@ def measure(text: str, target: int, tile: tuple[int, int, int], warps: int, nbyt
 
     overhead: warp instructions that are not products, per 2048 FMA (one m16n8k16 product). bound: clocks of the tensor cores over those of the
     busiest unit of the SM, an upper bound on their utilisation; limiter is that unit: "tensor", "issue" or "shared". l2_bytes_per_fma: what the
-    tile loads, with no reuse between programs. Without matrix products only per_fma, see there.
+    tile loads, with no reuse between programs. Without matrix products only per_fma, see there. Of a warp-specialised program for sm_90 the loops of
+    all consumers and of the producer are counted together, loop_instructions is their sum.
     """
     code = parse(text)
     opcodes = Counter(ins.opcode for ins in code)
@@ -114,22 +120,28 @@ def measure(text: str, target: int, tile: tuple[int, int, int], warps: int, nbyt
             loads[f"{LOADS.match(op)[0]}{'' if 'UTMA' in op else '.' + _width(op)}"] += n
     row = dict(spills=sum(n for op, n in opcodes.items() if op.startswith(("LDL", "STL"))), mma=mma.most_common(1)[0][0] if mma else "none",
                loads=dict(sorted(loads.items())))
-    found = main_loop(code)
+    found = main_loops(code)
     if not found:
         return row | dict(per_fma=per_fma(code))
-    (m, n, k), (loop, specialized) = tile, found
+    (m, n, k), (hot, feeding) = tile, found
+    loop = hot[0]
     ops = Counter(ins.opcode for ins in loop)
-    products = sum(count for op, count in ops.items() if MMA.match(op))
-    running = 1 if specialized and row["mma"].startswith("UTC") else warps          # tcgen05 products are issued by one warp
+    warps = 1 if feeding and row["mma"].startswith("UTC") else warps                # tcgen05 products are issued by one warp
+    length, products = len(loop), sum(count for op, count in ops.items() if MMA.match(op))
+    issued, multiplied = warps * length, warps * products
+    if feeding and row["mma"].startswith("HGMMA"):                  # each warpgroup runs its loop once for its share of a step, or in turn
+        fma = sum(64 * int(found[1]) * int(found[2]) for ins in sum(hot, []) if (found := re.match(r"HGMMA\.64x(\d+)x(\d+)", ins.opcode)))
+        length, loaded = sum(map(len, hot)), sum(map(len, feeding))
+        issued, multiplied, length = 4 * length * m * n * k / fma + loaded, 4 * products * len(hot) * m * n * k / fma, length + loaded
     rate = RATE[max((known for known in RATE if known <= target), default=80)]
     moved = (m + n) * k * nbytes
     if row["mma"].startswith("HGMMA"):                              # each warpgroup reads its 64 rows and all columns
         read = (m + -(-m // 64) * n) * k * nbytes
     else:                                                           # ldmatrix reads 128 bytes per matrix and warp; tcgen05 reads each operand once
-        read = moved if "UTC" in row["mma"] else running * sum(count * 128 * int((re.search(r"\.([124])$", op) or (0, 1))[1])
-                                                               for op, count in ops.items() if op.startswith("LDSM"))
-    clocks = {"tensor": m * n * k / (rate * 2 / nbytes), "issue": running * len(loop) / 4, "shared": (moved + read) / 128}
-    return row | dict(loop_instructions=len(loop), overhead=round((len(loop) - products) * running / (m * n * k / 2048), 3),
+        read = moved if "UTC" in row["mma"] else warps * sum(count * 128 * int((re.search(r"\.([124])$", op) or (0, 1))[1])
+                                                             for op, count in ops.items() if op.startswith("LDSM"))
+    clocks = {"tensor": m * n * k / (rate * 2 / nbytes), "issue": issued / 4, "shared": (moved + read) / 128}
+    return row | dict(loop_instructions=length, overhead=round((issued - multiplied) / (m * n * k / 2048), 3),
                       loop_ldsm=sum(c for op, c in ops.items() if op.startswith("LDSM")), bound=round(clocks["tensor"] / max(clocks.values()), 3),
                       limiter=max(clocks, key=clocks.get), l2_bytes_per_fma=round(moved / (m * n * k), 4))
 

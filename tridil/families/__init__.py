@@ -1,10 +1,10 @@
 """Kernel families: all that the host knows of each kind of kernel. A new one is a file here, its kernels in kernels/, and a line in FAMILIES."""
 from __future__ import annotations
 
-from . import depthwise, gather, tma
+from . import depthwise, gather, hopper, tma
 from .base import Box, Config, Family, Launch, Prediction
 
-FAMILIES: list[Family] = [depthwise.FAMILY, gather.FAMILY, tma.FAMILY]
+FAMILIES: list[Family] = [depthwise.FAMILY, gather.FAMILY, tma.FAMILY, hopper.FAMILY]
 
 
 def of(kernel: str) -> Family:

@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from functools import lru_cache
+from importlib.metadata import PackageNotFoundError, version
 from math import gcd, prod
 from operator import attrgetter
 
@@ -53,11 +54,13 @@ def columns(configs: Sequence[Config]) -> dict[str, np.ndarray]:
 
 @dataclass(frozen=True)
 class Box:
-    """How a tensor descriptor sees a tensor: sizes and strides in elements, where it begins, and the sizes of its boxes."""
+    """How a tensor descriptor sees a tensor: sizes and strides in elements, where it begins, and the sizes of its boxes. swizzle: bytes of the swizzle in
+    shared memory, which Gluon kernels choose themselves."""
     shape: tuple[int, ...]
     strides: tuple[int, ...]
     block: tuple[int, ...]
     offset: int = 0
+    swizzle: int | None = None
 
 
 @dataclass(frozen=True)
@@ -105,6 +108,7 @@ class Family:
     kernels: its names in configs on disk and in reports.
     """
     kernels: tuple[str, ...] = ()
+    experimental = False        # whether only a measurement, or TRIDIL_EXPERIMENTAL=1, makes it the default
 
     def config_class(self, pass_: str) -> type[Config]:
         """The class of a pass's configs."""
@@ -129,7 +133,7 @@ class Family:
 
     def search(self, problem: Problem, pass_: str, device: Device, precision: str) -> tuple[np.ndarray, Callable[[int], Config]]:
         """(predicted time of each option, function that gives the option of an index): what every new shape costs the host."""
-        configs = self.options(problem, pass_, device.target, precision)
+        configs = [self.adapt(config, device) for config in self.options(problem, pass_, device.target, precision)]
         return self.seconds(problem, pass_, configs, device, precision) if configs else np.zeros(0), configs.__getitem__
 
     def predict(self, problem: Problem, pass_: str, config: Config, device: Device, precision: str) -> Prediction:
@@ -160,6 +164,15 @@ class Family:
         """Whether partial results are written and summed."""
         return config.SPLIT_K > 1
 
+    def partial_bytes(self, problem: Problem, pass_: str, config: Config) -> int:
+        """Bytes of the partial results, written and read."""
+        partials = config.SPLIT_K * prod(result_shape(problem, pass_)) if self.has_partials(config, pass_) else 0
+        return 2 * max(DTYPE_BYTES[problem.dtype], 4) * partials
+
+    def adapt(self, config: Config, device: Device) -> Config:
+        """One of `options` for a device, which may have fewer SMs than the one that stands for its target."""
+        return config
+
     def covers(self, problem: Problem, pass_: str) -> bool:
         """Whether the launches write every element of the result; else it begins as zeros."""
         return pass_ != "dgrad" or problem.dgrad_covers
@@ -174,6 +187,15 @@ class Family:
 
 
 # ---- what several families need
+@lru_cache
+def triton_version() -> tuple[int, ...]:
+    """Of the installed Triton, like (3, 7), without importing it; () where it is unknown."""
+    try:
+        return tuple(map(int, version("triton").split(".")[:2]))
+    except (PackageNotFoundError, ValueError):              # wheels of other names
+        return ()
+
+
 def up(x: int) -> int:
     """The next power of two."""
     return 1 << max(x - 1, 0).bit_length()

@@ -203,7 +203,11 @@ def flat_rectangles(problem: Problem, columns: int) -> tuple[np.ndarray, np.ndar
 
 
 class Gemm(Family):
-    """The work and the time of tiles. A family adds what its loop costs (`step_clocks`) and its legality, candidates and launches."""
+    """The work and the time of tiles. A family adds what its loop costs (`step_clocks`) and its legality, candidates and launches.
+
+    least: steps along an axis that wgrad takes for a tap that reads padding only.
+    """
+    least = 0
 
     def flat(self, kernel: str) -> bool:
         """Whether a kernel's reduction is flattened."""
@@ -345,7 +349,7 @@ class Gemm(Family):
         for axis, sizes in ((h, p), (w, q)):
             unique, at = np.unique(sizes, return_inverse=True)
             if pass_ == "wgrad":
-                blocks = axis.steps_out(unique)
+                blocks = np.maximum(axis.steps_out(unique), self.least)
                 longest = blocks.max(0)
             else:
                 blocks = axis.live_blocks(unique)
@@ -398,18 +402,26 @@ class Gemm(Family):
         for axes in problem.axes(pass_):
             count = self._programs(problem, pass_, c, tile, axes, flat)
             total, most = self._steps(problem, pass_, c, tile, axes, flat)
-            waves = waves + waves_of(count, total * step, most / splits * step, device.sms, fit, alone)
+            waves = waves + self.waves(problem, pass_, configs, axes, count, total * step, most / splits * step, fit, alone, device)
             launches, work, programs = launches + 1, work + total * step / device.sms, np.maximum(programs, count)
         result, dram_rate = prod(result_shape(problem, pass_)), device.dram * 1e9 * assumed.DRAM
-        sums = np.where(splits > 1, 4 * result * (2 * splits + 1), 0)
+        sums = self.sums(problem, pass_, c, tile)
         partial = sums / np.where(sums < device.l2 * 2**19, device.l2_clock * assumed.L2 * device.sms * hertz, dram_rate)
-        launches = launches * np.where(splits > 1, 2, 1)
+        launches = launches * np.where(sums > 0, 2, 1)
         dram = problem.bytes / dram_rate
         if not self.covers(problem, pass_):                                  # dx begins as zeros
             launches, dram = launches + 1, dram + result * DTYPE_BYTES[problem.dtype] / dram_rate
         waves, work, launching = waves / hertz, work / hertz, launches * assumed.LAUNCH
         return dict(seconds=np.maximum(waves, dram) + partial + launching, waves=waves, work=work, dram=dram, partial=partial, launches=launching,
                     programs=programs, clocks=clocks, step=step)
+
+    def waves(self, problem: Problem, pass_: str, configs: Sequence[GemmConfig], axes, count, total, most, fit, alone, device: Device) -> np.ndarray:
+        """Clocks of one launch of each config: `count` programs whose steps take `total` clocks in sum and `most` in the longest."""
+        return waves_of(count, total, most, device.sms, fit, alone)
+
+    def sums(self, problem: Problem, pass_: str, c: dict, tile) -> np.ndarray:
+        """Bytes that partial results and their sum move."""
+        return np.where(c["SPLIT_K"] > 1, 4 * prod(result_shape(problem, pass_)) * (2 * c["SPLIT_K"] + 1), 0)
 
     def predict(self, problem: Problem, pass_: str, config: GemmConfig, device: Device, precision: str) -> Prediction:
         t = self._times(problem, pass_, [config], device, precision)

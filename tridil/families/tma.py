@@ -11,7 +11,7 @@ import numpy as np
 from .. import assumed
 from ..devices import Device
 from ..problem import DTYPE_BYTES, Axis, Problem
-from .base import Box, Config, Launch, elements, launch, steps, vector
+from .base import Box, Config, Launch, elements, launch, steps, triton_version, vector
 from .depthwise import is_depthwise
 from .gemm import Gemm, GemmConfig, channels, correlation_result, has_mma, is_flat, reduction_steps, search, suits, wgrad_result
 
@@ -94,8 +94,8 @@ class Tma(Gemm):
         specialize = architecture(target) // 10 == 10 and not (pass_ == "wgrad" and nbytes == 4)
         rows, cols, reduced = channels(problem, pass_)
         for m, n, warps in TILES:
-            if not suits(m, n, rows, cols, nbytes):
-                continue
+            if not suits(m, n, rows, cols, nbytes) or (warps == 8 and pass_ == "fprop" and target == "cuda:90" and triton_version() == (3, 6)):
+                continue                                                 # Triton 3.6 waits for each of fprop's products when 8 warps share a tile
             for step in reduction_steps(pass_, reduced, nbytes)[:1 if rows else 2]:
                 box = boxes.box(step if rows else m, powers=True)
                 # tcgen05 runs at full rate from 128 rows on

@@ -1,0 +1,92 @@
+"""The experimental family hopper beside the default kernels and cuDNN, where the model promises most: `python perf/hopper.py --seconds 25`.
+
+A line per pass of a layer: the default config's time, those of the best predictions of hopper, ATen's. A first look before anything is tuned, with a
+GPU of sm_90. Exit status 1 when a result of hopper is wrong.
+"""
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from math import exp, log
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch  # noqa: E402
+
+from tridil import config, cost_model, testing, tuner, workloads  # noqa: E402
+from tridil.problem import PASSES  # noqa: E402
+
+
+def jobs_of(suite: str, gpu: tuner.Gpu, top: int) -> list:
+    """[(layer, problem, pass, default config, configs of hopper)], the passes of a suite where the predicted gain is largest first."""
+    found = []
+    for layer in workloads.suite(suite):
+        for pass_ in PASSES:
+            p = layer.problem
+            ranked = [cfg for cfg in cost_model.rank(p, pass_, gpu.spec, "ieee") if cfg.kernel == "hopper"]
+            kinds = [next((cfg for cfg in ranked if cfg.STREAM == stream), None) for stream in (False, True)]        # of both kinds the best
+            configs = list(dict.fromkeys([*filter(None, kinds), *ranked]))[:top]
+            if configs:
+                default = cost_model.best(p, pass_, gpu.spec, "ieee")
+                before, after = (cost_model.predict(p, pass_, cfg, gpu.spec, "ieee").seconds for cfg in (default, ranked[0]))
+                found.append((after / before, f"{layer.model} {layer.layer}", p, pass_, default, configs))
+    return [job[1:] for job in sorted(found, key=lambda job: job[0])]
+
+
+def measure(p, pass_: str, default, configs: list, gpu: tuner.Gpu, compiled) -> tuple[str, float | None, bool]:
+    """(times in words, share of the default's time that the best of hopper takes or None, whether all results are right)."""
+    x, w, _, dy = gpu.tensors(p)
+    a, b = {"fprop": (x, w), "dgrad": (dy, w), "wgrad": (dy, x)}[pass_]
+    expected = gpu.reference(p, pass_, a, b)
+    allowed = testing.budget(expected, getattr(torch, p.dtype), testing.reduction_depth(p, pass_), "ieee", pass_)
+    told, times, right = [], {}, True
+    for cfg in (None, default, *configs):
+        name = "ATen" if cfg is None else f"{cfg.kernel} {config.describe(cfg)}"
+        try:
+            assert cfg is None or compiled(p, pass_, "ieee", cfg)
+            run = gpu.prepare(p, pass_, cfg, "ieee")
+            error = (run(a, b).double() - expected).abs()
+            if cfg is not None and not bool((error <= allowed).all()):
+                told.append(f"{name} WRONG by up to {error.nan_to_num(nan=float('inf')).max():.3g}")
+                right = False
+                continue
+            times[cfg] = gpu.milliseconds(run, a, b)
+            told.append(f"{name} {times[cfg]:.4f} ms")
+        except Exception as e:                                           # what does not compile or launch is said, and the next one runs
+            told.append(f"{name} FAILED {type(e).__name__}: {str(e)[:150]}")
+            right &= cfg is None
+    best = min((times[cfg] for cfg in configs if cfg in times), default=None)
+    return "; ".join(told), best / times[default] if best and default in times else None, right
+
+
+def main(argv=None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--suite", default="quick", choices=workloads.SUITES)
+    parser.add_argument("--seconds", type=float, default=25, help="begin no pass after this time (default: 25)")
+    parser.add_argument("--top", type=int, default=2, help="configs of hopper for each pass (default: 2)")
+    args = parser.parse_args(argv)
+    deadline = time.monotonic() + args.seconds
+    gpu = tuner.Gpu(torch.device("cuda", torch.cuda.current_device()))
+    jobs = jobs_of(args.suite, gpu, args.top)
+    shares, wrong = [], 0
+    with gpu.compiling([(p, pass_, "ieee", cfg) for _, p, pass_, default, configs in jobs for cfg in (default, *configs)]) as compiled:
+        for layer, p, pass_, default, configs in jobs:
+            if time.monotonic() > deadline:
+                break
+            told, share, right = measure(p, pass_, default, configs, gpu, compiled)
+            shares += [share] if share else []
+            wrong += not right
+            print(f"{layer} {p.key()} {pass_}: {told}", flush=True)
+    mean = exp(sum(map(log, shares)) / len(shares)) if shares else float("nan")
+    if jobs:
+        print(f"hopper takes {mean:.2f} of the default's time (geometric mean of {len(shares)} passes of {len(jobs)}, measured), less in "
+              f"{sum(share < 1 for share in shares)}; {wrong} wrong or failed")
+    else:
+        print(f"no layer of {args.suite} for the family hopper on {gpu.target}")
+    return int(wrong > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
