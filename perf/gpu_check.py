@@ -1,6 +1,6 @@
 """Everything that needs a GPU, in one command of less than nine minutes: `python perf/gpu_check.py FOLDER`.
 
-Steps: what is there, the experimental family hopper beside the default kernels, the kernel tests natively, the quick sweep against cuDNN, the cost
+Steps: what is there, the family hopper beside the other kernels, the kernel tests natively, the quick sweep against cuDNN, the cost
 model against the clock, tuning of the deeplab suite, a few launches under compute-sanitizer. Each has its share of the time and is stopped at its
 end; what one leaves over the next ones get. What a step has by then is kept: it is "partial". FOLDER receives at most eight files: check.log,
 verdict.md, results.csv, results.md, report.html, model.csv, tuned.json. Exit status 1 when a result was wrong or a step crashed.
@@ -121,7 +121,7 @@ def main(argv=None, has_gpu: bool | None = None, run=run, steps=steps) -> int:
     begin, lines, words = time.monotonic(), [], []
     with tempfile.TemporaryDirectory() as temporary, open(args.folder / "check.log", "w", encoding="utf-8") as log:
         work = Path(temporary)
-        switches = ("TRITON_INTERPRET", "TRIDIL_TARGET", "TRIDIL_BACKEND", "TRIDIL_TUNE", "TRIDIL_EXPERIMENTAL")
+        switches = ("TRITON_INTERPRET", "TRIDIL_TARGET", "TRIDIL_BACKEND", "TRIDIL_TUNE")
         env = {name: value for name, value in os.environ.items() if name not in switches}
         env |= {"PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), env.get("PYTHONPATH")])), "PYTHONUNBUFFERED": "1"}
         env |= {"TRIDIL_CACHE": str(work / "cache")}                          # what this run measured, and nothing else

@@ -94,7 +94,7 @@ def test_time_is_shared(tmp_path, monkeypatch):
 
 
 def test_what_it_measures_depends_on_no_switch_or_cache_of_the_user(tmp_path, monkeypatch):
-    switches = {"TRITON_INTERPRET", "TRIDIL_TARGET", "TRIDIL_BACKEND", "TRIDIL_TUNE", "TRIDIL_EXPERIMENTAL"}
+    switches = {"TRITON_INTERPRET", "TRIDIL_TARGET", "TRIDIL_BACKEND", "TRIDIL_TUNE"}
     for name in (*switches, "TRIDIL_CACHE"):
         monkeypatch.setenv(name, "1")
     seen = []

@@ -25,7 +25,9 @@ DEPTHWISE_INSTRUCTIONS = {("nchw", "fprop"): (155, 13.5), ("nchw", "dgrad"): (35
                           ("nhwc", "fprop"): (400, 56), ("nhwc", "dgrad"): (70, 25), ("nhwc", "wgrad"): (410, 51)}
 MARGIN = 1.1                # how much faster than the estimate of cuDNN the prediction must be before "auto" relies on it
 
-# family hopper (measured on an H200: 700 ns a step of 128x256x64 at the power limit, 6 us beside the steps)
+# family hopper (measured on an H200, fp16: 700 ns a step of 128x256x64 at the power limit, 6 us beside the steps; with these figures 35 of 43 times of
+# the quick suite come out within 15%)
+HOPPER_SUMS = 2             # times that the sums of shared tiles take of what their bytes would (measured: 8 to 30 us more, of 15 shared configs)
 HOPPER_STEP = 360           # warp instructions of a step that are not products, all consumers and the producer together (static counts: 330 to 430)
 HOPPER_TILE = (1500, 300)   # clocks that storing a tile keeps the tensor cores from working, cooperative and ping-pong (assumed)
 

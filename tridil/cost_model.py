@@ -5,7 +5,6 @@ the clock of a GPU.
 """
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import lru_cache
@@ -15,7 +14,7 @@ from . import config as cfg
 from . import cudnn as aten
 from . import devices, families
 from .devices import Device
-from .families import Config, Family, Prediction
+from .families import Config, Prediction
 from .problem import Problem
 
 
@@ -57,35 +56,25 @@ def rank(problem: Problem, pass_: str, device: Device, precision: str = "tf32") 
 
 
 @lru_cache(maxsize=4096)
-def _best(problem: Problem, pass_: str, device: Device, precision: str, experimental: bool) -> Config:
-    for config in _ranked(problem, pass_, device, precision):
-        if families.of(config.kernel).experimental <= experimental:
-            return config
-    raise ValueError(f"no tile fits {pass_} of {problem.key()} on {device.target}")
+def _best(problem: Problem, pass_: str, device: Device, precision: str) -> Config:
+    return next(_ranked(problem, pass_, device, precision))
 
 
 def best(problem: Problem, pass_: str, device: Device | str, precision: str = "tf32") -> Config:
-    """The config that runs where nothing was measured, on a device or on the one that stands for a target such as "cuda:90": of an experimental family
-    only with TRIDIL_EXPERIMENTAL=1."""
-    experimental = os.environ.get("TRIDIL_EXPERIMENTAL") == "1"
-    return _best(problem, pass_, devices.of_target(device) if isinstance(device, str) else device, precision, experimental)
-
-
-def experimental(family: Family) -> str:
-    """What keeps an experimental family from running, in words."""
-    return " (experimental: a measurement chooses it, or TRIDIL_EXPERIMENTAL=1)" if family.experimental else ""
+    """The config that runs where nothing was measured, on a device or on the one that stands for a target such as "cuda:90"."""
+    return _best(problem, pass_, devices.of_target(device) if isinstance(device, str) else device, precision)
 
 
 def why(problem: Problem, pass_: str, config: Config, device: Device, precision: str = "tf32") -> str:
     """Why the config's kernel is the one of that pass, in words: what it is meant for, and what keeps the families before it in favour from running."""
     family = families.of(config.kernel)
-    reasons = [family.why(problem, pass_, config, device, precision) + experimental(family)]
+    reasons = [family.why(problem, pass_, config, device, precision)]
     for other in families.FAMILIES[families.FAMILIES.index(family) + 1:]:
         legal = [option for option in other.options(problem, pass_, device.target, precision)
                  if cfg.fits(option, problem, pass_, device.target) is None]
         if legal:
             ratio = other.seconds(problem, pass_, legal, device, precision).min() / predict(problem, pass_, config, device, precision).seconds
-            reasons.append(f"kernel {other.kernels[0]} is predicted to take {ratio:.2f} times as long" + experimental(other))
+            reasons.append(f"kernel {other.kernels[0]} is predicted to take {ratio:.2f} times as long")
         elif reason := other.why_not(problem, pass_, device.target, precision):
             reasons.append(reason)
     return ": ".join(reasons)

@@ -108,7 +108,6 @@ class Family:
     kernels: its names in configs on disk and in reports.
     """
     kernels: tuple[str, ...] = ()
-    experimental = False        # whether only a measurement, or TRIDIL_EXPERIMENTAL=1, makes it the default
 
     def config_class(self, pass_: str) -> type[Config]:
         """The class of a pass's configs."""

@@ -1,5 +1,4 @@
-"""Tiles of matrix products in warp-specialised, persistent programs for sm_90: kernels/hopper.py. Experimental: a measurement chooses it, or
-TRIDIL_EXPERIMENTAL=1."""
+"""Tiles of matrix products in warp-specialised, persistent programs for sm_90: kernels/hopper.py."""
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -69,7 +68,6 @@ def unavailable(target: str) -> str | None:
 
 class HopperFamily(Gemm):
     kernels = ("hopper",)
-    experimental = True
     least = 1
 
     def config_class(self, pass_: str) -> type[Config]:
@@ -209,7 +207,7 @@ class HopperFamily(Gemm):
     def sums(self, problem: Problem, pass_: str, c: dict, tile) -> np.ndarray:
         m, n, _ = tile
         shared = np.where(c["STREAM"], c["PROGRAMS"] - 1, 0) * m * n
-        return shared * (3 * 4 + DTYPE_BYTES[problem.dtype])             # two fp32 parts of each, of which one is written before the end; the result
+        return assumed.HOPPER_SUMS * shared * (3 * 4 + DTYPE_BYTES[problem.dtype])             # two fp32 parts of each, of which one is written before the end; the result
 
     def partial_bytes(self, problem: Problem, pass_: str, config: Hopper) -> int:
         m, n, _ = self.tile(config, pass_)
