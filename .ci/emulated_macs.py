@@ -1,8 +1,11 @@
-"""Executed MACs of the ASPP layers' default boxes, counted by an emulator of tensor-core instructions, against what the sweep reports.
+"""Executed MACs of the ASPP layers' default boxes, counted by an emulator of tensor-core
+instructions, against what the sweep reports.
 
-Channels are reduced to one tile and images to one box; neither changes executed/useful. Depthwise layers run no tensor-core instruction: their count,
-which the interpreter's tests confirm, is the sweep's.
+Channels are reduced to one tile and images to one box; neither changes executed/useful. Depthwise
+layers run no tensor-core instruction: their count, which the interpreter's tests confirm, is the
+sweep's.
 """
+
 import sys
 from dataclasses import replace
 
@@ -23,14 +26,28 @@ for pass_ in PASSES:
             executed += config.executed_macs(w.problem, pass_, cfg)
             continue
         p = replace(w.problem, n=min(w.problem.n, cfg["BLOCK_IMG"]), c=32, k=32)
-        cfg |= {"SPLIT_K": 1, "BLOCK_N": 32} | ({"BLOCK_M": 32} if pass_ == "wgrad" else {"BLOCK_K": 32})
+        cfg |= {"SPLIT_K": 1, "BLOCK_N": 32} | (
+            {"BLOCK_M": 32} if pass_ == "wgrad" else {"BLOCK_K": 32}
+        )
         key = p, cfg
         if key not in seen:
             x, weight, bias, dy = testing.random_tensors(p)
             before = ptxemu.totals["macs"]
-            getattr(launch, pass_)(p, *{"fprop": (x, weight, bias), "dgrad": (dy, weight), "wgrad": (dy, x)}[pass_], cfg)
+            getattr(launch, pass_)(
+                p,
+                *{"fprop": (x, weight, bias), "dgrad": (dy, weight), "wgrad": (dy, x)}[pass_],
+                cfg,
+            )
             seen[key] = ptxemu.totals["macs"] - before
-            assert seen[key] == config.executed_macs(p, pass_, cfg), (pass_, p.key(), seen[key], config.executed_macs(p, pass_, cfg))
+            assert seen[key] == config.executed_macs(p, pass_, cfg), (
+                pass_,
+                p.key(),
+                seen[key],
+                config.executed_macs(p, pass_, cfg),
+            )
         executed += seen[key] * w.problem.useful_macs / p.useful_macs
-    print(f"{pass_}: {len(seen)} geometries, executed/useful {executed / useful:.3f} counted on {drivers.target()}", flush=True)
+    print(
+        f"{pass_}: {len(seen)} geometries, executed/useful {executed / useful:.3f} counted on {drivers.target()}",
+        flush=True,
+    )
     assert executed / useful <= 1.10

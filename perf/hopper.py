@@ -1,8 +1,11 @@
-"""The family hopper beside the best of the other kernels and cuDNN, where the model promises most: `python perf/hopper.py --seconds 25`.
+"""The family hopper beside the best of the other kernels and cuDNN, where the model promises most:
+`python perf/hopper.py --seconds 25`.
 
-A line per pass of a layer: the times of ATen, of the best prediction of the other families, of the best predictions of hopper. A first look before
-anything is tuned, with a GPU of sm_90. Exit status 1 when a result is wrong.
+A line per pass of a layer: the times of ATen, of the best prediction of the other families, of the
+best predictions of hopper. A first look before anything is tuned, with a GPU of sm_90. Exit status
+1 when a result is wrong.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -20,27 +23,45 @@ from tridil.problem import PASSES  # noqa: E402
 
 
 def jobs_of(suite: str, gpu: tuner.Gpu, top: int) -> list:
-    """[(layer, problem, pass, config of another family, configs of hopper)], the passes of a suite where the predicted gain is largest first."""
+    """[(layer, problem, pass, config of another family, configs of hopper)], the passes of a suite
+    where the predicted gain is largest first."""
     found = []
     for layer in workloads.suite(suite):
         for pass_ in PASSES:
             p = layer.problem
             everything = cost_model.rank(p, pass_, gpu.spec, "ieee")
-            ranked, others = ([cfg for cfg in everything if (cfg.kernel == "hopper") == mine] for mine in (True, False))
-            kinds = [next((cfg for cfg in ranked if cfg.STREAM == stream), None) for stream in (False, True)]        # of both kinds the best
+            ranked, others = (
+                [cfg for cfg in everything if (cfg.kernel == "hopper") == mine]
+                for mine in (True, False)
+            )
+            # of both kinds the best
+            kinds = [
+                next((cfg for cfg in ranked if cfg.STREAM == stream), None)
+                for stream in (False, True)
+            ]
             configs = list(dict.fromkeys([*filter(None, kinds), *ranked]))[:top]
             if configs:
-                before, after = (cost_model.predict(p, pass_, cfgs[0], gpu.spec, "ieee").seconds for cfgs in (others, ranked))
-                found.append((after / before, f"{layer.model} {layer.layer}", p, pass_, others[0], configs))
+                before, after = (
+                    cost_model.predict(p, pass_, cfgs[0], gpu.spec, "ieee").seconds
+                    for cfgs in (others, ranked)
+                )
+                found.append(
+                    (after / before, f"{layer.model} {layer.layer}", p, pass_, others[0], configs)
+                )
     return [job[1:] for job in sorted(found, key=lambda job: job[0])]
 
 
-def measure(p, pass_: str, other, configs: list, gpu: tuner.Gpu, compiled) -> tuple[str, float | None, bool]:
-    """(times in words, share of the other's time that the best of hopper takes or None, whether all results are right)."""
+def measure(
+    p, pass_: str, other, configs: list, gpu: tuner.Gpu, compiled
+) -> tuple[str, float | None, bool]:
+    """(times in words, share of the other's time that the best of hopper takes or None, whether all
+    results are right)."""
     x, w, _, dy = gpu.tensors(p)
     a, b = {"fprop": (x, w), "dgrad": (dy, w), "wgrad": (dy, x)}[pass_]
     expected = gpu.reference(p, pass_, a, b)
-    allowed = testing.budget(expected, getattr(torch, p.dtype), testing.reduction_depth(p, pass_), "ieee", pass_)
+    allowed = testing.budget(
+        expected, getattr(torch, p.dtype), testing.reduction_depth(p, pass_), "ieee", pass_
+    )
     told, times, right = [], {}, True
     for cfg in (None, other, *configs):
         name = "ATen" if cfg is None else f"{cfg.kernel} {config.describe(cfg)}"
@@ -54,7 +75,8 @@ def measure(p, pass_: str, other, configs: list, gpu: tuner.Gpu, compiled) -> tu
                 continue
             times[cfg] = gpu.milliseconds(run, a, b)
             told.append(f"{name} {times[cfg]:.4f} ms")
-        except Exception as e:                                           # what does not compile or launch is said, and the next one runs
+        # what does not compile or launch is said, and the next one runs
+        except Exception as e:
             told.append(f"{name} FAILED {type(e).__name__}: {str(e)[:150]}")
             right &= cfg is None
     best = min((times[cfg] for cfg in configs if cfg in times), default=None)
@@ -62,16 +84,26 @@ def measure(p, pass_: str, other, configs: list, gpu: tuner.Gpu, compiled) -> tu
 
 
 def main(argv=None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--suite", default="quick", choices=workloads.SUITES)
-    parser.add_argument("--seconds", type=float, default=25, help="begin no pass after this time (default: 25)")
-    parser.add_argument("--top", type=int, default=2, help="configs of hopper for each pass (default: 2)")
+    parser.add_argument(
+        "--seconds", type=float, default=25, help="begin no pass after this time (default: 25)"
+    )
+    parser.add_argument(
+        "--top", type=int, default=2, help="configs of hopper for each pass (default: 2)"
+    )
     args = parser.parse_args(argv)
     deadline = time.monotonic() + args.seconds
     gpu = tuner.Gpu(torch.device("cuda", torch.cuda.current_device()))
     jobs = jobs_of(args.suite, gpu, args.top)
     shares, wrong = [], 0
-    with gpu.compiling([(p, pass_, "ieee", cfg) for _, p, pass_, other, configs in jobs for cfg in (other, *configs)]) as compiled:
+    with gpu.compiling(
+        [
+            (p, pass_, "ieee", cfg)
+            for _, p, pass_, other, configs in jobs
+            for cfg in (other, *configs)
+        ]
+    ) as compiled:
         for layer, p, pass_, other, configs in jobs:
             if time.monotonic() > deadline:
                 break
@@ -81,8 +113,10 @@ def main(argv=None) -> int:
             print(f"{layer} {p.key()} {pass_}: {told}", flush=True)
     mean = exp(sum(map(log, shares)) / len(shares)) if shares else float("nan")
     if jobs:
-        print(f"hopper takes {mean:.2f} of the other kernels' time (geometric mean of {len(shares)} passes of {len(jobs)}, measured), less in "
-              f"{sum(share < 1 for share in shares)}; {wrong} wrong or failed")
+        print(
+            f"hopper takes {mean:.2f} of the other kernels' time (geometric mean of {len(shares)} passes of {len(jobs)}, measured), less in "
+            f"{sum(share < 1 for share in shares)}; {wrong} wrong or failed"
+        )
     else:
         print(f"no layer of {args.suite} for the family hopper on {gpu.target}")
     return int(wrong > 0)

@@ -1,10 +1,14 @@
 #!/usr/bin/env python
-"""Host time of eager calls, without a GPU: how long until the launch, over a bare Triton launch of the same kernels with the same arguments; and how long
-the search for tiles takes of the three passes of a shape that was never seen, over its goal of 3 ms.
+"""Host time of eager calls, without a GPU: how long until the launch, over a bare Triton launch of
+the same kernels with the same arguments; and how long the search for tiles takes of the three
+passes of a shape that was never seen, over its goal of 3 ms.
 
-Kernels are compiled for --target (ptxas comes with Triton) and launched on CPU tensors through a driver whose launcher does nothing, so what is
-timed is Python: argument checks, lookups, allocation, autograd, Triton. All take turns in one run; figures are medians, ratios those of rounds.
+Kernels are compiled for --target (ptxas comes with Triton) and launched on CPU tensors through a
+driver whose launcher does nothing, so what is timed is Python: argument checks, lookups,
+allocation, autograd, Triton. All take turns in one run; figures are medians, ratios those of
+rounds.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -26,16 +30,36 @@ from torch.nn import functional as F
 from tridil import choice, cost_model, devices, dilated_conv2d, drivers, functional
 from tridil.problem import PASSES, Problem
 
-# a dilated layer of DeepLabV3-ResNet50, which takes one kernel per pass but for wgrad's sum; what runs through ATen is small, since it computes
+# a dilated layer of DeepLabV3-ResNet50, which takes one kernel per pass but for wgrad's sum; what
+# runs through ATen is small, since it computes
 LAYER = Problem(4, 256, 60, 60, 256, 3, 3, padding=((2, 2), (2, 2)), dilation=(2, 2))
-SMALL = Problem(1, 64, 32, 32, 64, 3, 3, padding=((2, 2), (2, 2)), dilation=(2, 2), dtype="float32", layout="nchw")
-TARGETS = {"no grad": 2.5, "forward+backward": 3.0, "aten, forward+backward": 1.15, "auto that chose ATen": 1.15, "new shape, dense": 1,
-           "new shape, depthwise": 1}
-GOAL = 3000                 # microseconds of the search for the three passes of a new shape
+SMALL = Problem(
+    1,
+    64,
+    32,
+    32,
+    64,
+    3,
+    3,
+    padding=((2, 2), (2, 2)),
+    dilation=(2, 2),
+    dtype="float32",
+    layout="nchw",
+)
+TARGETS = {
+    "no grad": 2.5,
+    "forward+backward": 3.0,
+    "aten, forward+backward": 1.15,
+    "auto that chose ATen": 1.15,
+    "new shape, dense": 1,
+    "new shape, depthwise": 1,
+}
+GOAL = 3000  # microseconds of the search for the three passes of a new shape
 
 
 def stub_driver(arch: int):
-    """A Triton driver for sm_`arch` on CPU tensors: loads nothing and launches nothing, but calls the launch hooks."""
+    """A Triton driver for sm_`arch` on CPU tensors: loads nothing and launches nothing, but calls
+    the launch hooks."""
     from triton.backends.compiler import GPUTarget
     from triton.backends.driver import DriverBase
 
@@ -43,7 +67,19 @@ def stub_driver(arch: int):
         def __init__(self, src, metadata):
             pass
 
-        def __call__(self, gx, gy, gz, stream, function, kernel_metadata, launch_metadata, enter_hook, exit_hook, *args):
+        def __call__(
+            self,
+            gx,
+            gy,
+            gz,
+            stream,
+            function,
+            kernel_metadata,
+            launch_metadata,
+            enter_hook,
+            exit_hook,
+            *args,
+        ):
             for hook in (enter_hook, exit_hook):
                 if hook is not None:
                     hook(launch_metadata)
@@ -53,10 +89,17 @@ def stub_driver(arch: int):
             return 1, 1, 0, 0, 1024
 
         def get_device_properties(self, device):
-            return {"max_shared_mem": 232448, "max_num_regs": 65536, "multiprocessor_count": 132, "warpSize": 32}
+            return {
+                "max_shared_mem": 232448,
+                "max_num_regs": 65536,
+                "multiprocessor_count": 132,
+                "warpSize": 32,
+            }
 
     class Stub(DriverBase):
-        """The device's index is the architecture, so that kernels of several do not mix in Triton's caches."""
+        """The device's index is the architecture, so that kernels of several do not mix in Triton's
+        caches."""
+
         launcher_cls, utils = Launcher, Utils()
 
         def __init__(self):
@@ -68,6 +111,7 @@ def stub_driver(arch: int):
 
         def map_python_to_cpp_type(self, ty):
             from triton.backends.nvidia.driver import ty_to_cpp
+
             return ty_to_cpp(ty)
 
         def get_current_target(self):
@@ -83,7 +127,8 @@ def stub_driver(arch: int):
 
 
 def timed(functions: dict, repetitions: int) -> dict[str, list[float]]:
-    """Microseconds of each function in each round; a round calls all of them, and each follows every other one equally often."""
+    """Microseconds of each function in each round; a round calls all of them, and each follows
+    every other one equally often."""
     times = {name: [] for name in functions}
     for f in functions.values():
         f(), f()
@@ -99,13 +144,19 @@ def timed(functions: dict, repetitions: int) -> dict[str, list[float]]:
 def recorded(f) -> list:
     """Bare launches, as functions without arguments, of the kernels that f launches."""
     from tridil import launch
+
     seen, call = [], launch.Ready.__call__
-    launch.Ready.__call__ = lambda self, tensors: seen.append((self, self.arguments(tensors))) or call(self, tensors)
+    launch.Ready.__call__ = lambda self, tensors: (
+        seen.append((self, self.arguments(tensors))) or call(self, tensors)
+    )
     try:
         f()
     finally:
         launch.Ready.__call__ = call
-    return [(item.launch.name, partial(item.fn[item.grid], *arguments, **item.options)) for item, arguments in seen]
+    return [
+        (item.launch.name, partial(item.fn[item.grid], *arguments, **item.options))
+        for item, arguments in seen
+    ]
 
 
 def searched(target: str, groups: int) -> list[float]:
@@ -121,10 +172,15 @@ def searched(target: str, groups: int) -> list[float]:
 
 
 def measure(target: str, repetitions: int) -> list[dict]:
-    """Rows of one target: what, kernels, microseconds, those of its yardstick, their ratio and its target."""
+    """Rows of one target: what, kernels, microseconds, those of its yardstick, their ratio and its
+    target."""
     from triton.runtime import driver
+
     driver.set_active(stub_driver(int(target[5:])))
-    x, w, dy = (torch.empty(shape, dtype=torch.float16, memory_format=torch.channels_last) for shape in (LAYER.x_shape, LAYER.w_shape, LAYER.y_shape))
+    x, w, dy = (
+        torch.empty(shape, dtype=torch.float16, memory_format=torch.channels_last)
+        for shape in (LAYER.x_shape, LAYER.w_shape, LAYER.y_shape)
+    )
     leaves = x.clone().requires_grad_(), w.clone().requires_grad_()
     conv = partial(dilated_conv2d, padding=2, dilation=2, backend="triton")
 
@@ -138,48 +194,94 @@ def measure(target: str, repetitions: int) -> list[dict]:
 
     train = partial(forward_backward, conv, *leaves, dy)
     bare_forward, bare_all = recorded(no_grad), recorded(train)
-    small = [torch.randn(SMALL.x_shape).requires_grad_(), torch.randn(SMALL.w_shape).requires_grad_(), torch.randn(SMALL.y_shape)]
+    small = [
+        torch.randn(SMALL.x_shape).requires_grad_(),
+        torch.randn(SMALL.w_shape).requires_grad_(),
+        torch.randn(SMALL.y_shape),
+    ]
     tiny = torch.randn(1, 1, 4, 4), torch.randn(1, 1, 1, 1)
     plain = partial(forward_backward, partial(F.conv2d, padding=2, dilation=2), *small)
-    aten, auto = (partial(forward_backward, partial(dilated_conv2d, padding=2, dilation=2, backend=backend), *small) for backend in ("aten", "auto"))
+    aten, auto = (
+        partial(
+            forward_backward,
+            partial(dilated_conv2d, padding=2, dilation=2, backend=backend),
+            *small,
+        )
+        for backend in ("aten", "auto")
+    )
     # apart: a convolution that runs leaves cold caches behind
-    us = timed({"no grad": no_grad, "bare": lambda: [f() for _, f in bare_forward], "train": train, "bare all": lambda: [f() for _, f in bare_all]},
-               repetitions)
+    us = timed(
+        {
+            "no grad": no_grad,
+            "bare": lambda: [f() for _, f in bare_forward],
+            "train": train,
+            "bare all": lambda: [f() for _, f in bare_all],
+        },
+        repetitions,
+    )
 
     def choose(problem, device, backend):
         return "triton" if backend == "auto" else backend, backend == "auto"
 
-    with mock.patch.object(functional, "_choose", choose), mock.patch.object(choice, "resolve", lambda *a: None):
-        us |= timed({"aten": aten, "auto": auto, "F.conv2d": plain}, max(repetitions // 4, 1))         # auto: as on a GPU where ATen is faster
-    us |= timed({"aten, tiny": lambda: dilated_conv2d(*tiny, backend="aten"), "F.conv2d, tiny": lambda: F.conv2d(*tiny)}, repetitions)
+    with (
+        mock.patch.object(functional, "_choose", choose),
+        mock.patch.object(choice, "resolve", lambda *a: None),
+    ):
+        # auto: as on a GPU where ATen is faster
+        us |= timed({"aten": aten, "auto": auto, "F.conv2d": plain}, max(repetitions // 4, 1))
+    us |= timed(
+        {
+            "aten, tiny": lambda: dilated_conv2d(*tiny, backend="aten"),
+            "F.conv2d, tiny": lambda: F.conv2d(*tiny),
+        },
+        repetitions,
+    )
 
     def names(bare):
         return " ".join(kernel for kernel, _ in bare)
 
-    rows = [("no grad", names(bare_forward), us["no grad"], us["bare"]), ("forward+backward", names(bare_all), us["train"], us["bare all"]),
-            ("aten, forward+backward", "", us["aten"], us["F.conv2d"]), ("auto that chose ATen", "", us["auto"], us["F.conv2d"]),
-            ("aten, tiny layer", "", us["aten, tiny"], us["F.conv2d, tiny"])]
+    rows = [
+        ("no grad", names(bare_forward), us["no grad"], us["bare"]),
+        ("forward+backward", names(bare_all), us["train"], us["bare all"]),
+        ("aten, forward+backward", "", us["aten"], us["F.conv2d"]),
+        ("auto that chose ATen", "", us["auto"], us["F.conv2d"]),
+        ("aten, tiny layer", "", us["aten, tiny"], us["F.conv2d, tiny"]),
+    ]
     for kind, groups in (("dense", 1), ("depthwise", LAYER.c)):
         found = searched(target, groups)
         rows.append((f"new shape, {kind}", "", found, [GOAL] * len(found)))
-    return [{"target": target, "call": name, "kernels": kernels, "us": median(a), "yardstick_us": median(b),
-             "ratio": median(x / y for x, y in zip(a, b)), "at_most": TARGETS.get(name)}
-            for name, kernels, a, b in rows]
+    return [
+        {
+            "target": target,
+            "call": name,
+            "kernels": kernels,
+            "us": median(a),
+            "yardstick_us": median(b),
+            "ratio": median(x / y for x, y in zip(a, b)),
+            "at_most": TARGETS.get(name),
+        }
+        for name, kernels, a, b in rows
+    ]
 
 
 def main(argv=None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--targets", default="cuda:80,cuda:90")
     parser.add_argument("--repetitions", type=int, default=2000)
-    parser.add_argument("--check", action="store_true", help="exit with 1 when a ratio is above its target")
+    parser.add_argument(
+        "--check", action="store_true", help="exit with 1 when a ratio is above its target"
+    )
     parser.add_argument("--json", help="write the rows to this file")
     args = parser.parse_args(argv)
     import pandas as pd
+
     if drivers.interpreted():
         parser.error("unset TRITON_INTERPRET: the interpreter launches nothing")
     torch.set_num_threads(1)
     gc.disable()
-    table = pd.DataFrame([row for target in args.targets.split(",") for row in measure(target, args.repetitions)])
+    table = pd.DataFrame(
+        [row for target in args.targets.split(",") for row in measure(target, args.repetitions)]
+    )
     print(table.round(2).to_string(index=False, na_rep=""))
     if args.json:
         table.to_json(args.json, orient="records", indent=1)

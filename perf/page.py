@@ -1,4 +1,6 @@
-"""report.html of a sweep: pictures and the full table in one file that needs no network; columns sort, a box filters rows."""
+"""report.html of a sweep: pictures and the full table in one file that needs no network; columns
+sort, a box filters rows."""
+
 from __future__ import annotations
 
 import base64
@@ -8,8 +10,14 @@ from pathlib import Path
 import pandas as pd
 from results import COLUMNS, is_broken, summary, table
 
-CAPTIONS = {"results.png": "Layer by layer", "speedup.png": "Speedup over cuDNN by dilation and channels", "roofline.png": "Distance from the roofs",
-            "dilation.png": "Against dilation", "macs.png": "Multiply-accumulates by kind of layer", "memory.png": "Extra memory"}
+CAPTIONS = {
+    "results.png": "Layer by layer",
+    "speedup.png": "Speedup over cuDNN by dilation and channels",
+    "roofline.png": "Distance from the roofs",
+    "dilation.png": "Against dilation",
+    "macs.png": "Multiply-accumulates by kind of layer",
+    "memory.png": "Extra memory",
+}
 STYLE = """
 :root { color-scheme: light dark; --line: #8884; --head: #eef1f5; --bad: #c0392b33 }
 @media (prefers-color-scheme: dark) { :root { --head: #2a2e35 } }
@@ -50,20 +58,35 @@ filter();
 """
 
 
-def write(frame: pd.DataFrame, out: Path, machine: str, notes: list[str], images: list[Path]) -> Path:
-    """Writes report.html: machine, notes, summary, the pictures inline, the table of results.table with the layers' names."""
+def write(
+    frame: pd.DataFrame, out: Path, machine: str, notes: list[str], images: list[Path]
+) -> Path:
+    """Writes report.html: machine, notes, summary, the pictures inline, the table of results.table
+    with the layers' names."""
     view = table(frame)
     view.insert(0, "layer", frame["model"] + " " + frame["layer"])
     view["problem"] = frame["problem"].astype(object).fillna("")
-    heads = "".join(f'<th scope="col"><button type="button">{escape(column)}</button></th>' for column in view)
-    rows = "\n".join(f"<tr{' class=bad' * bad}>" + "".join(f"<td>{escape(str(cell))}</td>" for cell in cells) + "</tr>"
-                     for cells, bad in zip(view.itertuples(index=False), is_broken(frame)))
-    figures = "\n".join(f'<figure><figcaption>{CAPTIONS[path.name]}</figcaption><img alt="{CAPTIONS[path.name]}" '
-                        f'src="data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"></figure>' for path in images)
-    columns = "".join(f"<dt>{escape(name)}{f' ({column.kind})' if column.kind else ''}</dt><dd>{escape(column.meaning)}</dd>"
-                      for name, column in COLUMNS.items())
+    heads = "".join(
+        f'<th scope="col"><button type="button">{escape(column)}</button></th>' for column in view
+    )
+    rows = "\n".join(
+        f"<tr{' class=bad' * bad}>"
+        + "".join(f"<td>{escape(str(cell))}</td>" for cell in cells)
+        + "</tr>"
+        for cells, bad in zip(view.itertuples(index=False), is_broken(frame))
+    )
+    figures = "\n".join(
+        f'<figure><figcaption>{CAPTIONS[path.name]}</figcaption><img alt="{CAPTIONS[path.name]}" '
+        f'src="data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"></figure>'
+        for path in images
+    )
+    columns = "".join(
+        f"<dt>{escape(name)}{f' ({column.kind})' if column.kind else ''}</dt><dd>{escape(column.meaning)}</dd>"
+        for name, column in COLUMNS.items()
+    )
     path = out / "report.html"
-    path.write_text(f"""<!DOCTYPE html>
+    path.write_text(
+        f"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'">
 <title>tridil: sweep</title><style>{STYLE}</style></head><body>
@@ -76,5 +99,7 @@ def write(frame: pd.DataFrame, out: Path, machine: str, notes: list[str], images
 </tbody></table></div>
 <details><summary>Columns of results.csv</summary><dl>{columns}</dl></details>
 <script>{SCRIPT}</script></body></html>
-""", encoding="utf-8")
+""",
+        encoding="utf-8",
+    )
     return path

@@ -1,4 +1,6 @@
-"""The rows of a sweep: the columns of results.csv, what each means, and how people see it. A new column is a line here, and its value in layers.py."""
+"""The rows of a sweep: the columns of results.csv, what each means, and how people see it. A new
+column is a line here, and its value in layers.py."""
+
 from __future__ import annotations
 
 import subprocess
@@ -19,10 +21,12 @@ IDENTITY = ("model", "layer", "pass", "dtype", "layout", "provider", "target", "
 class Column:
     """One column of results.csv.
 
-    kind: "measured", "predicted" (counted from the tiles or modelled, not timed) or "". head: its heading in tables, lines apart; None: in the CSV only.
-    form: a format, or a function of the value; scale divides numbers; over: the column that it is shown over. untimed: shown only where nothing
-    was timed.
+    kind: "measured", "predicted" (counted from the tiles or modelled, not timed) or "". head: its
+    heading in tables, lines apart; None: in the CSV only. form: a format, or a function of the
+    value; scale divides numbers; over: the column that it is shown over. untimed: shown only where
+    nothing was timed.
     """
+
     kind: str
     meaning: str
     head: str | None = None
@@ -40,7 +44,9 @@ class Column:
         values = frame[name]
         if callable(self.form):
             return [self.form(value) for value in values]
-        values = values.astype(float) / (frame[self.over].astype(float) if self.over else self.scale)
+        values = values.astype(float) / (
+            frame[self.over].astype(float) if self.over else self.scale
+        )
         return [self.form.format(value) if pd.notna(value) else "" for value in values]
 
 
@@ -49,7 +55,9 @@ def text(value) -> str:
 
 
 def short(dtype: str) -> str:
-    return {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32", "float64": "fp64"}.get(dtype, dtype)
+    return {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32", "float64": "fp64"}.get(
+        dtype, dtype
+    )
 
 
 COLUMNS = {
@@ -57,49 +65,134 @@ COLUMNS = {
     "layer": Column("", "layer of the model; (model) for all of it"),
     "kind": Column("", "ASPP, dense, 1D, depthwise, grouped, narrow; model; machine"),
     "count": Column("", "times the layer occurs in the model"),
-    "pass": Column("", "fprop, dgrad or wgrad; of a model inference or training; of the machine copy or matmul", "pass", text),
-    "config": Column("", "the tiles: kernel, pixel box (images x rows x columns), channels, reduction step or splits", "kernel",
-                     lambda value: text(value).split(" ")[0]),
+    "pass": Column(
+        "",
+        "fprop, dgrad or wgrad; of a model inference or training; of the machine copy or matmul",
+        "pass",
+        text,
+    ),
+    "config": Column(
+        "",
+        "the tiles: kernel, pixel box (images x rows x columns), channels, reduction step or splits",
+        "kernel",
+        lambda value: text(value).split(" ")[0],
+    ),
     "dtype": Column("", "of all tensors", "dtype", short),
     "layout": Column("", "memory format of x and y: nhwc (channels_last) or nchw", "layout", text),
     "provider": Column("", "what ran, see perf/providers.py", "provider", text),
-    "version": Column("", "of the provider"), "target": Column("", "GPU architecture"),
+    "version": Column("", "of the provider"),
+    "target": Column("", "GPU architecture"),
     "code": Column("", "fingerprint of the sources and of the versions of torch and triton"),
-    "problem": Column("", "the convolution"), **{name: Column("", "of the convolution") for name in "nchwkrs"},
-    "stride": Column("", "larger one"), "dilation": Column("", "larger one"), "groups": Column("", "of the convolution"),
-    "ms": Column("measured", "median time of a call on the device; of a model, of a step", "ms", "{:.3f}"),
-    "ms_q1": Column("measured", "first quartile", "q1 ms", "{:.3f}"), "ms_q3": Column("measured", "third quartile", "q3 ms", "{:.3f}"),
-    "eager_ms": Column("measured", "median of one call by CUDA events, L2 flushed before it: what its launches cost the host shows where it is longer",
-                       "eager\nms", "{:.3f}"),
-    "clock": Column("", "of ms: graph (replays of a CUDA graph of calls whose tensors take turns, so that L2 holds none) or events (as eager_ms)"),
-    "clock_mhz": Column("measured", "clock of the SMs right after the timing"), "temperature_c": Column("measured", "of the GPU right after the timing"),
+    "problem": Column("", "the convolution"),
+    **{name: Column("", "of the convolution") for name in "nchwkrs"},
+    "stride": Column("", "larger one"),
+    "dilation": Column("", "larger one"),
+    "groups": Column("", "of the convolution"),
+    "ms": Column(
+        "measured", "median time of a call on the device; of a model, of a step", "ms", "{:.3f}"
+    ),
+    "ms_q1": Column("measured", "first quartile", "q1 ms", "{:.3f}"),
+    "ms_q3": Column("measured", "third quartile", "q3 ms", "{:.3f}"),
+    "eager_ms": Column(
+        "measured",
+        "median of one call by CUDA events, L2 flushed before it: what its launches cost the host shows where it is longer",
+        "eager\nms",
+        "{:.3f}",
+    ),
+    "clock": Column(
+        "",
+        "of ms: graph (replays of a CUDA graph of calls whose tensors take turns, so that L2 holds none) or events (as eager_ms)",
+    ),
+    "clock_mhz": Column("measured", "clock of the SMs right after the timing"),
+    "temperature_c": Column("measured", "of the GPU right after the timing"),
     "tflops_dense": Column("measured", "10^12 operations/s, padding counted", "dense\nTFLOP/s"),
-    "tflops_useful": Column("measured", "10^12 operations/s, padding not counted", "useful\nTFLOP/s"),
-    "gb_s": Column("measured", "10^9 bytes/s of compulsory traffic: operands and result once", "GB/s"),
-    "extra_mib": Column("measured", "peak memory beyond operands and result; of a model beyond parameters and input", "extra\nMiB", "{:.1f}"),
-    "bit_identical": Column("measured", "whether a second run gives the same bits", "same\nbits",
-                            lambda value: {"True": "yes", "False": "NO"}.get(str(value), "")),
-    "ratio": Column("measured", "time of the fastest cuDNN layout / time: above 1 is faster than cuDNN", "x cuDNN", "{:.2f}"),
-    "predicted_ms": Column("predicted", "time of tridil by its cost model", "ms", "{:.3f}", untimed=True),
-    "roof_ms": Column("predicted", "useful MACs at the peak of the device's units, or compulsory bytes at its DRAM bandwidth, whichever takes longer",
-                      "roof ms", "{:.3f}", untimed=True),
-    "error": Column("measured", "absolute error against float64, of the element that uses most of its budget", "error/\nbudget", "{:.2f}", over="budget"),
-    "budget": Column("measured", "error allowed to that element"), "checked_on": Column("", "the convolution whose result was checked"),
-    "dense_macs": Column("predicted", "multiply-accumulates, padding counted", "dense/\nuseful", over="useful_macs", untimed=True),
+    "tflops_useful": Column(
+        "measured", "10^12 operations/s, padding not counted", "useful\nTFLOP/s"
+    ),
+    "gb_s": Column(
+        "measured", "10^9 bytes/s of compulsory traffic: operands and result once", "GB/s"
+    ),
+    "extra_mib": Column(
+        "measured",
+        "peak memory beyond operands and result; of a model beyond parameters and input",
+        "extra\nMiB",
+        "{:.1f}",
+    ),
+    "bit_identical": Column(
+        "measured",
+        "whether a second run gives the same bits",
+        "same\nbits",
+        lambda value: {"True": "yes", "False": "NO"}.get(str(value), ""),
+    ),
+    "ratio": Column(
+        "measured",
+        "time of the fastest cuDNN layout / time: above 1 is faster than cuDNN",
+        "x cuDNN",
+        "{:.2f}",
+    ),
+    "predicted_ms": Column(
+        "predicted", "time of tridil by its cost model", "ms", "{:.3f}", untimed=True
+    ),
+    "roof_ms": Column(
+        "predicted",
+        "useful MACs at the peak of the device's units, or compulsory bytes at its DRAM bandwidth, whichever takes longer",
+        "roof ms",
+        "{:.3f}",
+        untimed=True,
+    ),
+    "error": Column(
+        "measured",
+        "absolute error against float64, of the element that uses most of its budget",
+        "error/\nbudget",
+        "{:.2f}",
+        over="budget",
+    ),
+    "budget": Column("measured", "error allowed to that element"),
+    "checked_on": Column("", "the convolution whose result was checked"),
+    "dense_macs": Column(
+        "predicted",
+        "multiply-accumulates, padding counted",
+        "dense/\nuseful",
+        over="useful_macs",
+        untimed=True,
+    ),
     "useful_macs": Column("predicted", "multiply-accumulates that read the image"),
-    "executed_macs": Column("predicted", "multiply-accumulates of the tiles, overhang counted", "executed/\nuseful", over="useful_macs"),
+    "executed_macs": Column(
+        "predicted",
+        "multiply-accumulates of the tiles, overhang counted",
+        "executed/\nuseful",
+        over="useful_macs",
+    ),
     "compulsory_bytes": Column("predicted", "x, w and y once"),
-    "moved_bytes": Column("predicted", "bytes from and to memory where L2 serves every re-read: operands, result, partial sums", "moved/\ncompulsory",
-                          over="compulsory_bytes"),
-    "requested_bytes": Column("predicted", "bytes that programs load and store, re-reads in L1 and L2 included; of tiles of matrix products at most",
-                              "requested/\ncompulsory", over="compulsory_bytes"),
+    "moved_bytes": Column(
+        "predicted",
+        "bytes from and to memory where L2 serves every re-read: operands, result, partial sums",
+        "moved/\ncompulsory",
+        over="compulsory_bytes",
+    ),
+    "requested_bytes": Column(
+        "predicted",
+        "bytes that programs load and store, re-reads in L1 and L2 included; of tiles of matrix products at most",
+        "requested/\ncompulsory",
+        over="compulsory_bytes",
+    ),
     "kernels": Column("measured", "kernels compiled for the target"),
     "registers": Column("measured", "per thread, largest of the kernels", "regs", "{:.0f}"),
     "spills": Column("measured", "local-memory instructions of all kernels", "spills", "{:.0f}"),
-    "shared_bytes": Column("measured", "shared memory per program, largest", "shared\nKiB", "{:.0f}", 1024),
+    "shared_bytes": Column(
+        "measured", "shared memory per program, largest", "shared\nKiB", "{:.0f}", 1024
+    ),
     "mma": Column("measured", "tensor-core instruction in the machine code", "MMA", text),
-    "overhead": Column("measured", "warp instructions of the main loop that are not products, per 2048 multiply-accumulates", "over-\nhead", "{:.2f}"),
-    "failure": Column("", "why there is no result", "failure", lambda value: "FAILED" if pd.notna(value) else "")}
+    "overhead": Column(
+        "measured",
+        "warp instructions of the main loop that are not products, per 2048 multiply-accumulates",
+        "over-\nhead",
+        "{:.2f}",
+    ),
+    "failure": Column(
+        "", "why there is no result", "failure", lambda value: "FAILED" if pd.notna(value) else ""
+    ),
+}
 
 
 def triton_version() -> str:
@@ -114,7 +207,9 @@ def triton_version() -> str:
 def output(command: list[str]) -> str:
     """What a command prints, run in the repository; nothing when it fails."""
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout.strip()
+        return subprocess.run(
+            command, capture_output=True, text=True, check=True, cwd=ROOT
+        ).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return ""
 
@@ -122,38 +217,61 @@ def output(command: list[str]) -> str:
 def machine_line(device: str, driver: str, target: str) -> str:
     """What a table needs beside its numbers, in one line: hardware, versions, commit."""
     commit = output(["git", "rev-parse", "--short", "HEAD"]) or "unknown"
-    commit += "-dirty" if output(["git", "status", "--porcelain", "--", "tridil", "perf/*.py"]) else ""
-    return (f"device {device} | target {target} | driver {driver} | torch {torch.__version__} | triton {triton_version()} | "
-            f"cuDNN {torch.backends.cudnn.version() or 'none'} | commit {commit}")
+    commit += (
+        "-dirty" if output(["git", "status", "--porcelain", "--", "tridil", "perf/*.py"]) else ""
+    )
+    return (
+        f"device {device} | target {target} | driver {driver} | torch {torch.__version__} | triton {triton_version()} | "
+        f"cuDNN {torch.backends.cudnn.version() or 'none'} | commit {commit}"
+    )
 
 
 def read(path: Path) -> pd.DataFrame:
-    """The rows of a results file, of this version's columns; the last of those with one identity. Columns that an older file lacks are empty.
+    """The rows of a results file, of this version's columns; the last of those with one identity.
+    Columns that an older file lacks are empty.
 
     Raises ValueError for a file that is none.
     """
     if not path.exists():
         return pd.DataFrame(columns=list(COLUMNS), dtype=object)
     try:
-        frame = pd.read_csv(path, dtype={"code": str, "version": str, "failure": object, "bit_identical": object})
-    except (OSError, ValueError) as e:                      # pandas' errors of reading are ValueErrors
+        frame = pd.read_csv(
+            path, dtype={"code": str, "version": str, "failure": object, "bit_identical": object}
+        )
+    # pandas' errors of reading are ValueErrors
+    except (OSError, ValueError) as e:
         raise ValueError(f"{path} cannot be read as a table: {e}") from None
     if missing := [name for name in IDENTITY if name not in frame]:
-        raise ValueError(f"{path} is no table of a sweep: it lacks the columns {', '.join(missing)}")
-    return frame.reindex(columns=list(COLUMNS)).drop_duplicates(list(IDENTITY), keep="last", ignore_index=True)
+        raise ValueError(
+            f"{path} is no table of a sweep: it lacks the columns {', '.join(missing)}"
+        )
+    return frame.reindex(columns=list(COLUMNS)).drop_duplicates(
+        list(IDENTITY), keep="last", ignore_index=True
+    )
 
 
 def with_ratio(frame: pd.DataFrame) -> pd.DataFrame:
-    """The frame with `ratio` filled in: time of the fastest cuDNN layout of the same layer, pass and dtype / time."""
+    """The frame with `ratio` filled in: time of the fastest cuDNN layout of the same layer, pass
+    and dtype / time."""
     keys = [column for column in IDENTITY if column not in ("provider", "layout")]
-    best = frame["ms"].where(frame["provider"].str.startswith("cudnn")).astype(float).groupby([frame[key] for key in keys]).transform("min")
+    best = (
+        frame["ms"]
+        .where(frame["provider"].str.startswith("cudnn"))
+        .astype(float)
+        .groupby([frame[key] for key in keys])
+        .transform("min")
+    )
     return frame.assign(ratio=best / frame["ms"].astype(float))
 
 
 def exceeds(frame: pd.DataFrame) -> pd.Series:
     """Rows whose error exceeds its budget; layers that ran must have both."""
     checked = ~frame["kind"].isin(("model", "machine")) | frame["error"].notna()
-    return checked & frame["failure"].isna() & ~(frame["error"].astype(float) <= frame["budget"].astype(float))
+    return (
+        checked
+        & frame["failure"].isna()
+        & ~(frame["error"].astype(float) <= frame["budget"].astype(float))
+    )
 
 
 def is_broken(frame: pd.DataFrame) -> pd.Series:
@@ -162,29 +280,45 @@ def is_broken(frame: pd.DataFrame) -> pd.Series:
 
 
 def summary(frame: pd.DataFrame) -> list[str]:
-    """MACs over the suite, a line per pass and dtype; with times also the geometric mean of the ratio to cuDNN."""
+    """MACs over the suite, a line per pass and dtype; with times also the geometric mean of the
+    ratio to cuDNN."""
     lines = []
     of_layers = frame[frame["executed_macs"].notna() & (frame["kind"] != "model")]
     for (pass_, dtype), part in of_layers.groupby(["pass", "dtype"], sort=False):
-        dense, useful, executed = (part[f"{name}_macs"].sum() for name in ("dense", "useful", "executed"))
-        lines.append(f"{pass_} {dtype}, {len(part)} layers: dense/useful MACs {dense / useful:.3f}, executed/useful MACs {executed / useful:.3f} "
-                     "(predicted)")
+        dense, useful, executed = (
+            part[f"{name}_macs"].sum() for name in ("dense", "useful", "executed")
+        )
+        lines.append(
+            f"{pass_} {dtype}, {len(part)} layers: dense/useful MACs {dense / useful:.3f}, executed/useful MACs {executed / useful:.3f} "
+            "(predicted)"
+        )
         if part["ratio"].notna().any():
-            lines[-1] += f", {np.exp(np.log(part['ratio'].astype(float)).mean()):.2f} x the best cuDNN (geometric mean, measured)"
+            lines[-1] += (
+                f", {np.exp(np.log(part['ratio'].astype(float)).mean()):.2f} x the best cuDNN (geometric mean, measured)"
+            )
     for row, wrong in zip(frame.to_dict("records"), exceeds(frame)):
         name = f"{row['provider']} {row['pass']} {row['dtype']} of {row['model']} {row['layer']}"
         if pd.notna(row["failure"]):
             lines.append(f"FAILED {name}: {row['failure']}")
         elif wrong:
-            lines.append(f"BROKEN BUDGET {name}: error {row['error']:.3g} > budget {row['budget']:.3g}")
+            lines.append(
+                f"BROKEN BUDGET {name}: error {row['error']:.3g} > budget {row['budget']:.3g}"
+            )
     return lines
 
 
 def table(frame: pd.DataFrame) -> pd.DataFrame:
-    """What people read: text columns whose names have up to three lines, quantity and kind; those that hold nothing are left out."""
+    """What people read: text columns whose names have up to three lines, quantity and kind; those
+    that hold nothing are left out."""
     timed = frame["ms"].notna().any()
-    view = {column.heading: column.show(frame, name) for name, column in COLUMNS.items() if column.head and not (column.untimed and timed)}
+    view = {
+        column.heading: column.show(frame, name)
+        for name, column in COLUMNS.items()
+        if column.head and not (column.untimed and timed)
+    }
     view = pd.DataFrame(view, index=frame.index)
     if frame["layout"].nunique() < 2:
         del view["layout"]
-    return view[[name for name in view if (view[name] != "").any() and (name != "provider" or timed)]]
+    return view[
+        [name for name in view if (view[name] != "").any() and (name != "provider" or timed)]
+    ]

@@ -1,4 +1,6 @@
-"""One switch: without a Triton driver that serves tensors, kernels are interpreted on the CPU. Set before anything imports a kernel."""
+"""One switch: without a Triton driver that serves tensors, kernels are interpreted on the CPU. Set
+before anything imports a kernel."""
+
 import os
 import random
 import sys
@@ -10,23 +12,29 @@ import hypothesis
 import pytest
 import torch
 
-hypothesis.settings.register_profile("tridil", deadline=None)      # the first call of anything is slow
+# the first call of anything is slow
+hypothesis.settings.register_profile("tridil", deadline=None)
 hypothesis.settings.load_profile("tridil")
 
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "perf"))    # scripts and the models that tests convert
+# scripts and the models that tests convert
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "perf"))
 _cache = tempfile.TemporaryDirectory(prefix="tridil-tests-", ignore_cleanup_errors=True)
-os.environ["TRIDIL_CACHE"] = _cache.name                                 # what a user measured must not choose the tests' configs
+# what a user measured must not choose the tests' configs
+os.environ["TRIDIL_CACHE"] = _cache.name
 
 
 def _driver_serves() -> bool:
-    """Whether Triton is there (not imported where no driver can be) and has a driver: a GPU's, or one that a plugin made active."""
+    """Whether Triton is there (not imported where no driver can be) and has a driver: a GPU's, or
+    one that a plugin made active."""
     if "triton" not in sys.modules and not torch.cuda.is_available():
         return False
     try:
         from triton.runtime import driver
+
         return driver.active.get_active_torch_device() is not None
-    except Exception:                   # no Triton, or whatever a driver raises where it finds no device
+    # no Triton, or whatever a driver raises where it finds no device
+    except Exception:
         return False
 
 
@@ -38,23 +46,40 @@ BEGIN = time.monotonic()
 
 
 def pytest_addoption(parser):
-    parser.addoption("--seconds", type=float, default=float("inf"), help="skip what has not begun by then")
+    parser.addoption(
+        "--seconds", type=float, default=float("inf"), help="skip what has not begun by then"
+    )
     parser.addoption("--all", action="store_true", help="run the slow tests, too")
-    parser.addoption("--part", type=float, default=1, metavar="SHARE", help="run a random share of the tests; --part-seed repeats one")
+    parser.addoption(
+        "--part",
+        type=float,
+        default=1,
+        metavar="SHARE",
+        help="run a random share of the tests; --part-seed repeats one",
+    )
     parser.addoption("--part-seed", type=int, default=random.randrange(2**31), metavar="N")
 
 
 def pytest_report_header(config):
     share, number = config.getoption("--part"), config.getoption("--part-seed")
-    return f"a random {share:.0%} of the tests: --part {share:g} --part-seed {number}" if share < 1 else None
+    return (
+        f"a random {share:.0%} of the tests: --part {share:g} --part-seed {number}"
+        if share < 1
+        else None
+    )
 
 
 def pytest_collection_modifyitems(config, items):
     share, chance = config.getoption("--part"), random.Random(config.getoption("--part-seed"))
-    with_slow = config.getoption("--all") or any("::" in name for name in config.args)      # a test that is named is run
+    # a test that is named is run
+    with_slow = config.getoption("--all") or any("::" in name for name in config.args)
     chosen, left = [], []
     for item in items:
-        (chosen if (with_slow or not item.get_closest_marker("slow")) and chance.random() < share else left).append(item)
+        (
+            chosen
+            if (with_slow or not item.get_closest_marker("slow")) and chance.random() < share
+            else left
+        ).append(item)
     config.hook.pytest_deselected(items=left)
     items[:] = chosen
 
@@ -67,14 +92,16 @@ def pytest_runtest_setup(item):
 
 @pytest.fixture(autouse=True)
 def no_tf32():
-    """tf32 is PyTorch's default for convolutions: references and budgets here are of float32, tests of tf32 turn it on. The older switch also undoes what
-    a test did to one of the newer ones, else torch.export refuses the mix."""
+    """tf32 is PyTorch's default for convolutions: references and budgets here are of float32, tests
+    of tf32 turn it on. The older switch also undoes what a test did to one of the newer ones, else
+    torch.export refuses the mix."""
     torch.backends.cudnn.allow_tf32 = False
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers(config):
-    """-n auto: a worker per core; on a GPU no more than its free memory has room for, at 2 GiB each."""
+    """-n auto: a worker per core; on a GPU no more than its free memory has room for, at 2 GiB
+    each."""
     if torch.cuda.is_available():
         free, _ = torch.cuda.mem_get_info()
         return max(1, min(len(os.sched_getaffinity(0)), free // 2**31))
@@ -84,7 +111,11 @@ def pytest_xdist_auto_num_workers(config):
 @pytest.fixture
 def device():
     """Where the kernels run: the GPU if there is one."""
-    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    return (
+        torch.device("cuda", torch.cuda.current_device())
+        if torch.cuda.is_available()
+        else torch.device("cpu")
+    )
 
 
 @pytest.fixture(params=["aten", "triton"])

@@ -1,9 +1,11 @@
-"""A GPU that is none. `python fake_gpu.py SCRIPT|-m MODULE|-c CODE ...` runs a program on it, with two tiny layers in place of every suite and quick
-tests in place of the kernels'.
+"""A GPU that is none. `python fake_gpu.py SCRIPT|-m MODULE|-c CODE ...` runs a program on it, with
+two tiny layers in place of every suite and quick tests in place of the kernels'.
 
-Made up: CPU tensors, Triton's interpreter, clocks that say what a test wants. Emulated (EMULATOR=module:arch, where a driver runs compiled kernels on CPU
-tensors): perf's and the tuner's own classes; only the device's name, the clock and what torch.cuda says are replaced.
+Made up: CPU tensors, Triton's interpreter, clocks that say what a test wants. Emulated
+(EMULATOR=module:arch, where a driver runs compiled kernels on CPU tensors): perf's and the tuner's
+own classes; only the device's name, the clock and what torch.cuda says are replaced.
 """
+
 import importlib
 import os
 import runpy
@@ -30,9 +32,30 @@ from tridil import clock, devices, reference, testing, tuner, workloads  # noqa:
 from tridil.problem import Problem  # noqa: E402
 
 NAME = "NVIDIA H100 80GB HBM3"
-TINY = [workloads.Workload("net", "d3", 2, Problem(2, 16, 5, 6, 16, 3, 3, padding=((3, 3), (3, 3)), dilation=(3, 3)), "made up"),
-        workloads.Workload("net", "grouped", 1, Problem(1, 8, 4, 4, 8, 3, 3, padding=((1, 1), (1, 1)), groups=2), "made up")]
-PROPERTIES = SimpleNamespace(name=NAME, multi_processor_count=132, L2_cache_size=2**16, memory_clock_rate=2619000, memory_bus_width=5120, uuid="none")
+TINY = [
+    workloads.Workload(
+        "net",
+        "d3",
+        2,
+        Problem(2, 16, 5, 6, 16, 3, 3, padding=((3, 3), (3, 3)), dilation=(3, 3)),
+        "made up",
+    ),
+    workloads.Workload(
+        "net",
+        "grouped",
+        1,
+        Problem(1, 8, 4, 4, 8, 3, 3, padding=((1, 1), (1, 1)), groups=2),
+        "made up",
+    ),
+]
+PROPERTIES = SimpleNamespace(
+    name=NAME,
+    multi_processor_count=132,
+    L2_cache_size=2**16,
+    memory_clock_rate=2619000,
+    memory_bus_width=5120,
+    uuid="none",
+)
 
 
 def suite(name, dtype="float16", layout="nhwc"):
@@ -40,7 +63,9 @@ def suite(name, dtype="float16", layout="nhwc"):
 
 
 class SweepGpu(providers.Gpu):
-    """A clock that says 1, 2, 3 ms for the three providers of a pass, and 1 ms for the machine's copies and products."""
+    """A clock that says 1, 2, 3 ms for the three providers of a pass, and 1 ms for the machine's
+    copies and products."""
+
     device, l2_bytes, roof_size = "cpu", 2**16, 32
 
     def __init__(self, name="Fake GPU 9000"):
@@ -78,7 +103,8 @@ class SweepGpu(providers.Gpu):
 
 
 class TunerGpu(tuner.Gpu):
-    """Runs passes through the float64 reference and ATen; every config takes as long as it is predicted to."""
+    """Runs passes through the float64 reference and ATen; every config takes as long as it is
+    predicted to."""
 
     def __init__(self, device):
         self.device, self.target, self.name = torch.device("cpu"), "cuda:90", NAME
@@ -91,6 +117,7 @@ class TunerGpu(tuner.Gpu):
         def run(a, b):
             self.last = 1.0 if config is None else 0.5
             return getattr(reference, pass_)(problem, a, b).to(a.dtype)
+
         return run
 
     def milliseconds(self, run, a, b):
@@ -118,12 +145,32 @@ def ticks(calls, rep=50):
 
 
 def queries() -> list:
-    """(object, attribute, value) of what is replaced for an emulated device: what torch.cuda says, and the clock."""
-    answers = dict(is_available=True, current_device=0, device_count=1, get_device_name=NAME, get_device_properties=PROPERTIES,
-                   get_device_capability=(9, 0), memory_allocated=0, max_memory_allocated=2**20, reset_peak_memory_stats=None, synchronize=None,
-                   set_device=None, mem_get_info=(2**34, 2**36), is_current_stream_capturing=False)
-    replaced = [(torch.cuda, name, lambda *_, value=value: value) for name, value in answers.items()]
-    return [*replaced, (torch.cuda, "device", lambda *_: nullcontext()), (clock, "eager", ticks), (clock, "graph", ticks)]
+    """(object, attribute, value) of what is replaced for an emulated device: what torch.cuda says,
+    and the clock."""
+    answers = dict(
+        is_available=True,
+        current_device=0,
+        device_count=1,
+        get_device_name=NAME,
+        get_device_properties=PROPERTIES,
+        get_device_capability=(9, 0),
+        memory_allocated=0,
+        max_memory_allocated=2**20,
+        reset_peak_memory_stats=None,
+        synchronize=None,
+        set_device=None,
+        mem_get_info=(2**34, 2**36),
+        is_current_stream_capturing=False,
+    )
+    replaced = [
+        (torch.cuda, name, lambda *_, value=value: value) for name, value in answers.items()
+    ]
+    return [
+        *replaced,
+        (torch.cuda, "device", lambda *_: nullcontext()),
+        (clock, "eager", ticks),
+        (clock, "graph", ticks),
+    ]
 
 
 def main():
@@ -133,14 +180,19 @@ def main():
         setattr(where, name, value)
     tuner.Gpu = EmulatedTunerGpu if EMULATOR else TunerGpu
     providers.Gpu = EmulatedSweepGpu if EMULATOR else lambda: SweepGpu(NAME)
-    sys.argv = ["tests/test_devices.py" if argument == "tests/test_kernels.py" else argument for argument in sys.argv[1:]]
+    sys.argv = [
+        "tests/test_devices.py" if argument == "tests/test_kernels.py" else argument
+        for argument in sys.argv[1:]
+    ]
     if sys.argv[0] == "-m":
         module = sys.argv.pop(1)
         if module == "pytest":
-            torch.cuda.is_available = lambda: False                      # its tests have a device of their own
+            # its tests have a device of their own
+            torch.cuda.is_available = lambda: False
             sys.argv[1:1] = ["-n", "0"]
         runpy.run_module(module, run_name="__main__", alter_sys=True)
-    elif sys.argv[0] == "-c":                                            # what compute-sanitizer runs
+    # what compute-sanitizer runs
+    elif sys.argv[0] == "-c":
         if EMULATOR:
             exec(sys.argv[1].replace('"cuda"', '"cpu"'), {"__name__": "__main__"})
         print("==== ERROR SUMMARY: 0 errors")

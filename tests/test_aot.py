@@ -1,4 +1,6 @@
-"""Static evidence for the default kernels of every target, compiled without a GPU in processes that do not interpret."""
+"""Static evidence for the default kernels of every target, compiled without a GPU in processes that
+do not interpret."""
+
 import json
 import os
 import subprocess
@@ -15,15 +17,48 @@ from tridil import aot, config, cost_model, devices, drivers
 from tridil.problem import Problem
 
 P = Problem(4, 256, 60, 60, 256, 3, 3, padding=((2, 2), (2, 2)), dilation=(2, 2))
-MMA = {"cuda:80": "HMMA", "cuda:86": "HMMA", "cuda:89": "HMMA", "cuda:90": "HGMMA", "cuda:100": "UTCHMMA", "cuda:120": "HMMA", "hip:gfx942": "v_mfma",
-       "hip:gfx90a": "v_mfma", "hip:gfx908": "v_mfma"}
-COLUMNS = {"layer", "pass", "kernel", "target", "config", "registers", "spills", "shared_bytes", "ctas_per_sm", "mma", "loads", "overhead", "limiter",
-           "dense_macs", "useful_macs", "executed_macs"}
-# instructions of the main loop that are not products, per 2048 FMA, at 128x128x64 and 128x256x64 (3x3, C = K = 256, fp16; Triton 3.7.1). A change may
-# lower a figure, never raise it
-OVERHEAD = {("fprop", "cuda:80"): (1.484, 1.086), ("dgrad", "cuda:80"): (1.57, 1.125), ("wgrad", "cuda:80"): (1.945, 1.82),
-            ("fprop", "cuda:90"): (0.719, 0.75), ("dgrad", "cuda:90"): (0.742, 0.75), ("wgrad", "cuda:90"): (0.922, 0.898),
-            ("fprop", "cuda:100"): (0.086, 0.045), ("dgrad", "cuda:100"): (0.088, 0.045), ("wgrad", "cuda:100"): (0.088, 0.045)}
+MMA = {
+    "cuda:80": "HMMA",
+    "cuda:86": "HMMA",
+    "cuda:89": "HMMA",
+    "cuda:90": "HGMMA",
+    "cuda:100": "UTCHMMA",
+    "cuda:120": "HMMA",
+    "hip:gfx942": "v_mfma",
+    "hip:gfx90a": "v_mfma",
+    "hip:gfx908": "v_mfma",
+}
+COLUMNS = {
+    "layer",
+    "pass",
+    "kernel",
+    "target",
+    "config",
+    "registers",
+    "spills",
+    "shared_bytes",
+    "ctas_per_sm",
+    "mma",
+    "loads",
+    "overhead",
+    "limiter",
+    "dense_macs",
+    "useful_macs",
+    "executed_macs",
+}
+# instructions of the main loop that are not products, per 2048 FMA, at 128x128x64 and 128x256x64
+# (3x3, C = K = 256, fp16; Triton 3.7.1). A change may lower a figure, never raise it
+OVERHEAD = {
+    ("fprop", "cuda:80"): (1.484, 1.086),
+    ("dgrad", "cuda:80"): (1.57, 1.125),
+    ("wgrad", "cuda:80"): (1.945, 1.82),
+    ("fprop", "cuda:90"): (0.719, 0.75),
+    ("dgrad", "cuda:90"): (0.742, 0.75),
+    ("wgrad", "cuda:90"): (0.922, 0.898),
+    ("fprop", "cuda:100"): (0.086, 0.045),
+    ("dgrad", "cuda:100"): (0.088, 0.045),
+    ("wgrad", "cuda:100"): (0.088, 0.045),
+}
 
 
 def child(*args):
@@ -40,24 +75,47 @@ def tridil_aot(tmp_path, *args):
 
 def wide_loads(row):
     """Kinds of the loads of the operands: 16 bytes at a time, or boxes."""
-    kinds = {kind for kind in row["loads"] if kind.startswith(("LDGSTS", "UTMALDG", "global_load", "buffer_load"))}
-    kinds -= {"buffer_load_dwordx2"}                                     # the bias
-    assert kinds and kinds <= {"LDGSTS.128", "UTMALDG", "global_load_dwordx4", "buffer_load_dwordx4"}, row
+    kinds = {
+        kind
+        for kind in row["loads"]
+        if kind.startswith(("LDGSTS", "UTMALDG", "global_load", "buffer_load"))
+    }
+    kinds -= {"buffer_load_dwordx2"}  # the bias
+    assert kinds and kinds <= {
+        "LDGSTS.128",
+        "UTMALDG",
+        "global_load_dwordx4",
+        "buffer_load_dwordx4",
+    }, row
     return kinds
 
 
 @pytest.mark.parametrize("target", devices.TARGETS)
 def test_default_kernels_of_real_layers(tmp_path, target):
-    """One layer per kind, three passes: every kernel compiles, spills nothing and fits; large ones run on tensor cores, fed as the target wants."""
+    """One layer per kind, three passes: every kernel compiles, spills nothing and fits; large ones
+    run on tensor cores, fed as the target wants."""
     out, rows = tridil_aot(tmp_path, "--suite", "quick", "--target", target)
     assert out.returncode == 0, out.stdout + out.stderr
     assert len({row["layer"] for row in rows}) == 12 and all(row.keys() >= COLUMNS for row in rows)
     for row in rows:
-        assert row["spills"] == 0 and 0 < row["registers"] <= (512 if "hip" in target else 255) and row["target"] == target
-        assert row["shared_bytes"] <= devices.of_target(target).limits[1] and (row["ctas_per_sm"] or 1) >= 1
-        assert row["useful_macs"] <= row["dense_macs"] and row["useful_macs"] <= row["executed_macs"]
+        assert (
+            row["spills"] == 0
+            and 0 < row["registers"] <= (512 if "hip" in target else 255)
+            and row["target"] == target
+        )
+        assert (
+            row["shared_bytes"] <= devices.of_target(target).limits[1]
+            and (row["ctas_per_sm"] or 1) >= 1
+        )
+        assert (
+            row["useful_macs"] <= row["dense_macs"] and row["useful_macs"] <= row["executed_macs"]
+        )
         if row["kernel"].endswith("_depthwise"):
-            assert row["mma"] == "none" and row["loads"].get("global_load_dwordx4" if "hip" in target else "LDG.128", 0) >= 2
+            assert (
+                row["mma"] == "none"
+                and row["loads"].get("global_load_dwordx4" if "hip" in target else "LDG.128", 0)
+                >= 2
+            )
             continue
         tile = config.tile(config.from_json(row["config"], row["pass"]), row["pass"])
         if row["kernel"].startswith("sum_") or min(tile[:2]) < 64:
@@ -66,19 +124,36 @@ def test_default_kernels_of_real_layers(tmp_path, target):
         loads = wide_loads(row)
         if row["kernel"].endswith("_tma"):
             assert "UTMALDG" in loads and not any(width.startswith("LDGSTS") for width in loads)
-            assert row["loop_ldsm"] == 0 or row["pass"] == "wgrad", "an operand goes through registers"
+            assert row["loop_ldsm"] == 0 or row["pass"] == "wgrad", (
+                "an operand goes through registers"
+            )
         if "cuda" in target:
-            assert row["loop_instructions"] > 0 and row["overhead"] > 0 and 0 < row["bound"] <= 1 and row["limiter"] in ("tensor", "issue", "shared")
+            assert (
+                row["loop_instructions"] > 0
+                and row["overhead"] > 0
+                and 0 < row["bound"] <= 1
+                and row["limiter"] in ("tensor", "issue", "shared")
+            )
     if target in ("cuda:90", "cuda:100"):
         assert {row["kernel"] for row in rows} >= {"correlate_tma", "wgrad_tma"}
 
 
 @pytest.mark.parametrize("target", devices.TARGETS)
 def test_default_kernels_in_fp32(tmp_path, target):
-    out, rows = tridil_aot(tmp_path, "--shape", "n=4 c=256 h=64 w=64 k=256 r=3 d=2", "--target", target, "--dtype", "float32")
+    out, rows = tridil_aot(
+        tmp_path,
+        "--shape",
+        "n=4 c=256 h=64 w=64 k=256 r=3 d=2",
+        "--target",
+        target,
+        "--dtype",
+        "float32",
+    )
     assert out.returncode == 0, out.stdout + out.stderr
     main = [row for row in rows if row["kernel"] != "sum_splits"]
-    assert {row["pass"] for row in main} == {"fprop", "dgrad", "wgrad"} and all(row["spills"] == 0 for row in rows)
+    assert {row["pass"] for row in main} == {"fprop", "dgrad", "wgrad"} and all(
+        row["spills"] == 0 for row in rows
+    )
     for row in main:
         assert row["mma"].startswith(MMA[target])
         wide_loads(row)
@@ -113,7 +188,11 @@ print(json.dumps(found))
             row = found[f"{pass_} {n}"]
             assert row["spills"] == 0 and row["overhead"] <= most * slack, (pass_, n, row)
             if target == "cuda:90":
-                assert row["mma"].startswith("HGMMA") and "UTMALDG" in row["loads"] and (row["loop_ldsm"] == 0 or pass_ == "wgrad")
+                assert (
+                    row["mma"].startswith("HGMMA")
+                    and "UTMALDG" in row["loads"]
+                    and (row["loop_ldsm"] == 0 or pass_ == "wgrad")
+                )
             if target == "cuda:80":
                 assert row["loads"]["LDGSTS.128"] > 0
 
@@ -133,24 +212,52 @@ print(json.dumps({{name: [aot.resources(p, pass_, None, {target!r})[0] for pass_
 
 @pytest.mark.parametrize("target", ["cuda:80", "cuda:100"])
 def test_narrow_groups_load_the_channels_of_a_pixel_at_once(target):
-    layers = {width: Problem(8, 32 * width, 28, 28, 32 * width, 3, 3, padding=((2, 2), (2, 2)), dilation=(2, 2), groups=32) for width in (4, 8)}
+    layers = {
+        width: Problem(
+            8,
+            32 * width,
+            28,
+            28,
+            32 * width,
+            3,
+            3,
+            padding=((2, 2), (2, 2)),
+            dilation=(2, 2),
+            groups=32,
+        )
+        for width in (4, 8)
+    }
     for width, rows in default_rows(layers, target).items():
         for row in rows:
-            assert row["mma"].startswith("HMMA") and row["spills"] == 0 and row["loads"].get(f"LDGSTS.{16 * int(width)}", 0) >= 3, row
+            assert (
+                row["mma"].startswith("HMMA")
+                and row["spills"] == 0
+                and row["loads"].get(f"LDGSTS.{16 * int(width)}", 0) >= 3
+            ), row
 
 
 @pytest.mark.parametrize("target", ["cuda:80", "cuda:90"])
 def test_instructions_of_direct_kernels(target):
-    """At most 3.0 instructions per multiply-accumulate for 3x3 and 2.5 for 7x7 filters in fp16; operands arrive 16 bytes at a time, weights apart.
+    """At most 3.0 instructions per multiply-accumulate for 3x3 and 2.5 for 7x7 filters in fp16;
+    operands arrive 16 bytes at a time, weights apart.
 
-    Triton 3.6 passes the columns through shared memory, where the branch that skips dead ones begins.
+    Triton 3.6 passes the columns through shared memory, where the branch that skips dead ones
+    begins.
     """
     slack = 1.3 if version("triton").startswith("3.6") else 1.0
-    layers = {3: Problem(8, 480, 64, 64, 480, 3, 3, padding=((2, 2), (2, 2)), dilation=(2, 2), groups=480),
-              7: Problem(128, 64, 56, 56, 64, 7, 7, padding=((9, 9), (9, 9)), dilation=(3, 3), groups=64)}
+    layers = {
+        3: Problem(
+            8, 480, 64, 64, 480, 3, 3, padding=((2, 2), (2, 2)), dilation=(2, 2), groups=480
+        ),
+        7: Problem(128, 64, 56, 56, 64, 7, 7, padding=((9, 9), (9, 9)), dilation=(3, 3), groups=64),
+    }
     for taps, rows in default_rows(layers, target).items():
         for row, most in zip(rows, [{"3": 3.0, "7": 2.5}[taps]] * 2 + [{"3": 3.5, "7": 3.0}[taps]]):
-            assert row["kernel"].endswith("_depthwise") and row["spills"] == 0 and 1 < row["per_fma"] <= most * slack, row
+            assert (
+                row["kernel"].endswith("_depthwise")
+                and row["spills"] == 0
+                and 1 < row["per_fma"] <= most * slack
+            ), row
             columns = (row["config"]["COLS"] - 1) + row["config"]["TAPS"]
             assert row["loads"]["LDG.128"] >= columns and set(row["loads"]) <= {"LDG.128", "LDG.16"}
 
@@ -160,29 +267,45 @@ def test_saved_code(tmp_path):
     out, rows = tridil_aot(tmp_path, *shape, "--save", str(tmp_path / "code"))
     assert out.returncode == 0, out.stderr
     ptx, sass_text = sorted((tmp_path / "code").iterdir())
-    assert ptx.suffix == ".ptx" and ".target sm_90a" in ptx.read_text() and sass_text.suffix == ".sass" and "HGMMA" in sass_text.read_text()
+    assert (
+        ptx.suffix == ".ptx"
+        and ".target sm_90a" in ptx.read_text()
+        and sass_text.suffix == ".sass"
+        and "HGMMA" in sass_text.read_text()
+    )
     assert "overhead" in out.stdout and "0.45" in out.stdout and "none is a time" in out.stdout
 
 
 def test_spill_is_reported(tmp_path, monkeypatch):
     """A tile that cannot fit into registers: status 1."""
-    code = ("from tridil import cost_model; good = cost_model.best; "
-            "from dataclasses import replace; cost_model.best = lambda *a: replace(good(*a), num_warps=4, BLOCK_IMG=1, BLOCK_P=16, BLOCK_Q=8, BLOCK_N=256, BLOCK_K=32, SPLIT_K=1); "
-            "from tridil.__main__ import main; "
-            "raise SystemExit(main(['aot', '--shape', 'c=256 h=60 w=60 k=256 d=2', '--target', 'cuda:80', '--passes', 'fprop']))")
+    code = (
+        "from tridil import cost_model; good = cost_model.best; "
+        "from dataclasses import replace; cost_model.best = lambda *a: replace(good(*a), num_warps=4, BLOCK_IMG=1, BLOCK_P=16, BLOCK_Q=8, BLOCK_N=256, BLOCK_K=32, SPLIT_K=1); "
+        "from tridil.__main__ import main; "
+        "raise SystemExit(main(['aot', '--shape', 'c=256 h=60 w=60 k=256 d=2', '--target', 'cuda:80', '--passes', 'fprop']))"
+    )
     out = child("-c", code)
-    assert out.returncode == 1 and "1 that spill, exceed a limit or fail" in out.stdout, out.stdout + out.stderr
+    assert out.returncode == 1 and "1 that spill, exceed a limit or fail" in out.stdout, (
+        out.stdout + out.stderr
+    )
 
 
 def test_a_kernel_that_does_not_compile_is_reported():
-    code = ("from tridil import aot; aot.compile_pass = lambda *a: 1 / 0; from tridil.__main__ import main; "
-            "raise SystemExit(main(['aot', '--shape', 'c=64 h=32 w=32 k=64 d=2', '--target', 'cuda:90', '--passes', 'fprop']))")
+    code = (
+        "from tridil import aot; aot.compile_pass = lambda *a: 1 / 0; from tridil.__main__ import main; "
+        "raise SystemExit(main(['aot', '--shape', 'c=64 h=32 w=32 k=64 d=2', '--target', 'cuda:90', '--passes', 'fprop']))"
+    )
     out = child("-c", code)
-    assert out.returncode == 1 and "ZeroDivisionError" in out.stdout and "1 that spill, exceed a limit or fail" in out.stdout, out.stdout + out.stderr
+    assert (
+        out.returncode == 1
+        and "ZeroDivisionError" in out.stdout
+        and "1 that spill, exceed a limit or fail" in out.stdout
+    ), out.stdout + out.stderr
 
 
 def test_kernels_are_compiled_in_a_script_without_a_guard(tmp_path):
-    """Not by processes that import the script again: it runs once, and what fails to compile is not its error."""
+    """Not by processes that import the script again: it runs once, and what fails to compile is not
+    its error."""
     script = tmp_path / "train.py"
     script.write_text("""
 import sys
@@ -198,8 +321,12 @@ with aot.compiling([broken, *jobs], "cuda:90") as compiled:
     assert compiled(*jobs[0], float("inf"))
 """)
     folder = tmp_path / "cache"
-    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(folder)}
-    out = subprocess.run([sys.executable, script, tmp_path / "ran"], capture_output=True, text=True, env=env)
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {
+        "TRITON_CACHE_DIR": str(folder)
+    }
+    out = subprocess.run(
+        [sys.executable, script, tmp_path / "ran"], capture_output=True, text=True, env=env
+    )
     assert out.returncode == 0, out.stderr
     assert (tmp_path / "ran").read_text() == "x" and len(list(folder.glob("*/*.cubin"))) >= 3
 
@@ -218,7 +345,9 @@ def test_what_was_not_begun_is_dropped(monkeypatch):
 def test_illegal_config_and_interpreter():
     if not drivers.interpreted():
         with pytest.raises(ValueError, match="does not fit"):
-            aot.resources(P, "fprop", replace(cost_model.best(P, "fprop", "cuda:80"), BLOCK_N=24), "cuda:80")
+            aot.resources(
+                P, "fprop", replace(cost_model.best(P, "fprop", "cuda:80"), BLOCK_N=24), "cuda:80"
+            )
     else:
         with pytest.raises(RuntimeError, match="TRITON_INTERPRET"):
             aot.resources(P, "fprop", None, "cuda:80")

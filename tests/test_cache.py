@@ -1,4 +1,5 @@
 """The files of measured configs: format, merging, damage, two writers."""
+
 import json
 import os
 import subprocess
@@ -15,7 +16,13 @@ KEY, GPU = cache.key(P, "fprop"), "NVIDIA H100 80GB HBM3"
 
 
 def record(date="2026-01-01T00:00:00+00:00", ms=1.0, **change):
-    return {"config": {"kernel": "gather"}, "ms": ms, "aten_ms": 2.0, "date": date, "triton": cache.triton()} | change
+    return {
+        "config": {"kernel": "gather"},
+        "ms": ms,
+        "aten_ms": 2.0,
+        "date": date,
+        "triton": cache.triton(),
+    } | change
 
 
 @pytest.fixture(autouse=True)
@@ -27,9 +34,21 @@ def folder(tmp_path, monkeypatch):
 
 
 def test_the_key_holds_everything_that_changes_the_choice():
-    changes = [dict(dilation=(3, 3)), dict(padding=((2, 2), (2, 3))), dict(stride=(2, 2)), dict(n=2), dict(groups=2), dict(dtype="bfloat16"),
-               dict(layout="nchw"), dict(h=10), dict(r=1)]
-    keys = {cache.key(replace(P, **change), "fprop") for change in changes} | {KEY, cache.key(P, "dgrad")}
+    changes = [
+        dict(dilation=(3, 3)),
+        dict(padding=((2, 2), (2, 3))),
+        dict(stride=(2, 2)),
+        dict(n=2),
+        dict(groups=2),
+        dict(dtype="bfloat16"),
+        dict(layout="nchw"),
+        dict(h=10),
+        dict(r=1),
+    ]
+    keys = {cache.key(replace(P, **change), "fprop") for change in changes} | {
+        KEY,
+        cache.key(P, "dgrad"),
+    }
     f32 = replace(P, dtype="float32")
     keys |= {cache.key(f32, "fprop", "tf32"), cache.key(f32, "fprop", "ieee")}
     assert len(keys) == len(changes) + 4
@@ -39,8 +58,13 @@ def test_what_is_added_is_read_back(folder):
     assert cache.user("cuda:90") == {} and cache.add("cuda:90", {KEY: {GPU: record()}})
     assert cache.user("cuda:90") == {KEY: {GPU: record()}} and cache.user("cuda:80") == {}
     text = cache.path("cuda:90").read_text()
-    assert cache.path("cuda:90") == folder / "cuda-90.json" and json.loads(text)["target"] == "cuda:90"
-    assert any(GPU in line and '"ms": 1.0' in line and KEY in before for before, line in zip(text.splitlines(), text.splitlines()[1:]))
+    assert (
+        cache.path("cuda:90") == folder / "cuda-90.json" and json.loads(text)["target"] == "cuda:90"
+    )
+    assert any(
+        GPU in line and '"ms": 1.0' in line and KEY in before
+        for before, line in zip(text.splitlines(), text.splitlines()[1:])
+    )
     assert not [p for p in folder.iterdir() if p.suffix not in (".json", ".lock")]
 
 
@@ -49,28 +73,47 @@ def test_fresh_wins_then_the_latest():
     stale = record("2026-03-01T00:00:00+00:00", triton="another")
     for tables in ((old, new, stale), (stale, new, old), (new, stale, old)):
         assert cache.merge(*({KEY: {GPU: r}} for r in tables)) == {KEY: {GPU: new}}
-    assert cache.merge({KEY: {GPU: old}}, {KEY: {"NVIDIA H200": new}}) == {KEY: {GPU: old, "NVIDIA H200": new}}
-    assert not cache.is_fresh(stale) and not cache.is_fresh(record(triton="0.0")) and cache.is_fresh(old)
+    assert cache.merge({KEY: {GPU: old}}, {KEY: {"NVIDIA H200": new}}) == {
+        KEY: {GPU: old, "NVIDIA H200": new}
+    }
+    assert (
+        not cache.is_fresh(stale)
+        and not cache.is_fresh(record(triton="0.0"))
+        and cache.is_fresh(old)
+    )
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"format": 1}', '{"format": 99, "target": "cuda:90", "entries": {}}',
-                                     '{"format": 1, "target": "cuda:90", "entries": {"a": {"b": {"ms": "fast"}}}}'])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "{",
+        "[]",
+        '{"format": 1}',
+        '{"format": 99, "target": "cuda:90", "entries": {}}',
+        '{"format": 1, "target": "cuda:90", "entries": {"a": {"b": {"ms": "fast"}}}}',
+    ],
+)
 def test_a_corrupt_file_is_set_aside_and_nothing_is_lost(folder, content, caplog):
     file = cache.path("cuda:90")
     folder.mkdir()
     file.write_text(content)
     assert cache.user("cuda:90") == {} and "set aside as cuda-90.json.corrupt-0" in caplog.text
     assert (folder / "cuda-90.json.corrupt-0").read_text() == content
-    file.write_text(content)                                # again, and at once followed by a write
+    file.write_text(content)  # again, and at once followed by a write
     cache.add("cuda:90", {KEY: {GPU: record()}})
-    assert (folder / "cuda-90.json.corrupt-1").read_text() == content and cache.user("cuda:90") == {KEY: {GPU: record()}}
+    assert (folder / "cuda-90.json.corrupt-1").read_text() == content and cache.user("cuda:90") == {
+        KEY: {GPU: record()}
+    }
 
 
 def test_a_home_that_cannot_be_written(tmp_path, monkeypatch, caplog):
     """This process keeps what it measured, and warns once."""
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setenv("TRIDIL_CACHE", str(tmp_path / "file" / "cache"))
-    assert not cache.add("cuda:90", {KEY: {GPU: record()}}) and not cache.add("cuda:90", {"other": {GPU: record()}})
+    assert not cache.add("cuda:90", {KEY: {GPU: record()}}) and not cache.add(
+        "cuda:90", {"other": {GPU: record()}}
+    )
     assert cache.user("cuda:90") == {KEY: {GPU: record()}, "other": {GPU: record()}}
     assert caplog.text.count("cannot write") == 1 and "TRIDIL_CACHE" in caplog.text
 
@@ -84,8 +127,10 @@ def test_an_interrupted_write_leaves_the_old_file(folder, monkeypatch):
 
 
 def test_two_processes_that_write_at_once_lose_nothing(folder):
-    code = ("import sys; from tridil import cache; r = {'config': {}, 'ms': 1.0, 'date': '2026', 'triton': cache.triton()}\n"
-            "for i in range(40): assert cache.add('cuda:90', {f'{sys.argv[1]} {i}': {'gpu': r}})")
+    code = (
+        "import sys; from tridil import cache; r = {'config': {}, 'ms': 1.0, 'date': '2026', 'triton': cache.triton()}\n"
+        "for i in range(40): assert cache.add('cuda:90', {f'{sys.argv[1]} {i}': {'gpu': r}})"
+    )
     children = [subprocess.Popen([sys.executable, "-c", code, name]) for name in ("a", "b")]
     assert [child.wait() for child in children] == [0, 0]
     assert set(cache.user("cuda:90")) == {f"{name} {i}" for name in "ab" for i in range(40)}
@@ -100,19 +145,37 @@ def test_a_file_changed_by_another_process_is_read_again():
 
 
 def tridil(*args):
-    return subprocess.run([sys.executable, "-m", "tridil", "cache", *map(str, args)], capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, "-m", "tridil", "cache", *map(str, args)], capture_output=True, text=True
+    )
 
 
 def test_command_line(tmp_path):
-    tile = {"kernel": "gather", "BLOCK_IMG": 1, "BLOCK_P": 4, "BLOCK_Q": 8, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3}
+    tile = {
+        "kernel": "gather",
+        "BLOCK_IMG": 1,
+        "BLOCK_P": 4,
+        "BLOCK_Q": 8,
+        "BLOCK_N": 64,
+        "num_warps": 4,
+        "num_stages": 3,
+    }
     cache.add("cuda:90", {KEY: {GPU: record(config=tile)}})
     out = tridil("--target", "cuda:90")
-    assert out.returncode == 0 and KEY in out.stdout and GPU in out.stdout and "1.0000 ms" in out.stdout and "stale" not in out.stdout
+    assert (
+        out.returncode == 0
+        and KEY in out.stdout
+        and GPU in out.stdout
+        and "1.0000 ms" in out.stdout
+        and "stale" not in out.stdout
+    )
     assert tridil("export", tmp_path / "table.json", "--target", "cuda:90").returncode == 0
-    other = tmp_path / "other.json"                         # of another machine, of another target
+    other = tmp_path / "other.json"  # of another machine, of another target
     cache.write(other, "cuda:80", {KEY: {"NVIDIA A100": record(triton="another", config=tile)}})
     out = tridil("merge", tmp_path / "table.json", other)
-    assert out.returncode == 0 and "1 entries for cuda:80 merged" in out.stdout, out.stdout + out.stderr
+    assert out.returncode == 0 and "1 entries for cuda:80 merged" in out.stdout, (
+        out.stdout + out.stderr
+    )
     assert "stale: a hint only" in tridil("--target", "cuda:80").stdout
     (tmp_path / "bad.json").write_text("{")
     for wrong in (("merge", tmp_path / "none.json"), ("merge", tmp_path / "bad.json"), ("export",)):

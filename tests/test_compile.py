@@ -1,4 +1,6 @@
-"""What the compiler, scalers and precision switches of PyTorch make of the public function, beside F.conv2d."""
+"""What the compiler, scalers and precision switches of PyTorch make of the public function, beside
+F.conv2d."""
+
 import shutil
 from contextlib import nullcontext
 from functools import partial
@@ -22,10 +24,20 @@ def fresh():
 def test_no_recompilation_storm(what, backend, device, seed):
     """A dozen dilations, or sizes, take at most two graphs: the first, and one for any."""
     counter, w = CompileCounter(), torch.randn(4, 3, 3, 3, device=device)
-    compiled = torch.compile(lambda x, w, d: dilated_conv2d(x, w, None, 1, d, d, backend=backend), backend=counter, fullgraph=True)
+    compiled = torch.compile(
+        lambda x, w, d: dilated_conv2d(x, w, None, 1, d, d, backend=backend),
+        backend=counter,
+        fullgraph=True,
+    )
     for i in range(1, 13):
-        x, d = (torch.randn(1, 3, 9, 10, device=device), i) if what == "dilation" else (torch.randn(2 + i % 3, 3, 4 + i, 16 - i, device=device), 2)
-        torch.testing.assert_close(compiled(x, w, d), F.conv2d(x, w, None, 1, d, d), rtol=1e-3, atol=1e-3)
+        x, d = (
+            (torch.randn(1, 3, 9, 10, device=device), i)
+            if what == "dilation"
+            else (torch.randn(2 + i % 3, 3, 4 + i, 16 - i, device=device), 2)
+        )
+        torch.testing.assert_close(
+            compiled(x, w, d), F.conv2d(x, w, None, 1, d, d), rtol=1e-3, atol=1e-3
+        )
     assert counter.frame_count <= 2
 
 
@@ -36,7 +48,11 @@ def test_inductor(mode, backend, device, seed):
     if device.type == "cpu" and not (shutil.which("g++") or shutil.which("clang++")):
         pytest.skip("Inductor needs a C++ compiler on the CPU")
     layer = DilatedConv2d(4, 6, 3, padding=2, dilation=2, backend=backend).to(device)
-    x = torch.randn(2, 4, 7, 8, device=device).to(memory_format=torch.channels_last).requires_grad_()
+    x = (
+        torch.randn(2, 4, 7, 8, device=device)
+        .to(memory_format=torch.channels_last)
+        .requires_grad_()
+    )
     found, expected = [], []
     for f, out in ((torch.compile(layer, mode=mode, fullgraph=True), found), (layer, expected)):
         layer.zero_grad()
@@ -55,7 +71,10 @@ def test_grad_scaler_skips_steps_that_overflow(backend, device, seed):
     layer = DilatedConv2d(3, 4, 3, padding=2, dilation=2, backend=backend).to(device)
     before = layer.weight.detach().clone()
     optimizer = torch.optim.SGD(layer.parameters(), 0.1)
-    scaler, x = torch.amp.GradScaler(device.type, init_scale=2.0**40), torch.randn(2, 3, 6, 7, device=device)
+    scaler, x = (
+        torch.amp.GradScaler(device.type, init_scale=2.0**40),
+        torch.randn(2, 3, 6, 7, device=device),
+    )
 
     def step():
         optimizer.zero_grad()
@@ -64,16 +83,22 @@ def test_grad_scaler_skips_steps_that_overflow(backend, device, seed):
         scaler.scale(loss).backward()
         scaler.step(optimizer)
         scaler.update()
+
     step()
     assert scaler.get_scale() == 2.0**39 and torch.equal(layer.weight, before)
-    scaler.update(8.0)                                                   # a scale that fits
+    scaler.update(8.0)  # a scale that fits
     step()
-    assert scaler.get_scale() == 8 and not torch.equal(layer.weight, before) and layer.weight.isfinite().all()
+    assert (
+        scaler.get_scale() == 8
+        and not torch.equal(layer.weight, before)
+        and layer.weight.isfinite().all()
+    )
 
 
 def test_both_tf32_switches(monkeypatch):
     """The older allow_tf32 and the newer fp32_precision say the same."""
     from tridil.drivers import fp32_precision
+
     cudnn = torch.backends.cudnn
     for allowed in (True, False, True):
         cudnn.allow_tf32 = allowed
@@ -88,13 +113,22 @@ def test_both_tf32_switches(monkeypatch):
 def test_compiled_autograd_over_an_eager_forward(dim, how, backend, device, seed):
     """Gradients of plain convolutions, and of a gradient (where Dynamo compiles none of ATen's)."""
     from torch._dynamo import compiled_autograd
+
     ours, plain = (dilated_conv2d, F.conv2d) if dim == 2 else (dilated_conv1d, F.conv1d)
-    leaves = [torch.randn(shape, device=device, requires_grad=True) for shape in ((2, 3, *[8] * dim), (4, 3, *[3] * dim), (4,))]
+    leaves = [
+        torch.randn(shape, device=device, requires_grad=True)
+        for shape in ((2, 3, *[8] * dim), (4, 3, *[3] * dim), (4,))
+    ]
     graphs, results = [], []
 
     def compiler(graph):
         graphs.append(graph)
-        return graph if how == "without Dynamo" else torch.compile(graph, backend="aot_eager", fullgraph=how == "fullgraph")
+        return (
+            graph
+            if how == "without Dynamo"
+            else torch.compile(graph, backend="aot_eager", fullgraph=how == "fullgraph")
+        )
+
     for f in (plain, partial(ours, backend=backend)):
         for needs in ((True, True, True), (True, False, False), (False, True, True)):
             tensors = [t.detach().requires_grad_(need) for t, need in zip(leaves, needs)]
@@ -102,8 +136,14 @@ def test_compiled_autograd_over_an_eager_forward(dim, how, backend, device, seed
             with nullcontext() if f is plain else compiled_autograd._enable(compiler):
                 y.square().sum().backward()
             results.append([t.grad for t in tensors])
-        dx, = torch.autograd.grad(f(*leaves, 1, 2, 2).square().sum(), leaves[0], create_graph=True)
-        with nullcontext() if f is plain or backend == "aten" else compiled_autograd._enable(compiler):
+        (dx,) = torch.autograd.grad(
+            f(*leaves, 1, 2, 2).square().sum(), leaves[0], create_graph=True
+        )
+        with (
+            nullcontext()
+            if f is plain or backend == "aten"
+            else compiled_autograd._enable(compiler)
+        ):
             dx.square().sum().backward()
         results.append([t.grad for t in leaves])
         for t in leaves:

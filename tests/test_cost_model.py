@@ -1,4 +1,5 @@
 """The predicted times: what they are made of, how they order, and that every pick is legal."""
+
 from dataclasses import replace
 
 import pytest
@@ -19,61 +20,118 @@ def predicted(problem, pass_, device, **change):
 @pytest.mark.parametrize("device", devices.DEVICES, ids=lambda d: d.name)
 @pytest.mark.parametrize("pass_", PASSES)
 def test_no_prediction_beats_the_roof(device, pass_):
-    changes = ({}, {"n": 64, "h": 20, "w": 20}, {"c": 16, "k": 16}, {"stride": (2, 2)}, {"dtype": "float64"}, {"dtype": "float32"})
+    changes = (
+        {},
+        {"n": 64, "h": 20, "w": 20},
+        {"c": 16, "k": 16},
+        {"stride": (2, 2)},
+        {"dtype": "float64"},
+        {"dtype": "float32"},
+    )
     for p in (replace(P, **change) for change in changes):
         found = cost_model.predict(p, pass_, cost_model.best(p, pass_, device), device)
-        assert found.seconds >= cost_model.roof(p, device) and found.seconds >= found.parts["launches"] > 0
-        assert found.limiter and found.seconds <= sum(found.parts.values()) and found.limiter in str(found)
+        assert (
+            found.seconds >= cost_model.roof(p, device)
+            and found.seconds >= found.parts["launches"] > 0
+        )
+        assert (
+            found.limiter
+            and found.seconds <= sum(found.parts.values())
+            and found.limiter in str(found)
+        )
 
 
-KINDS = {"dense": {}, "far": {"dilation": (1, 12)}, "narrow": {"c": 3}, "pointwise": {"r": 1, "s": 1}, "grouped": {"groups": 2},
-         "depthwise": {"groups": 256}}
+KINDS = {
+    "dense": {},
+    "far": {"dilation": (1, 12)},
+    "narrow": {"c": 3},
+    "pointwise": {"r": 1, "s": 1},
+    "grouped": {"groups": 2},
+    "depthwise": {"groups": 256},
+}
 D2 = replace(P, dilation=(2, 2), padding=((2, 2), (2, 2)))
 
 
 def test_kinds_of_the_estimate_of_aten():
     for kind, change in KINDS.items():
         p = replace(D2, **change)
-        assert {cudnn.kind(p, pass_) for pass_ in PASSES} == {kind} == {cudnn.kind(replace(p, stride=(2, 2)), pass_) for pass_ in ("fprop", "wgrad")}
-        assert cudnn.kind(replace(p, stride=(2, 2)), "dgrad") == (kind if kind in ("depthwise", "pointwise") else "strided dgrad")
-        assert cudnn.kind(replace(p, stride=(2, 2), dilation=(1, 1)), "dgrad") == (kind if kind != "far" else "dense")
-    assert cudnn.kind(replace(D2, c=16), "fprop") == "dense" and cudnn.kind(replace(D2, k=12), "fprop") == "narrow"
+        assert (
+            {cudnn.kind(p, pass_) for pass_ in PASSES}
+            == {kind}
+            == {cudnn.kind(replace(p, stride=(2, 2)), pass_) for pass_ in ("fprop", "wgrad")}
+        )
+        assert cudnn.kind(replace(p, stride=(2, 2)), "dgrad") == (
+            kind if kind in ("depthwise", "pointwise") else "strided dgrad"
+        )
+        assert cudnn.kind(replace(p, stride=(2, 2), dilation=(1, 1)), "dgrad") == (
+            kind if kind != "far" else "dense"
+        )
+    assert (
+        cudnn.kind(replace(D2, c=16), "fprop") == "dense"
+        and cudnn.kind(replace(D2, k=12), "fprop") == "narrow"
+    )
     assert cudnn.kind(replace(D2, k=12, dtype="float32"), "fprop") == "dense", "48 bytes"
 
 
 @pytest.mark.parametrize("device", devices.DEVICES, ids=lambda d: d.name)
 @pytest.mark.parametrize("pass_", PASSES)
 def test_the_estimate_of_aten(device, pass_):
-    """Never below the roof; grows with the work; copies of NCHW tensors are not held against either side, direct kernels run in place."""
+    """Never below the roof; grows with the work; copies of NCHW tensors are not held against either
+    side, direct kernels run in place."""
     for kind, change in KINDS.items():
-        for more in ({}, {"dtype": "float32"}, {"dtype": "float64"}, {"stride": (2, 1)}, {"n": 1, "h": 13}):
+        for more in (
+            {},
+            {"dtype": "float32"},
+            {"dtype": "float64"},
+            {"stride": (2, 1)},
+            {"n": 1, "h": 13},
+        ):
             p = replace(D2, **{**change, **more})
             nchw, twice = replace(p, layout="nchw"), replace(p, n=2 * p.n)
-            assert cost_model.roof(p, device) < cost_model.cudnn(p, pass_, device) < cost_model.cudnn(twice, pass_, device)
+            assert (
+                cost_model.roof(p, device)
+                < cost_model.cudnn(p, pass_, device)
+                < cost_model.cudnn(twice, pass_, device)
+            )
             assert cudnn.seconds(p, pass_, device) == cost_model.cudnn(p, pass_, device)
-            assert cost_model.cudnn(nchw, pass_, device) == cudnn.seconds(nchw if kind == "depthwise" else p, pass_, device)
+            assert cost_model.cudnn(nchw, pass_, device) == cudnn.seconds(
+                nchw if kind == "depthwise" else p, pass_, device
+            )
             if kind not in ("depthwise", "pointwise"):
                 assert cudnn.seconds(nchw, pass_, device) > cudnn.seconds(p, pass_, device)
 
 
 def test_the_estimate_of_aten_where_no_row_is_near():
-    """Then it is the faster of what could be: dilation 12 is slow where it was measured; cuDNN's depthwise kernels without dilation reach memory's
-    speed; groups of fewer than 16 channels share blocks."""
+    """Then it is the faster of what could be: dilation 12 is slow where it was measured; cuDNN's
+    depthwise kernels without dilation reach memory's speed; groups of fewer than 16 channels share
+    blocks."""
     assert cudnn.seconds(D2, "fprop", H100) < 0.8 * cudnn.seconds(P, "fprop", H100)
     assert cudnn.seconds(D2, "fprop", A100) == cudnn.seconds(P, "fprop", A100)
     depthwise = replace(D2, groups=256, n=64)
-    for layout, dtype, is_native in (("nhwc", "float16", False), ("nhwc", "float32", False), ("nchw", "float16", False), ("nchw", "bfloat16", True),
-                                     ("nchw", "float32", True)):
+    for layout, dtype, is_native in (
+        ("nhwc", "float16", False),
+        ("nhwc", "float32", False),
+        ("nchw", "float16", False),
+        ("nchw", "bfloat16", True),
+        ("nchw", "float32", True),
+    ):
         p = replace(depthwise, layout=layout, dtype=dtype)
-        ratio = cudnn.seconds(replace(p, dilation=(1, 1)), "fprop", H100) / cudnn.seconds(p, "fprop", H100)
+        ratio = cudnn.seconds(replace(p, dilation=(1, 1)), "fprop", H100) / cudnn.seconds(
+            p, "fprop", H100
+        )
         assert ratio > 0.9 if is_native else ratio < 0.6
-    times = [cudnn.seconds(replace(D2, n=512, groups=groups), "wgrad", H100) for groups in (8, 16, 32, 64)]     # 32, 16, 8, 4 channels
+    # 32, 16, 8, 4 channels
+    times = [
+        cudnn.seconds(replace(D2, n=512, groups=groups), "wgrad", H100)
+        for groups in (8, 16, 32, 64)
+    ]
     assert times[0] < times[1] and max(times[1:]) / min(times[1:]) < 1.1
 
 
 @pytest.mark.parametrize("pass_", PASSES)
 def test_more_work_takes_longer(pass_):
-    """Ten times the images take about ten times as long; twice the SMs half as long; dead taps cost nothing."""
+    """Ten times the images take about ten times as long; twice the SMs half as long; dead taps cost
+    nothing."""
     for device in (H100, A100):
         small, large = (predicted(replace(P, n=n), pass_, device).seconds for n in (16, 160))
         assert 7 < large / small < 12
@@ -85,17 +143,44 @@ def test_more_work_takes_longer(pass_):
 
 def test_the_reasons():
     """Every limiter, on a problem that has it."""
-    assert "too few programs" in predicted(replace(P, n=1, h=9, w=9, dilation=(1, 1), padding=((1, 1), (1, 1))), "fprop", H100, SPLIT_K=1).limiter
-    assert predicted(replace(P, r=1, s=1, padding=((0, 0), (0, 0)), n=256, c=16, k=16), "fprop", H100).limiter == "DRAM bandwidth"
+    assert (
+        "too few programs"
+        in predicted(
+            replace(P, n=1, h=9, w=9, dilation=(1, 1), padding=((1, 1), (1, 1))),
+            "fprop",
+            H100,
+            SPLIT_K=1,
+        ).limiter
+    )
+    assert (
+        predicted(
+            replace(P, r=1, s=1, padding=((0, 0), (0, 0)), n=256, c=16, k=16), "fprop", H100
+        ).limiter
+        == "DRAM bandwidth"
+    )
     dense = replace(P, n=64, c=1024, k=1024, dilation=(1, 1), padding=((1, 1), (1, 1)))
     assert predicted(dense, "fprop", devices.of_target("cuda:86")).limiter == "tensor cores"
     assert predicted(replace(P, n=1, h=3, w=3, c=16, k=16), "fprop", H100).limiter == "launches"
-    small = {"BLOCK_IMG": 1, "BLOCK_P": 4, "BLOCK_Q": 8, "BLOCK_N": 64, "BLOCK_K": 32, "SPLIT_K": 1, "num_warps": 4}
+    small = {
+        "BLOCK_IMG": 1,
+        "BLOCK_P": 4,
+        "BLOCK_Q": 8,
+        "BLOCK_N": 64,
+        "BLOCK_K": 32,
+        "SPLIT_K": 1,
+        "num_warps": 4,
+    }
     near = replace(A100, l2_clock=1000)
-    found = cost_model.predict(replace(P, n=64), "fprop", replace(gather(P, "fprop", A100), **small), near)
+    found = cost_model.predict(
+        replace(P, n=64), "fprop", replace(gather(P, "fprop", A100), **small), near
+    )
     assert found.limiter in ("shared memory", "instruction issue")
     assert predicted(dense, "fprop", replace(H100, l2_clock=8)).limiter == "L2 bandwidth"
-    limiters = {predicted(w.problem, pass_, H100).limiter for w in workloads.suite("aspp") for pass_ in PASSES}
+    limiters = {
+        predicted(w.problem, pass_, H100).limiter
+        for w in workloads.suite("aspp")
+        for pass_ in PASSES
+    }
     assert "unequal programs in the last wave" in limiters
 
 
@@ -104,22 +189,30 @@ def gather(problem, pass_, device):
 
 
 def test_waves():
-    """Programs of 10,000 clocks (and PROGRAM) on 10 SMs that hold two: the second on an SM costs less than the first, a third needs a new round."""
+    """Programs of 10,000 clocks (and PROGRAM) on 10 SMs that hold two: the second on an SM costs
+    less than the first, a third needs a new round."""
+
     def clocks(n, most=10_000):
         return float(waves_of(n, 10_000 * n, most, 10, 2, 0.6))
+
     assert clocks(1) == pytest.approx(clocks(10)) and clocks(11) == pytest.approx(clocks(20))
-    assert clocks(10) < clocks(20) < 2 * clocks(10) and clocks(20) < clocks(21) <= clocks(30) < clocks(40) <= 2.01 * clocks(20)
+    assert clocks(10) < clocks(20) < 2 * clocks(10) and clocks(20) < clocks(21) <= clocks(
+        30
+    ) < clocks(40) <= 2.01 * clocks(20)
     assert clocks(200, 50_000) > clocks(200), "the longest program may end late"
 
 
 @pytest.mark.parametrize("pass_", ["fprop", "dgrad"])
 def test_small_grids_are_split(pass_):
-    """One 33x33 map: 9 x 2 tiles of 128x128 would leave most SMs idle; a large batch needs no split. The workspace is bounded."""
+    """One 33x33 map: 9 x 2 tiles of 128x128 would leave most SMs idle; a large batch needs no
+    split. The workspace is bounded."""
     small = Problem(1, 2048, 33, 33, 256, 3, 3, padding=((12, 12), (12, 12)), dilation=(12, 12))
     small = small if pass_ == "fprop" else replace(small, c=256, k=2048)
     for target in ("cuda:80", "cuda:90", "cuda:100"):
         cfg = cost_model.best(small, pass_, target)
-        assert cfg.SPLIT_K > 1 and config.grid(small, pass_, cfg) >= devices.of_target(target).sms // 2, cfg
+        assert (
+            cfg.SPLIT_K > 1 and config.grid(small, pass_, cfg) >= devices.of_target(target).sms // 2
+        ), cfg
         assert cfg.SPLIT_K * 4 * 33 * 33 * 256 <= 2**26
         assert cost_model.best(replace(small, n=64), pass_, target).SPLIT_K == 1
 
@@ -127,37 +220,58 @@ def test_small_grids_are_split(pass_):
 def test_the_pick_depends_on_dilation():
     """A config chosen for one dilation must not be looked up for another: the boxes differ."""
     for pass_ in ("fprop", "dgrad"):
-        far, near = (cost_model.best(replace(P, dilation=(d, d), padding=((d, d), (d, d))), pass_, "cuda:90") for d in (12, 1))
+        far, near = (
+            cost_model.best(replace(P, dilation=(d, d), padding=((d, d), (d, d))), pass_, "cuda:90")
+            for d in (12, 1)
+        )
         assert far != near
 
 
-@pytest.mark.parametrize("target, most", [("cuda:80", 1.10), ("cuda:90", 1.10), ("cuda:120", 1.10), ("cuda:100", 1.10)])
+@pytest.mark.parametrize(
+    "target, most", [("cuda:80", 1.10), ("cuda:90", 1.10), ("cuda:120", 1.10), ("cuda:100", 1.10)]
+)
 @pytest.mark.parametrize("pass_", PASSES)
 def test_picks_skip_the_padding_of_aspp_layers(pass_, target, most):
-    """Over the 28 ASPP rows dense work is 1.76 x the useful work; the picked tiles stay within 1.10."""
+    """Over the 28 ASPP rows dense work is 1.76 x the useful work; the picked tiles stay within
+    1.10."""
     problems = [w.problem for w in workloads.suite("aspp")]
     assert len(problems) == 28
     useful = sum(p.useful_macs for p in problems)
     assert sum(p.dense_macs for p in problems) / useful > 1.7
-    assert sum(config.executed_macs(p, pass_, cost_model.best(p, pass_, target)) for p in problems) / useful <= most
+    assert (
+        sum(config.executed_macs(p, pass_, cost_model.best(p, pass_, target)) for p in problems)
+        / useful
+        <= most
+    )
 
 
 @pytest.mark.parametrize("target", ["cuda:80", "cuda:90", "hip:gfx942"])
 def test_every_workload_has_a_legal_pick(target):
     for w in workloads.load():
         for pass_ in PASSES:
-            assert config.fits(cost_model.best(w.problem, pass_, target), w.problem, pass_, target) is None
+            assert (
+                config.fits(cost_model.best(w.problem, pass_, target), w.problem, pass_, target)
+                is None
+            )
 
 
 def test_why_this_kernel():
     """Every reason, in words."""
+
     def reason(target, pass_="fprop", cfg=None, **change):
         p = replace(P, h=64, w=64, **change)
-        return cost_model.why(p, pass_, cfg or cost_model.best(p, pass_, target), devices.of_target(target))
+        return cost_model.why(
+            p, pass_, cfg or cost_model.best(p, pass_, target), devices.of_target(target)
+        )
+
     assert reason("cuda:90") == "cuda:90 loads boxes of the image by descriptor"
     assert "no descriptors" in reason("cuda:80") and "no descriptors" in reason("hip:gfx942")
     for pass_, change in (("fprop", {"c": 3}), ("dgrad", {"k": 3}), ("wgrad", {"c": 3})):
         assert "3 channels" in reason("cuda:90", pass_, **change)
-    assert "multiples of 16 bytes" in reason("cuda:90", c=65) and "multiple of the stride" in reason("cuda:90", stride=(3, 3), dilation=(2, 2))
+    assert "multiples of 16 bytes" in reason(
+        "cuda:90", c=65
+    ) and "multiple of the stride" in reason("cuda:90", stride=(3, 3), dilation=(2, 2))
     assert "does not run on tensor cores" in reason("cuda:90", dtype="float64")
-    assert "pointer loads: kernel tma is predicted to take " in reason("cuda:90", cfg=gather(replace(P, h=64, w=64), "fprop", H100))
+    assert "pointer loads: kernel tma is predicted to take " in reason(
+        "cuda:90", cfg=gather(replace(P, h=64, w=64), "fprop", H100)
+    )

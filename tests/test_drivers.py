@@ -1,4 +1,5 @@
 """Which backend runs, and what is said when one cannot."""
+
 import subprocess
 import sys
 
@@ -20,7 +21,10 @@ def no_variables(monkeypatch):
 
 class Driver:
     def __init__(self, device="cuda", backend="cuda", arch=90):
-        self.device, self.target = torch.device(device), type("Target", (), dict(backend=backend, arch=arch))
+        self.device, self.target = (
+            torch.device(device),
+            type("Target", (), dict(backend=backend, arch=arch)),
+        )
 
     def get_active_torch_device(self):
         return self.device
@@ -37,6 +41,7 @@ def driver(monkeypatch):
 
     def use(value):
         monkeypatch.setattr(drivers, "_driver", lambda: value)
+
     return use
 
 
@@ -49,7 +54,8 @@ def test_auto(driver):
     driver(Driver("cuda", arch=75))
     assert drivers.choose(P, GPU) == "aten" and drivers.choose(P, GPU, "triton") == "triton"
     assert "tensor cores" in verdict.rows_of(P, GPU)[0]["why"]
-    driver(Driver("cpu"))                                     # an emulating driver: asked for, not chosen
+    # an emulating driver: asked for, not chosen
+    driver(Driver("cpu"))
     assert drivers.choose(P, CPU) == "aten" and drivers.choose(P, CPU, "triton") == "triton"
     assert drivers.choose(P, GPU) == "aten"
     driver("no driver: libcuda was not found")
@@ -63,8 +69,13 @@ def test_interpreter_serves_cpu_tensors(driver, monkeypatch):
     assert drivers.choose(P, CPU) == "aten" and drivers.choose(P, CPU, "triton") == "triton"
 
 
-@pytest.mark.parametrize("state, device, reason", [
-    (Driver("cuda"), CPU, "serves 'cuda' tensors, got a tensor on 'cpu'"), ("no driver: x", GPU, "no driver: x")])
+@pytest.mark.parametrize(
+    "state, device, reason",
+    [
+        (Driver("cuda"), CPU, "serves 'cuda' tensors, got a tensor on 'cpu'"),
+        ("no driver: x", GPU, "no driver: x"),
+    ],
+)
 def test_explicit_triton_never_falls_back(driver, state, device, reason):
     driver(state)
     with pytest.raises(NotImplementedError, match=reason):
@@ -74,6 +85,7 @@ def test_explicit_triton_never_falls_back(driver, state, device, reason):
 @pytest.mark.parametrize("dtype", ["int64", "complex64", "float8_e4m3fn", "bool"])
 def test_dtypes(driver, dtype):
     import dataclasses
+
     driver(Driver("cuda"))
     odd = dataclasses.replace(P, dtype=dtype)
     assert drivers.choose(odd, GPU) == "aten"
@@ -110,25 +122,40 @@ def test_explain(driver, monkeypatch):
     rows = verdict.rows_of(aspp, GPU)
     assert [r["pass"] for r in rows] == list(PASSES) and {r["backend"] for r in rows} == {"triton"}
     assert all(r["executed_macs"] >= r["useful_macs"] > 0 for r in rows)
-    assert {r["why"] for r in verdict.rows_of(P, CPU)} == {"the active Triton driver serves 'cuda' tensors, got a tensor on 'cpu'"}
+    assert {r["why"] for r in verdict.rows_of(P, CPU)} == {
+        "the active Triton driver serves 'cuda' tensors, got a tensor on 'cpu'"
+    }
     assert {r["why"] for r in verdict.rows_of(P, GPU, "aten")} == {"asked for"}
     monkeypatch.setenv("TRIDIL_BACKEND", "aten")
     assert {r["why"] for r in verdict.rows_of(P, GPU)} == {"TRIDIL_BACKEND=aten"}
 
 
-@pytest.mark.parametrize("change", [dict(n=0), dict(c=0), dict(h=0, padding=((4, 4), (2, 2))), dict(n=0, c=4, k=4, groups=4),
-                                    dict(n=0, stride=(2, 3)), dict(n=0, c=3, dtype="float32", layout="nchw"), dict(n=0, h=1, r=1)], ids=str)
+@pytest.mark.parametrize(
+    "change",
+    [
+        dict(n=0),
+        dict(c=0),
+        dict(h=0, padding=((4, 4), (2, 2))),
+        dict(n=0, c=4, k=4, groups=4),
+        dict(n=0, stride=(2, 3)),
+        dict(n=0, c=3, dtype="float32", layout="nchw"),
+        dict(n=0, h=1, r=1),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("target", ["cuda:80", "cuda:90", "cuda:100", "hip:gfx942"])
 def test_explain_of_nothing_to_multiply(target, change):
     """Empty batches, channels and maps: no work, which ATen's empty result takes."""
     from dataclasses import replace
 
     from tridil import config
+
     empty = replace(P, **change)
     rows = verdict.rows_of(empty, CPU, "auto", target)
     assert {(r["backend"], r["useful_macs"]) for r in rows} == {("aten", 0)}
-    assert all(f"nothing to multiply: n={empty.n}, c={empty.c}, " in r["why"] for r in rows) and "nothing to multiply" in verdict.text_of(
-        empty, CPU, "auto", target, rows)
+    assert all(
+        f"nothing to multiply: n={empty.n}, c={empty.c}, " in r["why"] for r in rows
+    ) and "nothing to multiply" in verdict.text_of(empty, CPU, "auto", target, rows)
     for pass_ in PASSES:
         for option in config.candidates(empty, pass_, target):
             assert min(config.moved_bytes(empty, pass_, option)) >= 0
@@ -136,18 +163,24 @@ def test_explain_of_nothing_to_multiply(target, change):
 
 def test_explain_of_geometry_beyond_32_bits(driver):
     from dataclasses import replace
+
     driver(Driver("cuda"))
     far = replace(P, padding=((2**30, 2**30), (2**30, 2**30)), dilation=(2**30, 2**30))
     assert drivers.choose(far, GPU) == "aten" and "32 bits" in drivers.can_run(far, GPU)
     for rows in (verdict.rows_of(far, GPU), verdict.rows_of(far, GPU, target="cuda:90")):
-        assert {r["backend"] for r in rows} == {"aten"} and all(r["why"] == far.beyond_int32 for r in rows)
-    with pytest.raises(NotImplementedError, match="cannot run this convolution: .*reaches [0-9]+ .*dil1073741824"):
+        assert {r["backend"] for r in rows} == {"aten"} and all(
+            r["why"] == far.beyond_int32 for r in rows
+        )
+    with pytest.raises(
+        NotImplementedError, match="cannot run this convolution: .*reaches [0-9]+ .*dil1073741824"
+    ):
         drivers.choose(far, GPU, "triton")
 
 
 @pytest.mark.parametrize("dtype, error", [("float16", None), ("int64", TypeError)])
 def test_meta_tensors_ask_for_shapes(driver, dtype, error):
     from dataclasses import replace
+
     driver("no driver")
     for backend in ("auto", "aten", "triton"):
         if error and backend == "triton":
@@ -164,11 +197,36 @@ def run(*args):
 def test_command_line():
     out = run("info")
     assert out.returncode == 0 and "torch" in out.stdout and "auto runs aten" in out.stdout
-    out = run("explain", "--shape", "n=4 c=256 h=64 w=64 k=256 r=3 d=12", "--target", "cuda:90", "--device", "cpu")
+    out = run(
+        "explain",
+        "--shape",
+        "n=4 c=256 h=64 w=64 k=256 r=3 d=12",
+        "--target",
+        "cuda:90",
+        "--device",
+        "cpu",
+    )
     assert out.returncode == 0 and out.stdout.count("dense 9664M") == 3
     assert out.stdout.count("kernel tma (cuda:90 loads boxes of the image by descriptor)") == 3
-    out = run("explain", "--shape", "n=0 c=16 h=9 w=9 k=16 r=3 d=2", "--target", "cuda:90", "--device", "cpu")
-    assert out.returncode == 0 and out.stdout.count("nothing to multiply: n=0") == 3 and out.stdout.count("dense 0M") == 3
-    for bad in ("n=4 c=256 h=60 w=60", "c=256 h=60 w=60 k=256 z=3", "c=a h=60 w=60 k=256", "c=6 h=9 w=9 k=6 g=4"):
+    out = run(
+        "explain",
+        "--shape",
+        "n=0 c=16 h=9 w=9 k=16 r=3 d=2",
+        "--target",
+        "cuda:90",
+        "--device",
+        "cpu",
+    )
+    assert (
+        out.returncode == 0
+        and out.stdout.count("nothing to multiply: n=0") == 3
+        and out.stdout.count("dense 0M") == 3
+    )
+    for bad in (
+        "n=4 c=256 h=60 w=60",
+        "c=256 h=60 w=60 k=256 z=3",
+        "c=a h=60 w=60 k=256",
+        "c=6 h=9 w=9 k=6 g=4",
+    ):
         out = run("explain", "--shape", bad)
         assert out.returncode == 2 and "error" in out.stderr and "Traceback" not in out.stderr

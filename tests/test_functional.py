@@ -1,4 +1,5 @@
 """dilated_conv2d is F.conv2d: what it accepts, refuses and returns, with both backends."""
+
 import itertools
 import subprocess
 import sys
@@ -14,7 +15,16 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
-from tridil import DilatedConv1d, DilatedConv2d, convert, dilated_conv1d, dilated_conv2d, drivers, functional, passes
+from tridil import (
+    DilatedConv1d,
+    DilatedConv2d,
+    convert,
+    dilated_conv1d,
+    dilated_conv2d,
+    drivers,
+    functional,
+    passes,
+)
 
 TOLERANCE = {torch.float16: 4e-3, torch.bfloat16: 3e-2, torch.float32: 2e-5, torch.float64: 1e-12}
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -26,7 +36,12 @@ def draw(*shape, dtype=torch.float32):
 
 def same(got, expected):
     """Type, shape, strides, dtype, requires_grad and values agree."""
-    assert type(got) is type(expected) and got.shape == expected.shape and got.dtype == expected.dtype and got.device == expected.device
+    assert (
+        type(got) is type(expected)
+        and got.shape == expected.shape
+        and got.dtype == expected.dtype
+        and got.device == expected.device
+    )
     assert got.stride() == expected.stride() and got.requires_grad == expected.requires_grad
     tolerance = TOLERANCE.get(got.dtype, 1e-5)
     if got.device.type != "meta":
@@ -42,20 +57,57 @@ def outcome(f, *args, **kwargs):
 
 def parity(backend, device, *args, plain=F.conv2d, ours=dilated_conv2d, **kwargs):
     """Raises where the two differ; returns whether F.conv2d raised."""
-    args = [a.to(device) if isinstance(a, torch.Tensor) and a.dim() and a.device.type == "cpu" else a for a in args]
+    args = [
+        a.to(device) if isinstance(a, torch.Tensor) and a.dim() and a.device.type == "cpu" else a
+        for a in args
+    ]
     expected, got = outcome(plain, *args, **kwargs), outcome(ours, *args, backend=backend, **kwargs)
     if isinstance(expected, Exception):
-        assert isinstance(got, (ValueError, TypeError)), f"{plain.__name__} raised {expected!r}, {ours.__name__} gave {got!r}"
+        assert isinstance(got, (ValueError, TypeError)), (
+            f"{plain.__name__} raised {expected!r}, {ours.__name__} gave {got!r}"
+        )
         assert str(got)
         return True
-    assert not isinstance(got, Exception), f"{plain.__name__} accepts this, {ours.__name__} raised {got!r}"
+    assert not isinstance(got, Exception), (
+        f"{plain.__name__} accepts this, {ours.__name__} raised {got!r}"
+    )
     same(got, expected)
     return False
 
 
-SCALARS = [1, 2, 0, -1, 2**63, True, 1.0, "1", None, (1,), (2, 1), [2, 2], [1], (), (1, 1, 1), ((1, 2),), (0, 1), (1.0, 1.0), (True, 2), {1, 2},
-           range(1, 3), torch.Size([2, 1]), np.int64(2), np.int32(2), np.float64(1), np.array([1, 2]), (np.int64(1), np.int64(2)),
-           torch.tensor(2), torch.tensor([1, 2]), torch.tensor(1.0), (torch.tensor(1), torch.tensor(2))]
+SCALARS = [
+    1,
+    2,
+    0,
+    -1,
+    2**63,
+    True,
+    1.0,
+    "1",
+    None,
+    (1,),
+    (2, 1),
+    [2, 2],
+    [1],
+    (),
+    (1, 1, 1),
+    ((1, 2),),
+    (0, 1),
+    (1.0, 1.0),
+    (True, 2),
+    {1, 2},
+    range(1, 3),
+    torch.Size([2, 1]),
+    np.int64(2),
+    np.int32(2),
+    np.float64(1),
+    np.array([1, 2]),
+    (np.int64(1), np.int64(2)),
+    torch.tensor(2),
+    torch.tensor([1, 2]),
+    torch.tensor(1.0),
+    (torch.tensor(1), torch.tensor(2)),
+]
 
 
 @pytest.mark.parametrize("name", ["stride", "padding", "dilation"])
@@ -66,7 +118,9 @@ def test_every_kind_of_argument(name, backend, device, seed):
     assert 5 < sum(raised) < len(raised) - 5
 
 
-@pytest.mark.parametrize("groups", [0, -1, 1, 2, 3, 4, True, 2.0, "2", None, (2,), np.int64(2), torch.tensor(2), 2**40])
+@pytest.mark.parametrize(
+    "groups", [0, -1, 1, 2, 3, 4, True, 2.0, "2", None, (2,), np.int64(2), torch.tensor(2), 2**40]
+)
 def test_groups(groups, backend, device, seed):
     for per_group in (1, 2, 4):
         parity(backend, device, draw(2, 4, 7, 8), draw(6, per_group, 3, 3), draw(6), groups=groups)
@@ -74,22 +128,54 @@ def test_groups(groups, backend, device, seed):
 
 @pytest.mark.parametrize("padding", ["valid", "same", "SAME", "reflect", ""])
 def test_padding_strings(padding, backend, device, seed):
-    for shape, stride, dilation in itertools.product([(6, 4, 3, 3), (6, 4, 2, 4), (6, 4, 1, 1)], [1, 2, (1, 2), (1,)], [1, 3, (2, 1)]):
+    for shape, stride, dilation in itertools.product(
+        [(6, 4, 3, 3), (6, 4, 2, 4), (6, 4, 1, 1)], [1, 2, (1, 2), (1,)], [1, 3, (2, 1)]
+    ):
         for x in (draw(2, 4, 13, 12), draw(4, 13, 12)):
             parity(backend, device, x, draw(*shape), draw(6), stride, padding, dilation)
 
 
-@pytest.mark.parametrize("x_shape, w_shape", [
-    ((0, 4, 7, 8), (6, 4, 3, 3)), ((2, 4, 0, 8), (6, 4, 3, 3)), ((2, 4, 7, 0), (6, 4, 3, 1)), ((2, 4, 0, 8), (6, 4, 1, 1)), ((2, 0, 7, 8),
-    (6, 0, 3, 3)),
-    ((2, 0, 7, 8), (6, 4, 3, 3)), ((2, 4, 7, 8), (0, 4, 3, 3)), ((2, 4, 7, 8), (6, 4, 0, 3)), ((0, 0, 0, 0), (6, 0, 3, 3)), ((0, 4, 0, 8),
-    (6, 4, 3, 3)),
-    ((0, 4, 7, 8), (0, 4, 3, 3)), ((7, 8), (6, 4, 3, 3)), ((1, 2, 4, 7, 8), (6, 4, 3, 3)), ((7,), (6, 4, 3, 3)), ((), (6, 4, 3, 3)),
-    ((2, 4, 7, 8), (6, 4, 3)), ((2, 4, 7, 8), (6, 4, 3, 3, 3)), ((2, 4, 7, 8), (6, 4)), ((4, 7, 8), (6, 4, 3, 3)), ((0, 7, 8), (6, 0, 3, 3)),
-    ((4, 0, 8), (6, 4, 3, 3)), ((2, 4, 2, 2), (6, 4, 3, 3)), ((0, 4, 2, 2), (6, 4, 3, 3)), ((2, 5, 7, 8), (6, 4, 3, 3)), ((0, 5, 7, 8), (6, 4, 3, 3)),
-    ((2, 4, 1, 1), (6, 4, 1, 1)), ((2, 1, 9, 9), (1, 1, 3, 3)), ((4, 4, 4), (6, 4, 1, 3))])
+@pytest.mark.parametrize(
+    "x_shape, w_shape",
+    [
+        ((0, 4, 7, 8), (6, 4, 3, 3)),
+        ((2, 4, 0, 8), (6, 4, 3, 3)),
+        ((2, 4, 7, 0), (6, 4, 3, 1)),
+        ((2, 4, 0, 8), (6, 4, 1, 1)),
+        ((2, 0, 7, 8), (6, 0, 3, 3)),
+        ((2, 0, 7, 8), (6, 4, 3, 3)),
+        ((2, 4, 7, 8), (0, 4, 3, 3)),
+        ((2, 4, 7, 8), (6, 4, 0, 3)),
+        ((0, 0, 0, 0), (6, 0, 3, 3)),
+        ((0, 4, 0, 8), (6, 4, 3, 3)),
+        ((0, 4, 7, 8), (0, 4, 3, 3)),
+        ((7, 8), (6, 4, 3, 3)),
+        ((1, 2, 4, 7, 8), (6, 4, 3, 3)),
+        ((7,), (6, 4, 3, 3)),
+        ((), (6, 4, 3, 3)),
+        ((2, 4, 7, 8), (6, 4, 3)),
+        ((2, 4, 7, 8), (6, 4, 3, 3, 3)),
+        ((2, 4, 7, 8), (6, 4)),
+        ((4, 7, 8), (6, 4, 3, 3)),
+        ((0, 7, 8), (6, 0, 3, 3)),
+        ((4, 0, 8), (6, 4, 3, 3)),
+        ((2, 4, 2, 2), (6, 4, 3, 3)),
+        ((0, 4, 2, 2), (6, 4, 3, 3)),
+        ((2, 5, 7, 8), (6, 4, 3, 3)),
+        ((0, 5, 7, 8), (6, 4, 3, 3)),
+        ((2, 4, 1, 1), (6, 4, 1, 1)),
+        ((2, 1, 9, 9), (1, 1, 3, 3)),
+        ((4, 4, 4), (6, 4, 1, 3)),
+    ],
+)
 def test_shapes(x_shape, w_shape, backend, device, seed):
-    for stride, padding, dilation in [(1, 0, 1), (1, 2, 1), (2, 2, 2), (1, "same", 2), (1, 5, (1, 4))]:
+    for stride, padding, dilation in [
+        (1, 0, 1),
+        (1, 2, 1),
+        (2, 2, 2),
+        (1, "same", 2),
+        (1, 5, (1, 4)),
+    ]:
         for bias in (None, draw(w_shape[0])):
             parity(backend, device, draw(*x_shape), draw(*w_shape), bias, stride, padding, dilation)
 
@@ -102,14 +188,37 @@ def test_groups_and_output_channels(k, groups, backend, device, seed):
 
 def test_bias(backend, device, seed):
     wide = draw(12)
-    biases = [draw(1), draw(5), draw(6, 1), draw(1, 6), draw(0), torch.tensor(1.0), torch.tensor([1.0]).expand(6), wide[::2], wide[:6],
-    1.0, [1.0] * 6]
-    assert sum(parity(backend, device, draw(2, 4, 7, 8), draw(6, 4, 3, 3), bias) for bias in biases) == 8
+    biases = [
+        draw(1),
+        draw(5),
+        draw(6, 1),
+        draw(1, 6),
+        draw(0),
+        torch.tensor(1.0),
+        torch.tensor([1.0]).expand(6),
+        wide[::2],
+        wide[:6],
+        1.0,
+        [1.0] * 6,
+    ]
+    assert (
+        sum(parity(backend, device, draw(2, 4, 7, 8), draw(6, 4, 3, 3), bias) for bias in biases)
+        == 8
+    )
 
 
 def test_not_tensors(backend, device, seed):
     x, w, b = draw(2, 4, 7, 8), draw(6, 4, 3, 3), draw(6)
-    for args in ((x.numpy(), w, b), (x.tolist(), w, b), (x, None, b), (None, w), (x, w, b.numpy()), (x,), (), (x, w, b, 1, 0, 1, 1, 1)):
+    for args in (
+        (x.numpy(), w, b),
+        (x.tolist(), w, b),
+        (x, None, b),
+        (None, w),
+        (x, w, b.numpy()),
+        (x,),
+        (),
+        (x, w, b, 1, 0, 1, 1, 1),
+    ):
         assert parity(backend, device, *args)
     with pytest.raises(TypeError, match="got ndarray, Tensor and NoneType"):
         dilated_conv2d(x.numpy(), w, backend=backend)
@@ -120,23 +229,59 @@ def test_mixed_dtypes(d, backend, device, seed):
     names = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
     for n, (x, w, b) in itertools.product((2, 0), itertools.product(names, names, [*names, None])):
         if not n or len({x, w, b} - {None}) > 1:
-            parity(backend, device, draw(n, 4, 7, 8, dtype=x), draw(6, 4, 3, 3, dtype=w), b and draw(6, dtype=b), 1, d, d)
+            parity(
+                backend,
+                device,
+                draw(n, 4, 7, 8, dtype=x),
+                draw(6, 4, 3, 3, dtype=w),
+                b and draw(6, dtype=b),
+                1,
+                d,
+                d,
+            )
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_floating_dtypes(dtype, backend, device, seed):
     for d, bias in itertools.product((1, 2), (draw(6, dtype=dtype), None)):
-        assert not parity(backend, device, draw(2, 4, 7, 8, dtype=dtype), draw(6, 4, 3, 3, dtype=dtype), bias, 1, d, d)
+        assert not parity(
+            backend,
+            device,
+            draw(2, 4, 7, 8, dtype=dtype),
+            draw(6, 4, 3, 3, dtype=dtype),
+            bias,
+            1,
+            d,
+            d,
+        )
 
 
-@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int32, torch.int64, torch.bool, torch.complex64, torch.complex128])
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        torch.int8,
+        torch.uint8,
+        torch.int32,
+        torch.int64,
+        torch.bool,
+        torch.complex64,
+        torch.complex128,
+    ],
+)
 def test_other_dtypes(dtype, device, seed):
     """ATen does what F.conv2d does; the Triton backend refuses, with the dtype and those it has."""
     args = [t.to(device, dtype) for t in (draw(2, 4, 7, 8), draw(6, 4, 3, 3), draw(6))]
-    expected, got = outcome(F.conv2d, *args, 1, 2, 2), outcome(dilated_conv2d, *args, 1, 2, 2, backend="aten")
-    assert type(got) is type(expected) and (isinstance(got, Exception) or torch.equal(got, expected))
+    expected, got = (
+        outcome(F.conv2d, *args, 1, 2, 2),
+        outcome(dilated_conv2d, *args, 1, 2, 2, backend="aten"),
+    )
+    assert type(got) is type(expected) and (
+        isinstance(got, Exception) or torch.equal(got, expected)
+    )
     pytest.importorskip("triton")
-    with pytest.raises(TypeError, match=f"dtype {str(dtype)[6:]} .*float16, bfloat16, float32, float64"):
+    with pytest.raises(
+        TypeError, match=f"dtype {str(dtype)[6:]} .*float16, bfloat16, float32, float64"
+    ):
         dilated_conv2d(*args, 1, 2, 2, backend="triton")
 
 
@@ -149,23 +294,44 @@ def test_devices(device, seed):
 
 @pytest.mark.parametrize("which", ["aten", "auto", "triton"])
 def test_shapes_alone(which, seed):
-    """Meta tensors, and fake ones of a GPU that is not there: shapes, strides, dtypes, gradients and errors, whatever the backend."""
+    """Meta tensors, and fake ones of a GPU that is not there: shapes, strides, dtypes, gradients
+    and errors, whatever the backend."""
     pytest.importorskip("triton")
     from torch._subclasses import FakeTensorMode
-    for mode, device, kwargs in itertools.product((None, FakeTensorMode), ("meta", "cuda"), (dict(dilation=2), dict(padding="same"), dict(stride=2))):
+
+    for mode, device, kwargs in itertools.product(
+        (None, FakeTensorMode),
+        ("meta", "cuda"),
+        (dict(dilation=2), dict(padding="same"), dict(stride=2)),
+    ):
         if (mode is None) == (device == "meta"):
             with mode() if mode else nullcontext():
-                for plain, ours, dim in ((F.conv2d, dilated_conv2d, 2), (F.conv1d, dilated_conv1d, 1)):
-                    x, w, b = (torch.empty(shape, device=device) for shape in ((2, 4, *[9] * dim), (6, 4, *[3] * dim), (6,)))
+                for plain, ours, dim in (
+                    (F.conv2d, dilated_conv2d, 2),
+                    (F.conv1d, dilated_conv1d, 1),
+                ):
+                    x, w, b = (
+                        torch.empty(shape, device=device)
+                        for shape in ((2, 4, *[9] * dim), (6, 4, *[3] * dim), (6,))
+                    )
                     expected, got = plain(x, w, b, **kwargs), ours(x, w, b, **kwargs, backend=which)
-                    assert (got.shape, got.stride(), got.dtype, got.device) == (expected.shape, expected.stride(), expected.dtype, expected.device)
+                    assert (got.shape, got.stride(), got.dtype, got.device) == (
+                        expected.shape,
+                        expected.stride(),
+                        expected.dtype,
+                        expected.device,
+                    )
                     if mode is None:
                         leaves = [t.requires_grad_() for t in (x, w, b)]
-                        grads = torch.autograd.grad(ours(*leaves, **kwargs, backend=which).sum(), leaves)
+                        grads = torch.autograd.grad(
+                            ours(*leaves, **kwargs, backend=which).sum(), leaves
+                        )
                         assert [g.shape for g in grads] == [t.shape for t in leaves]
     x, w = torch.empty(2, 4, 9, device="meta"), torch.empty(6, 4, 3, device="meta")
     assert dilated_conv1d(x, w, dilation=3, causal=True, backend=which).shape == (2, 6, 9)
-    assert DilatedConv2d(4, 6, 3, dilation=2, backend=which, device="meta")(x[:, :, None].expand(2, 4, 5, 9)).shape == (2, 6, 1, 5)
+    assert DilatedConv2d(4, 6, 3, dilation=2, backend=which, device="meta")(
+        x[:, :, None].expand(2, 4, 5, 9)
+    ).shape == (2, 6, 1, 5)
     for error, args in ((ValueError, (x, w[:, :3])), (ValueError, (x, w, None, 0))):
         with pytest.raises(error):
             dilated_conv1d(*args, backend=which)
@@ -176,8 +342,21 @@ def test_shapes_alone(which, seed):
             dilated_conv1d(x, w, None, 1, 2**30, 2**30, backend=which)
 
 
-@pytest.mark.parametrize("geometry", [(1, 2**30, 2**30), (2**31 - 1, 1, 1), (1, 2**31, 2**31), (2**20, 0, 1), ((1, 2**21), 1, 1),
-                                      (1, (2**24, 0), (2**24, 1)), (1, 2**18, 2**18), (2**18, 1, 1), ((2**17, 3), (2, 2**17), (2, 2**17))], ids=str)
+@pytest.mark.parametrize(
+    "geometry",
+    [
+        (1, 2**30, 2**30),
+        (2**31 - 1, 1, 1),
+        (1, 2**31, 2**31),
+        (2**20, 0, 1),
+        ((1, 2**21), 1, 1),
+        (1, (2**24, 0), (2**24, 1)),
+        (1, 2**18, 2**18),
+        (2**18, 1, 1),
+        ((2**17, 3), (2, 2**17), (2, 2**17)),
+    ],
+    ids=str,
+)
 def test_geometry_around_32_bits(geometry, device, seed):
     """Right in all passes, or refused with the numbers and left to ATen by "auto"."""
     pytest.importorskip("triton")
@@ -186,13 +365,31 @@ def test_geometry_around_32_bits(geometry, device, seed):
     expected = expected, *torch.autograd.grad(expected.sum(), (x, w))
     assert not parity("auto", device, x, w, None, *geometry)
     problem = functional.problem_of_tensors(x, w, None, *geometry)
-    assert bool(problem.beyond_int32) is (max(itertools.chain(*(g if isinstance(g, tuple) else (g,) for g in geometry))) >= 2**20)
+    assert bool(problem.beyond_int32) is (
+        max(itertools.chain(*(g if isinstance(g, tuple) else (g,) for g in geometry))) >= 2**20
+    )
     if problem.beyond_int32:
-        assert drivers.can_run(problem, device) == problem.beyond_int32 and problem.key() in problem.beyond_int32
-        with pytest.raises(NotImplementedError, match="cannot run this convolution: .* reaches [0-9]+ in fprop of n1 c3 .*32 bits"):
+        assert (
+            drivers.can_run(problem, device) == problem.beyond_int32
+            and problem.key() in problem.beyond_int32
+        )
+        with pytest.raises(
+            NotImplementedError,
+            match="cannot run this convolution: .* reaches [0-9]+ in fprop of n1 c3 .*32 bits",
+        ):
             dilated_conv2d(x, w, None, *geometry, backend="triton")
-        with pytest.raises(NotImplementedError, match="32 bits"):           # of a graph, whose sizes are not those that were exported
-            torch.ops.tridil.fprop(x, w, None, problem.stride, (*problem.padding[0], *problem.padding[1]), problem.dilation, 1, False)
+        # of a graph, whose sizes are not those that were exported
+        with pytest.raises(NotImplementedError, match="32 bits"):
+            torch.ops.tridil.fprop(
+                x,
+                w,
+                None,
+                problem.stride,
+                (*problem.padding[0], *problem.padding[1]),
+                problem.dilation,
+                1,
+                False,
+            )
     else:
         y = dilated_conv2d(x, w, None, *geometry, backend="triton")
         for got, wanted in zip((y, *torch.autograd.grad(y.sum(), (x, w))), expected):
@@ -203,12 +400,21 @@ def test_causal_geometry_around_32_bits(backend, device, seed):
     x, w = draw(1, 3, 20).to(device), draw(4, 3, 9).to(device)
     for dilation in (1, 2**10, 2**15):
         expected = F.conv1d(F.pad(x, (8 * dilation, 0)), w, dilation=dilation)
-        torch.testing.assert_close(dilated_conv1d(x, w, dilation=dilation, causal=True, backend=backend), expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            dilated_conv1d(x, w, dilation=dilation, causal=True, backend=backend),
+            expected,
+            rtol=1e-4,
+            atol=1e-4,
+        )
     pytest.importorskip("triton")
     for dilation in (2**20, 2**28, 2**33):
-        with pytest.raises(NotImplementedError, match=f"pad0,{8 * dilation}:0 dil1,{dilation} .*32 bits"):
+        with pytest.raises(
+            NotImplementedError, match=f"pad0,{8 * dilation}:0 dil1,{dilation} .*32 bits"
+        ):
             dilated_conv1d(x, w, dilation=dilation, causal=True, backend="triton")
-        for t, mode in itertools.product((x, x[0], x[:, :, :1]), (nullcontext, torch.overrides.BaseTorchFunctionMode)):
+        for t, mode in itertools.product(
+            (x, x[0], x[:, :, :1]), (nullcontext, torch.overrides.BaseTorchFunctionMode)
+        ):
             leaf = w.clone().requires_grad_()
             with mode():
                 y = dilated_conv1d(t, leaf, dilation=dilation, causal=True)
@@ -223,7 +429,9 @@ def test_layouts_that_are_not_strided(seed):
         with pytest.raises(TypeError, match="must be strided tensors, got .*sparse"):
             dilated_conv2d(*args)
     if torch.backends.mkldnn.is_available():
-        torch.testing.assert_close(dilated_conv2d(x.to_mkldnn(), w, b).to_dense(), F.conv2d(x, w, b))
+        torch.testing.assert_close(
+            dilated_conv2d(x.to_mkldnn(), w, b).to_dense(), F.conv2d(x, w, b)
+        )
         with pytest.raises(TypeError, match="mkldnn"):
             dilated_conv2d(x.to_mkldnn(), w, b, backend="triton")
 
@@ -234,9 +442,13 @@ class Sub(torch.Tensor):
 
 def test_tensor_subclasses_and_views(backend, device, seed):
     x, w, b = draw(2, 4, 7, 8), draw(6, 4, 3, 3), draw(6)
-    for args in ((x, torch.nn.Parameter(w), torch.nn.Parameter(b)), (x.as_subclass(Sub), w, b), (x, w.as_subclass(Sub), b),
+    for args in (
+        (x, torch.nn.Parameter(w), torch.nn.Parameter(b)),
+        (x.as_subclass(Sub), w, b),
+        (x, w.as_subclass(Sub), b),
         (torch._neg_view(x), w, b),
-                 (x.requires_grad_(), w, b)):
+        (x.requires_grad_(), w, b),
+    ):
         assert not parity(backend, device, *args, 1, 2, 2)
     with torch.no_grad():
         assert not parity(backend, device, x, w, b, 1, 2, 2)
@@ -246,7 +458,9 @@ def test_tensor_subclasses_and_views(backend, device, seed):
 
 def test_keywords(backend, device, seed):
     x, w, b = (t.to(device) for t in (draw(2, 4, 9, 8), draw(6, 2, 3, 3), draw(6)))
-    kwargs = dict(input=x, weight=w, bias=b, stride=(1, 2), padding=(2, 1), dilation=(2, 3), groups=2)
+    kwargs = dict(
+        input=x, weight=w, bias=b, stride=(1, 2), padding=(2, 1), dilation=(2, 3), groups=2
+    )
     same(dilated_conv2d(**kwargs, backend=backend), F.conv2d(**kwargs))
     with pytest.raises(TypeError):
         dilated_conv2d(x, w, b, 1, 0, 1, 1, backend)
@@ -258,45 +472,87 @@ def variants(t):
     """The same values in other memory."""
     yield t.contiguous(memory_format=torch.channels_last)
     yield t.transpose(2, 3).contiguous().transpose(2, 3)
-    yield torch.cat((t, t), 1)[:, :t.shape[1]]
+    yield torch.cat((t, t), 1)[:, : t.shape[1]]
     yield t.repeat_interleave(2, 3)[..., ::2]
     yield t.permute(0, 2, 3, 1).repeat_interleave(2, 1).permute(0, 3, 1, 2)[:, :, ::2]
     yield t.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2)
 
 
 def test_memory_formats(backend, device, seed):
-    """Result strides for every pair of input and weight memory, ambiguous shapes (C = 1, 1x1, one image) included."""
-    for n, c, h, w, k, r, s in [(2, 4, 5, 6, 6, 3, 3), (2, 1, 5, 6, 1, 3, 3), (1, 1, 5, 6, 4, 1, 1), (2, 4, 1, 1, 6, 1, 1), (2, 4, 1, 6, 4, 1, 3),
-                                (1, 4, 5, 1, 1, 3, 1), (1, 1, 1, 6, 1, 1, 3)]:
+    """Result strides for every pair of input and weight memory, ambiguous shapes (C = 1, 1x1, one
+    image) included."""
+    for n, c, h, w, k, r, s in [
+        (2, 4, 5, 6, 6, 3, 3),
+        (2, 1, 5, 6, 1, 3, 3),
+        (1, 1, 5, 6, 4, 1, 1),
+        (2, 4, 1, 1, 6, 1, 1),
+        (2, 4, 1, 6, 4, 1, 3),
+        (1, 4, 5, 1, 1, 3, 1),
+        (1, 1, 1, 6, 1, 1, 3),
+    ]:
         x, weight = draw(n, c, h, w), draw(k, c, r, s)
         for xv, wv in itertools.product([x, *variants(x)], [weight, *list(variants(weight))[:3]]):
             assert not parity(backend, device, xv, wv, None, 1, (2 * (r - 1), 2 * (s - 1)), 2)
-        assert not parity(backend, device, x[:, :1].expand(n, c, h, w), weight[:1].expand(k, c, r, s), None, 1, 2, 1)
+        assert not parity(
+            backend,
+            device,
+            x[:, :1].expand(n, c, h, w),
+            weight[:1].expand(k, c, r, s),
+            None,
+            1,
+            2,
+            1,
+        )
     x = draw(4, 9, 8)
     for xv in (x, x.permute(1, 2, 0).contiguous().permute(2, 0, 1), x.transpose(1, 2)):
         assert not parity(backend, device, xv, draw(6, 4, 3, 3), None, 1, 2, 2)
 
 
 @settings(max_examples=400)
-@given(st.tuples(*[st.integers(1, 3)] * 4), st.permutations(range(4)), st.tuples(*[st.integers(1, 2)] * 4), st.integers(-1, 3))
+@given(
+    st.tuples(*[st.integers(1, 3)] * 4),
+    st.permutations(range(4)),
+    st.tuples(*[st.integers(1, 2)] * 4),
+    st.integers(-1, 3),
+)
 def test_the_rule_of_memory_formats_is_atens(shape, order, step, expanded):
     """Result strides of F.conv2d for every order of dimensions, sliced and expanded."""
-    t = torch.empty([shape[d] * step[d] for d in order]).permute(*[order.index(d) for d in range(4)])
+    t = torch.empty([shape[d] * step[d] for d in order]).permute(
+        *[order.index(d) for d in range(4)]
+    )
     t = t[tuple(slice(None, None, s) for s in step)]
     if expanded >= 0:
-        t = t.narrow(expanded, 0, 1).expand(*[3 if d == expanded else n for d, n in enumerate(t.shape)])
+        t = t.narrow(expanded, 0, 1).expand(
+            *[3 if d == expanded else n for d, n in enumerate(t.shape)]
+        )
     x = t
     expected = F.conv2d(x, torch.empty(2, x.shape[1], 1, 1)).stride()
     nhwc = passes.is_channels_last(x.shape, x.stride())
-    wanted = torch.empty(x.shape[0], 2, *x.shape[2:], memory_format=torch.channels_last if nhwc else torch.contiguous_format).stride()
+    wanted = torch.empty(
+        x.shape[0],
+        2,
+        *x.shape[2:],
+        memory_format=torch.channels_last if nhwc else torch.contiguous_format,
+    ).stride()
     assert wanted == expected
 
 
-@pytest.mark.parametrize("args", [dict(), dict(stride=2), dict(groups=2), dict(padding="same", stride=1), dict(stride=(2, 3), dilation=3, padding=4)])
+@pytest.mark.parametrize(
+    "args",
+    [
+        dict(),
+        dict(stride=2),
+        dict(groups=2),
+        dict(padding="same", stride=1),
+        dict(stride=(2, 3), dilation=3, padding=4),
+    ],
+)
 def test_gradients(args, backend, device, seed):
     args = dict(padding=2, dilation=2) | args
     shapes = (2, 4, 9, 8), (6, 4 // args.get("groups", 1), 3, 3), (6,)
-    for layout, needs in itertools.product((torch.contiguous_format, torch.channels_last), itertools.product((True, False), repeat=3)):
+    for layout, needs in itertools.product(
+        (torch.contiguous_format, torch.channels_last), itertools.product((True, False), repeat=3)
+    ):
         tensors = [draw(*shape).to(device) for shape in shapes]
         tensors[0] = tensors[0].contiguous(memory_format=layout)
         results = []
@@ -329,13 +585,24 @@ def test_autocast(lower, backend, device, seed):
     dtypes = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
     with torch.autocast(device.type, lower):
         for x, w, b in itertools.product(dtypes, dtypes, [torch.float32, lower, None]):
-            parity(backend, device, draw(2, 4, 7, 8, dtype=x), draw(6, 4, 3, 3, dtype=w), b and draw(6, dtype=b), 1, 2, 2)
+            parity(
+                backend,
+                device,
+                draw(2, 4, 7, 8, dtype=x),
+                draw(6, 4, 3, 3, dtype=w),
+                b and draw(6, dtype=b),
+                1,
+                2,
+                2,
+            )
     leaves = [t.to(device).requires_grad_() for t in (draw(2, 4, 7, 8), draw(6, 4, 3, 3), draw(6))]
     with torch.autocast(device.type, lower):
         y = dilated_conv2d(*leaves, 1, 2, 2, backend=backend)
         expected = F.conv2d(*leaves, 1, 2, 2)
     same(y.detach(), expected.detach())
-    for got, wanted in zip(torch.autograd.grad(y.sum(), leaves), torch.autograd.grad(expected.sum(), leaves)):
+    for got, wanted in zip(
+        torch.autograd.grad(y.sum(), leaves), torch.autograd.grad(expected.sum(), leaves)
+    ):
         assert got.dtype == torch.float32
         same(got.to(lower), wanted.to(lower))
 
@@ -343,7 +610,8 @@ def test_autocast(lower, backend, device, seed):
 @pytest.mark.parametrize("dim", [1, 2])
 @pytest.mark.parametrize("leaf", ["weight", "input"])
 def test_autocast_casts_a_parameter_once(leaf, dim, backend, device, seed):
-    """One copy of what several convolutions share is saved, as by F.conv2d; nothing else is saved, and nothing outlives the autocast."""
+    """One copy of what several convolutions share is saved, as by F.conv2d; nothing else is saved,
+    and nothing outlives the autocast."""
     plain, ours = (F.conv2d, dilated_conv2d) if dim == 2 else (F.conv1d, dilated_conv1d)
     shared, other = (t.to(device) for t in (draw(4, 4, *[3] * dim), draw(2, 4, *[6] * dim)))
     if leaf == "input":
@@ -355,18 +623,28 @@ def test_autocast_casts_a_parameter_once(leaf, dim, backend, device, seed):
             saved, count, shared.grad = set(), Counter(), None
 
             def pack(t):
-                count[tuple(t.shape)] += 1  # noqa: B023
-                saved.add(t.untyped_storage().data_ptr()) if t.shape == shared.shape else None  # noqa: B023
+                count[tuple(t.shape)] += 1
+                saved.add(t.untyped_storage().data_ptr()) if t.shape == shared.shape else None
                 return t
-            with grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), torch.autocast(device.type, torch.bfloat16):
-                ys = [f(shared, other * i, None, 1, 2, 2) if leaf == "input" else f(other * i, shared, None, 1, 2, 2) for i in range(5)]
+
+            with (
+                grad(),
+                torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t),
+                torch.autocast(device.type, torch.bfloat16),
+            ):
+                ys = [
+                    f(shared, other * i, None, 1, 2, 2)
+                    if leaf == "input"
+                    else f(other * i, shared, None, 1, 2, 2)
+                    for i in range(5)
+                ]
             if grad is torch.enable_grad:
                 sum(y.float().sum() for y in ys).backward()
                 results.append((len(saved), count, shared.grad))
     assert results[0][:2] == results[1][:2] and results[0][0] == 1
     torch.testing.assert_close(results[1][2], results[0][2], rtol=3e-2, atol=3e-1)
     with torch.no_grad():
-        shared.data.add_(1)                                              # which no version tells
+        shared.data.add_(1)  # which no version tells
     with torch.autocast(device.type, torch.bfloat16):
         args = (shared, other) if leaf == "input" else (other, shared)
         torch.testing.assert_close(ours(*args, backend=backend), plain(*args), rtol=3e-2, atol=3e-1)
@@ -376,20 +654,35 @@ def test_autocast_casts_a_parameter_once(leaf, dim, backend, device, seed):
 def test_compiles_in_one_graph(dynamic, backend, device, seed):
     def f(conv, x, w, b):
         return conv(x.relu(), w, b, 1, "same", (2, 3), 2) * 2
+
     torch._dynamo.reset()
-    compiled = torch.compile(partial(f, partial(dilated_conv2d, backend=backend)), fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    compiled = torch.compile(
+        partial(f, partial(dilated_conv2d, backend=backend)),
+        fullgraph=True,
+        backend="aot_eager",
+        dynamic=dynamic,
+    )
     for n in (2, 3):
-        tensors = [t.to(device).requires_grad_() for t in (draw(n, 4, 9 + n, 9), draw(6, 2, 3, 2), draw(6))]
+        tensors = [
+            t.to(device).requires_grad_() for t in (draw(n, 4, 9 + n, 9), draw(6, 2, 3, 2), draw(6))
+        ]
         y, expected = compiled(*tensors), f(F.conv2d, *tensors)
         same(y.detach(), expected.detach())
-        for got, wanted in zip(torch.autograd.grad(y.sin().sum(), tensors), torch.autograd.grad(expected.sin().sum(), tensors)):
+        for got, wanted in zip(
+            torch.autograd.grad(y.sin().sum(), tensors),
+            torch.autograd.grad(expected.sin().sum(), tensors),
+        ):
             torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("strict", [False, True])
 def test_exports_with_symbolic_sizes(strict, backend, device, seed):
     from tridil import DilatedConv2d
-    layer, x = DilatedConv2d(4, 6, 3, padding=2, dilation=2, backend=backend).to(device), draw(2, 4, 9, 9).to(device)
+
+    layer, x = (
+        DilatedConv2d(4, 6, 3, padding=2, dilation=2, backend=backend).to(device),
+        draw(2, 4, 9, 9).to(device),
+    )
     sizes = {"input": {0: torch.export.Dim("n"), 2: torch.export.Dim("h", min=8, max=64)}}
     exported = torch.export.export(layer, (x,), strict=strict, dynamic_shapes=sizes).module()
     x = draw(3, 4, 12, 9).to(device)
@@ -403,8 +696,13 @@ def test_problems_are_looked_up_once(monkeypatch, seed):
     for _ in range(3):
         dilated_conv2d(x, w, b, 1, 2, 2)
     assert functional._problem.cache_info().misses == 1
-    for args in ((x, w, b, 2, 2, 2), (x, w, None, 1, 2, 2), (x, w, b, 1, 2, 1), (x.contiguous(memory_format=torch.channels_last), w, b, 1, 2, 2),
-                 (x.double(), w.double(), b.double(), 1, 2, 2)):
+    for args in (
+        (x, w, b, 2, 2, 2),
+        (x, w, None, 1, 2, 2),
+        (x, w, b, 1, 2, 1),
+        (x.contiguous(memory_format=torch.channels_last), w, b, 1, 2, 2),
+        (x.double(), w.double(), b.double(), 1, 2, 2),
+    ):
         misses = functional._problem.cache_info().misses
         dilated_conv2d(*args)
         assert functional._problem.cache_info().misses == misses + 1
@@ -416,39 +714,106 @@ parity_1d = partial(parity, plain=F.conv1d, ours=dilated_conv1d)
 @pytest.mark.parametrize("name", ["stride", "padding", "dilation", "groups"])
 def test_every_kind_of_argument_1d(name, backend, device, seed):
     args = draw(2, 4, 9), draw(6, 4, 3), draw(6)
-    raised = [parity_1d(backend, device, *args, **{name: value}) for value in [*SCALARS, "same", "valid", "SAME"]]
+    raised = [
+        parity_1d(backend, device, *args, **{name: value})
+        for value in [*SCALARS, "same", "valid", "SAME"]
+    ]
     assert 5 < sum(raised) < len(raised)
 
 
-@pytest.mark.parametrize("x_shape, w_shape", [
-    ((2, 4, 9), (6, 4, 3)), ((4, 9), (6, 4, 3)), ((0, 4, 9), (6, 4, 3)), ((2, 4, 0), (6, 4, 3)), ((2, 0, 9), (6, 0, 3)), ((2, 4, 9), (0, 4, 3)),
-    ((2, 4, 9), (6, 4, 0)), ((9,), (6, 4, 3)), ((2, 4, 9, 1), (6, 4, 3)), ((2, 4, 9), (6, 4)), ((2, 4, 9), (6, 4, 3, 1)), ((2, 5, 9), (6, 4, 3)),
-    ((2, 4, 2), (6, 4, 3)), ((2, 1, 9), (1, 1, 2)), ((4, 4, 1), (6, 4, 1)), ((0, 9), (6, 0, 3)), ((2, 4, 9, 9), (6, 4, 3, 3))])
+@pytest.mark.parametrize(
+    "x_shape, w_shape",
+    [
+        ((2, 4, 9), (6, 4, 3)),
+        ((4, 9), (6, 4, 3)),
+        ((0, 4, 9), (6, 4, 3)),
+        ((2, 4, 0), (6, 4, 3)),
+        ((2, 0, 9), (6, 0, 3)),
+        ((2, 4, 9), (0, 4, 3)),
+        ((2, 4, 9), (6, 4, 0)),
+        ((9,), (6, 4, 3)),
+        ((2, 4, 9, 1), (6, 4, 3)),
+        ((2, 4, 9), (6, 4)),
+        ((2, 4, 9), (6, 4, 3, 1)),
+        ((2, 5, 9), (6, 4, 3)),
+        ((2, 4, 2), (6, 4, 3)),
+        ((2, 1, 9), (1, 1, 2)),
+        ((4, 4, 1), (6, 4, 1)),
+        ((0, 9), (6, 0, 3)),
+        ((2, 4, 9, 9), (6, 4, 3, 3)),
+    ],
+)
 def test_shapes_1d(x_shape, w_shape, backend, device, seed):
-    for stride, padding, dilation in [(1, 0, 1), (1, 2, (1,)), (2, (2,), 2), (1, "same", 2), ((3,), 5, 4), (1, 40, 30)]:
+    for stride, padding, dilation in [
+        (1, 0, 1),
+        (1, 2, (1,)),
+        (2, (2,), 2),
+        (1, "same", 2),
+        ((3,), 5, 4),
+        (1, 40, 30),
+    ]:
         for bias in (None, draw(w_shape[0]), draw(w_shape[0] + 1)):
-            parity_1d(backend, device, draw(*x_shape), draw(*w_shape), bias, stride, padding, dilation)
+            parity_1d(
+                backend, device, draw(*x_shape), draw(*w_shape), bias, stride, padding, dilation
+            )
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_dtypes_and_memory_formats_1d(dtype, backend, device, seed):
-    """F.conv1d makes its input contiguous; a weight whose channels are contiguous gives a result like it."""
-    for n, c, length, k, taps in [(2, 4, 9, 6, 3), (2, 1, 9, 1, 3), (1, 1, 9, 4, 1), (2, 4, 1, 6, 1), (1, 4, 5, 1, 3)]:
+    """F.conv1d makes its input contiguous; a weight whose channels are contiguous gives a result
+    like it."""
+    for n, c, length, k, taps in [
+        (2, 4, 9, 6, 3),
+        (2, 1, 9, 1, 3),
+        (1, 1, 9, 4, 1),
+        (2, 4, 1, 6, 1),
+        (1, 4, 5, 1, 3),
+    ]:
         x, w = draw(n, c, length, dtype=dtype), draw(k, c, taps, dtype=dtype)
-        for xv in (x, x.mT.contiguous().mT, x.repeat_interleave(2, 2)[..., ::2], torch.cat((x, x), 1)[:, :c], x[:, :1].expand(n, c, length)):
+        for xv in (
+            x,
+            x.mT.contiguous().mT,
+            x.repeat_interleave(2, 2)[..., ::2],
+            torch.cat((x, x), 1)[:, :c],
+            x[:, :1].expand(n, c, length),
+        ):
             for wv in (w, w.mT.contiguous().mT, w.repeat_interleave(2, 2)[..., ::2]):
-                assert not parity_1d(backend, device, xv, wv, draw(k, dtype=dtype), 1, 2 * (taps - 1), 2)
+                assert not parity_1d(
+                    backend, device, xv, wv, draw(k, dtype=dtype), 1, 2 * (taps - 1), 2
+                )
     parity_1d(backend, device, draw(2, 4, 9, dtype=dtype), draw(6, 4, 3, dtype=torch.float32))
     with torch.autocast(device.type, torch.bfloat16):
         for w_dtype in (torch.float32, torch.float64):
-            parity_1d(backend, device, draw(2, 4, 9, dtype=dtype), draw(6, 4, 3, dtype=w_dtype), None, 1, 2, 2)
+            parity_1d(
+                backend,
+                device,
+                draw(2, 4, 9, dtype=dtype),
+                draw(6, 4, 3, dtype=w_dtype),
+                None,
+                1,
+                2,
+                2,
+            )
 
 
 @pytest.mark.parametrize("causal", [False, True])
 def test_second_derivatives_1d(causal, backend, device, seed):
-    tensors = [t.to(device, torch.float64).requires_grad_() for t in (draw(2, 2, 5), draw(2, 1, 2), draw(2))]
-    f = partial(dilated_conv1d, stride=2, dilation=3, padding=0 if causal else 2, groups=2, causal=causal, backend=backend)
-    assert torch.autograd.gradcheck(f, tensors, fast_mode=True) and torch.autograd.gradgradcheck(f, tensors, fast_mode=True)
+    tensors = [
+        t.to(device, torch.float64).requires_grad_()
+        for t in (draw(2, 2, 5), draw(2, 1, 2), draw(2))
+    ]
+    f = partial(
+        dilated_conv1d,
+        stride=2,
+        dilation=3,
+        padding=0 if causal else 2,
+        groups=2,
+        causal=causal,
+        backend=backend,
+    )
+    assert torch.autograd.gradcheck(f, tensors, fast_mode=True) and torch.autograd.gradgradcheck(
+        f, tensors, fast_mode=True
+    )
 
 
 @pytest.mark.parametrize("how", ["eager", "layer", "converted", "compiled", "exported", "vmap"])
@@ -463,8 +828,13 @@ def test_results_of_conv1d_are_no_views(causal, how, backend, device, seed):
 
     def plain(x, w):
         return F.conv1d(F.pad(x, (4 * causal, 0)), w, dilation=2)
+
     if how in ("layer", "converted", "exported"):
-        layer = nn.Conv1d(4, 6, 3, dilation=2) if how == "converted" else DilatedConv1d(4, 6, 3, dilation=2, causal=causal, backend=backend)
+        layer = (
+            nn.Conv1d(4, 6, 3, dilation=2)
+            if how == "converted"
+            else DilatedConv1d(4, 6, 3, dilation=2, causal=causal, backend=backend)
+        )
         layer.bias, layer.weight = None, nn.Parameter(w.detach())
         convert(layer, backend=backend)
         w = layer.weight
@@ -480,7 +850,9 @@ def test_results_of_conv1d_are_no_views(causal, how, backend, device, seed):
         assert not y._is_view()
         y.add_(nn.Parameter(torch.ones((), device=device)))
         assert y.requires_grad
-    torch.testing.assert_close(y.detach(), plain(x, w).detach() + (how != "vmap"), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        y.detach(), plain(x, w).detach() + (how != "vmap"), rtol=1e-4, atol=1e-4
+    )
     y = f(x, w)
     tensors = (x,) if how == "exported" else (x, w)
     grads = torch.autograd.grad(y.square().sum(), tensors, create_graph=how != "compiled")
@@ -514,22 +886,43 @@ def test_conv1d_compiles_in_one_graph(dynamic, backend, device, seed):
 
     def f(x, w, b):
         return dilated_conv1d(x.relu(), w, b, 2, 0, 3, 2, causal=True, backend=backend) * 2
+
     compiled = torch.compile(f, fullgraph=True, backend="aot_eager", dynamic=dynamic)
     for n in (2, 3):
-        tensors = [t.to(device).requires_grad_() for t in (draw(n, 4, 9 + n), draw(6, 2, 3), draw(6))]
+        tensors = [
+            t.to(device).requires_grad_() for t in (draw(n, 4, 9 + n), draw(6, 2, 3), draw(6))
+        ]
         y, expected = compiled(*tensors), f(*tensors)
         same(y.detach(), expected.detach())
-        for got, wanted in zip(torch.autograd.grad(y.sin().sum(), tensors), torch.autograd.grad(expected.sin().sum(), tensors)):
+        for got, wanted in zip(
+            torch.autograd.grad(y.sin().sum(), tensors),
+            torch.autograd.grad(expected.sin().sum(), tensors),
+        ):
             torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("kwargs", [dict(dilation=2), dict(groups=2, stride=2, padding=3, dilation=(2, 3)), dict(padding="same", dilation=3)])
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        dict(dilation=2),
+        dict(groups=2, stride=2, padding=3, dilation=(2, 3)),
+        dict(padding="same", dilation=3),
+    ],
+)
 def test_flops_are_those_of_conv2d(kwargs, backend, device, seed):
     from torch.utils.flop_counter import FlopCounterMode
+
     counts = []
     for f in (F.conv2d, partial(dilated_conv2d, backend=backend)):
-        tensors = [t.to(device).requires_grad_() for t in (draw(2, 4, 9, 9), draw(6, 4 // kwargs.get("groups", 1), 3, 3), draw(6))]
-        for used in (tensors, [tensors[0].detach(), *tensors[1:]], [tensors[0], tensors[1].detach(), tensors[2]]):
+        tensors = [
+            t.to(device).requires_grad_()
+            for t in (draw(2, 4, 9, 9), draw(6, 4 // kwargs.get("groups", 1), 3, 3), draw(6))
+        ]
+        for used in (
+            tensors,
+            [tensors[0].detach(), *tensors[1:]],
+            [tensors[0], tensors[1].detach(), tensors[2]],
+        ):
             with FlopCounterMode(display=False) as counter:
                 f(*used, **kwargs).sum().backward()
             counts.append(counter.get_total_flops())
@@ -554,7 +947,10 @@ assert {{getattr(torch.ops.tridil, name) for name in ("fprop", "dgrad", "wgrad")
     assert done.returncode == 0, done.stderr
 
 
-LATE = {"torch.utils.flop_counter": ("torch.utils.module_tracker", """
+LATE = {
+    "torch.utils.flop_counter": (
+        "torch.utils.module_tracker",
+        """
 from torch.utils.flop_counter import FlopCounterMode
 counts, x, w = [], torch.randn(1, 2, 5, 5), torch.randn(2, 2, 3, 3, requires_grad=True)
 for f in (torch.conv2d, lambda x, w: tridil.dilated_conv2d(x, w, backend="triton")):
@@ -562,10 +958,16 @@ for f in (torch.conv2d, lambda x, w: tridil.dilated_conv2d(x, w, backend="triton
         f(x, w).sum().backward()
     counts.append(counter.get_total_flops())
 assert counts[0] == counts[1] > 0, counts
-"""), "torch.distributed.tensor": ("torch.distributed.tensor._api", """
+""",
+    ),
+    "torch.distributed.tensor": (
+        "torch.distributed.tensor._api",
+        """
 from torch.distributed.tensor import DTensor
 assert torch.ops.tridil.fprop.default in DTensor._op_dispatcher.sharding_propagator.op_strategy_funcs
-""")}
+""",
+    ),
+}
 BEFORE = {
     "looked up": "for _ in range(3): assert find_spec(NAME)",
     "run by hand": "spec = find_spec(NAME); sys.modules[NAME] = module_from_spec(spec); spec.loader.exec_module(sys.modules[NAME])",
@@ -596,9 +998,12 @@ for thread in threads: thread.join()
 @pytest.mark.parametrize("before", BEFORE)
 @pytest.mark.parametrize("name", LATE)
 def test_late_registrations_survive(before, name):
-    """FLOPs and shardings are registered whenever their module is executed, whatever happened to it before."""
+    """FLOPs and shardings are registered whenever their module is executed, whatever happened to it
+    before."""
     pytest.importorskip("triton")
-    if name == "torch.distributed.tensor" and (not torch.distributed.is_available() or before in ("reloaded", "deleted")):
+    if name == "torch.distributed.tensor" and (
+        not torch.distributed.is_available() or before in ("reloaded", "deleted")
+    ):
         pytest.skip("PyTorch has no DTensor, or cannot execute it twice")
     part, check = LATE[name]
     code = f"""
@@ -611,26 +1016,40 @@ NAME, PART = {name!r}, {part!r}
 assert NAME not in sys.modules
 {BEFORE[before]}
 {check}"""
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
 
 
 def test_torch_function_is_asked(seed):
-    """Symbolic values see the call, modes that of F.conv2d; those that say that they know tridil see it, too."""
+    """Symbolic values see the call, modes that of F.conv2d; those that say that they know tridil
+    see it, too."""
+
     class Mode(torch.overrides.TorchFunctionMode):
         def __torch_function__(self, func, types, args=(), kwargs=None):
             seen.append(func)
             return func(*args, **(kwargs or {}))
-    for f, x, w in ((dilated_conv2d, draw(1, 4, 5, 5), draw(6, 4, 3, 3)), (dilated_conv1d, draw(1, 4, 5), draw(6, 4, 3))):
+
+    for f, x, w in (
+        (dilated_conv2d, draw(1, 4, 5, 5), draw(6, 4, 3, 3)),
+        (dilated_conv1d, draw(1, 4, 5), draw(6, 4, 3)),
+    ):
         for Mode.knows_tridil in (False, True):
             seen = []
             with Mode():
                 y = f(x, w, padding=2, dilation=2, backend="aten")
-            assert seen == [f if Mode.knows_tridil else {dilated_conv2d: F.conv2d, dilated_conv1d: F.conv1d}[f]]
+            assert seen == [
+                f if Mode.knows_tridil else {dilated_conv2d: F.conv2d, dilated_conv1d: F.conv1d}[f]
+            ]
+
         def call(x, w):
-            return f(x, w, padding=2, dilation=2, backend="aten")  # noqa: B023
+            return f(x, w, padding=2, dilation=2, backend="aten")
+
         traced = torch.fx.symbolic_trace(call)
-        assert [node.target for node in traced.graph.nodes if node.op == "call_function"] == [f] and torch.equal(traced(x, w), y)
+        assert [node.target for node in traced.graph.nodes if node.op == "call_function"] == [
+            f
+        ] and torch.equal(traced(x, w), y)
 
 
 def test_import_needs_no_triton_and_calls_no_cuda():
@@ -661,7 +1080,9 @@ else:
 def test_the_environment_chooses_the_backend(monkeypatch, device, seed):
     pytest.importorskip("triton")
     ran = []
-    monkeypatch.setattr(functional.ops, "convolve", lambda *a: ran.append(a) or F.conv2d(a[0], a[1], a[2]))
+    monkeypatch.setattr(
+        functional.ops, "convolve", lambda *a: ran.append(a) or F.conv2d(a[0], a[1], a[2])
+    )
     x, w = draw(1, 4, 5, 5).to(device), draw(4, 4, 3, 3).to(device)
     for name, count in (("aten", 0), ("triton", 1)):
         monkeypatch.setenv("TRIDIL_BACKEND", name)

@@ -1,5 +1,7 @@
-"""The family hopper: Gluon has no interpreter, so its kernels run here on compiled code only, on a GPU or a driver that runs it on CPU tensors. What
-the host knows of them, their machine code and the order of their steps are tested everywhere."""
+"""The family hopper: Gluon has no interpreter, so its kernels run here on compiled code only, on a
+GPU or a driver that runs it on CPU tensors. What the host knows of them, their machine code and the
+order of their steps are tested everywhere."""
+
 import importlib.util
 import json
 import os
@@ -23,16 +25,43 @@ from tridil.families import hopper
 from tridil.kernels import hopper as kernels
 from tridil.problem import PASSES, Problem
 
-compiled = pytest.mark.skipif(drivers.interpreted() or drivers.target() != hopper.TARGET, reason="Gluon has no interpreter: needs compiled code for sm_90")
+compiled = pytest.mark.skipif(
+    drivers.interpreted() or drivers.target() != hopper.TARGET,
+    reason="Gluon has no interpreter: needs compiled code for sm_90",
+)
 # (M, N, PINGPONG) of all shapes that a consumer can have
-TILES = [(64, 64, True), (128, 64, False), (128, 128, True), (128, 256, False), (256, 128, False), (64, 256, True), (128, 128, False)]
-BOXES = {64: [(1, 8, 8), (4, 4, 4), (1, 1, 64)], 128: [(1, 8, 16), (16, 2, 4), (2, 64, 1)], 256: [(1, 16, 16), (4, 8, 8)]}
+TILES = [
+    (64, 64, True),
+    (128, 64, False),
+    (128, 128, True),
+    (128, 256, False),
+    (256, 128, False),
+    (64, 256, True),
+    (128, 128, False),
+]
+BOXES = {
+    64: [(1, 8, 8), (4, 4, 4), (1, 1, 64)],
+    128: [(1, 8, 16), (16, 2, 4), (2, 64, 1)],
+    256: [(1, 16, 16), (4, 8, 8)],
+}
 
 
 def make(pass_, **change):
     """A config of the smallest tile."""
-    values = dict(kernel="hopper", SPLIT_K=1, num_warps=4, num_stages=3, maxnreg=hopper.REGISTERS, BLOCK_IMG=1, BLOCK_P=8, BLOCK_Q=8, BLOCK_N=64,
-                  PINGPONG=True, STREAM=False, PROGRAMS=3)
+    values = dict(
+        kernel="hopper",
+        SPLIT_K=1,
+        num_warps=4,
+        num_stages=3,
+        maxnreg=hopper.REGISTERS,
+        BLOCK_IMG=1,
+        BLOCK_P=8,
+        BLOCK_Q=8,
+        BLOCK_N=64,
+        PINGPONG=True,
+        STREAM=False,
+        PROGRAMS=3,
+    )
     values |= dict(BLOCK_M=64) if pass_ == "wgrad" else dict(BLOCK_K=64, GROUP=8)
     return config.from_json(values | change, pass_)
 
@@ -40,11 +69,23 @@ def make(pass_, **change):
 def draw_problem(rng):
     """A random geometry that descriptors can describe, with a few tiles and many kinds of channels."""
     while True:
-        p = testing.random_problem(rng, rng.choice(["float16", "float16", "bfloat16"]), max_macs=1e6)
+        p = testing.random_problem(
+            rng, rng.choice(["float16", "float16", "bfloat16"]), max_macs=1e6
+        )
         groups = p.groups if p.groups <= 3 else 1
-        per_c, per_k = (rng.choice([64, 128] if groups > 1 else [8, 24, 40, 64, 72, 128, 136, 200]) for _ in range(2))
-        p = replace(p, n=rng.choice([p.n, p.n, 5, 9]), groups=groups, c=per_c * groups, k=per_k * groups)
-        if p.useful_macs and p.dense_macs <= 4e7 and p.n * p.h * p.w <= 2500 and all(hopper.no_descriptors(p, pass_) is None for pass_ in PASSES):
+        per_c, per_k = (
+            rng.choice([64, 128] if groups > 1 else [8, 24, 40, 64, 72, 128, 136, 200])
+            for _ in range(2)
+        )
+        p = replace(
+            p, n=rng.choice([p.n, p.n, 5, 9]), groups=groups, c=per_c * groups, k=per_k * groups
+        )
+        if (
+            p.useful_macs
+            and p.dense_macs <= 4e7
+            and p.n * p.h * p.w <= 2500
+            and all(hopper.no_descriptors(p, pass_) is None for pass_ in PASSES)
+        ):
             return p
 
 
@@ -53,23 +94,40 @@ def draw_config(p, pass_, rng):
     while True:
         m, n, pingpong = rng.choice(TILES)
         k = rng.choice([64, 64, 128]) // (2 if p.dtype == "float32" else 1)
-        box = dict(zip(("BLOCK_IMG", "BLOCK_P", "BLOCK_Q"), rng.choice(BOXES[k if pass_ == "wgrad" else m])))
+        box = dict(
+            zip(
+                ("BLOCK_IMG", "BLOCK_P", "BLOCK_Q"), rng.choice(BOXES[k if pass_ == "wgrad" else m])
+            )
+        )
         tile = dict(BLOCK_M=m) if pass_ == "wgrad" else dict(BLOCK_K=k, GROUP=rng.choice([1, 2, 8]))
-        cfg = make(pass_, **box, **tile, BLOCK_N=n, PINGPONG=pingpong, STREAM=rng.random() < 0.6, PROGRAMS=rng.choice([1, 2, 3, 5, 7]),
-                   num_stages=rng.choice([2, 3, 3]))
+        cfg = make(
+            pass_,
+            **box,
+            **tile,
+            BLOCK_N=n,
+            PINGPONG=pingpong,
+            STREAM=rng.random() < 0.6,
+            PROGRAMS=rng.choice([1, 2, 3, 5, 7]),
+            num_stages=rng.choice([2, 3, 3]),
+        )
         if config.fits(cfg, p, pass_, hopper.TARGET) is None:
             return cfg
 
 
 def check(p, pass_, cfg, tensors, rerun=True):
-    """Runs a pass, twice when reruns must be bit-identical; raises when the result is off. Returns the share of the error budget used."""
+    """Runs a pass, twice when reruns must be bit-identical; raises when the result is off. Returns
+    the share of the error budget used."""
     x, w, bias, dy = tensors
     args = {"fprop": (x, w, bias), "dgrad": (dy, w), "wgrad": (dy, x)}[pass_]
     precision = "tf32" if p.dtype == "float32" else "ieee"
     got = getattr(launch, pass_)(p, *args, cfg, precision)
     error, budget = testing.check(got, getattr(reference, pass_)(p, *args), p, pass_, precision)
-    assert error <= budget, f"{pass_} of {p.key()} with {cfg}: error {error} exceeds the budget {budget}"
-    assert not rerun or torch.equal(got, getattr(launch, pass_)(p, *args, cfg, precision)), f"{pass_} of {p.key()} with {cfg}: a rerun differs"
+    assert error <= budget, (
+        f"{pass_} of {p.key()} with {cfg}: error {error} exceeds the budget {budget}"
+    )
+    assert not rerun or torch.equal(got, getattr(launch, pass_)(p, *args, cfg, precision)), (
+        f"{pass_} of {p.key()} with {cfg}: a rerun differs"
+    )
     return error / budget if budget else 0.0
 
 
@@ -77,7 +135,9 @@ def run_geometry(seed, index, device):
     """All passes of one geometry, every third time fprop in tf32, too; the share of a budget used."""
     rng = random.Random(f"{seed}/{index}")
     geometry, most = draw_problem(rng), 0.0
-    for dtype, passes in ((geometry.dtype, PASSES), ("float32", PASSES[:1]))[:1 + (index % 3 == 0)]:
+    for dtype, passes in ((geometry.dtype, PASSES), ("float32", PASSES[:1]))[
+        : 1 + (index % 3 == 0)
+    ]:
         p = replace(geometry, dtype=dtype)
         x, w, bias, dy = testing.random_tensors(p, device, rng.randrange(2**31))
         bias = bias if rng.random() < 0.5 else None
@@ -91,8 +151,15 @@ def run_geometry(seed, index, device):
 def test_random_geometries(device, seed, poisoned, monkeypatch):
     """HOPPER_GEOMETRIES of them, 10 by default; HOPPER_SEED repeats a run, from HOPPER_START on."""
     launched, call = Counter(), launch.Ready.__call__
-    monkeypatch.setattr(launch.Ready, "__call__", lambda self, tensors: launched.update([self.launch.name]) or call(self, tensors))
-    seed, start, count = (int(os.environ.get(f"HOPPER_{name}", default)) for name, default in (("SEED", seed), ("START", 0), ("GEOMETRIES", 10)))
+    monkeypatch.setattr(
+        launch.Ready,
+        "__call__",
+        lambda self, tensors: launched.update([self.launch.name]) or call(self, tensors),
+    )
+    seed, start, count = (
+        int(os.environ.get(f"HOPPER_{name}", default))
+        for name, default in (("SEED", seed), ("START", 0), ("GEOMETRIES", 10))
+    )
     most = 0.0
     for index in range(start, start + count):
         print(f"HOPPER_SEED={seed} HOPPER_START={index}", flush=True)
@@ -104,18 +171,75 @@ def test_random_geometries(device, seed, poisoned, monkeypatch):
 
 # ---- the order of steps, on any device and in the interpreter
 @triton.jit
-def correlation_shares(out_ptr, tiles_ptr, N, H, W, P, Q, C, K, G, R, S, FILTER_S, off_h, off_w, dil_h, dil_w, tap_r, tap_s, step_r, step_s,
-                       sum_h, sum_w, GROUP, tiles, BLOCK_IMG: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr,
-                       BLOCK_K: tl.constexpr, STREAM: tl.constexpr):
-    geo = (N, H, W, P, Q, C, K, G, R, S, FILTER_S, off_h, off_w, dil_h, dil_w, tap_r, tap_s, step_r, step_s, sum_h, sum_w, GROUP)
-    tile, begin, left, count = kernels.correlation_share(geo, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_N, BLOCK_K, STREAM)
+def correlation_shares(
+    out_ptr,
+    tiles_ptr,
+    N,
+    H,
+    W,
+    P,
+    Q,
+    C,
+    K,
+    G,
+    R,
+    S,
+    FILTER_S,
+    off_h,
+    off_w,
+    dil_h,
+    dil_w,
+    tap_r,
+    tap_s,
+    step_r,
+    step_s,
+    sum_h,
+    sum_w,
+    GROUP,
+    tiles,
+    BLOCK_IMG: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    STREAM: tl.constexpr,
+):
+    geo = (
+        N,
+        H,
+        W,
+        P,
+        Q,
+        C,
+        K,
+        G,
+        R,
+        S,
+        FILTER_S,
+        off_h,
+        off_w,
+        dil_h,
+        dil_w,
+        tap_r,
+        tap_s,
+        step_r,
+        step_s,
+        sum_h,
+        sum_w,
+        GROUP,
+    )
+    tile, begin, left, count = kernels.correlation_share(
+        geo, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_N, BLOCK_K, STREAM
+    )
     out_ptr += 4 * tl.program_id(0)
     tl.store(out_ptr, tile)
     tl.store(out_ptr + 1, begin)
     tl.store(out_ptr + 2, left)
     tl.store(out_ptr + 3, count)
     for i in range(tl.program_id(0), tiles, tl.num_programs(0)):
-        g, img, p0, q0, n0, r_lo, nr, s_lo, ns, steps = kernels.correlation_tile(i, geo, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_N, BLOCK_K, STREAM)
+        g, img, p0, q0, n0, r_lo, nr, s_lo, ns, steps = kernels.correlation_tile(
+            i, geo, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_N, BLOCK_K, STREAM
+        )
         tl.store(tiles_ptr + 6 * i, g)
         tl.store(tiles_ptr + 6 * i + 1, img)
         tl.store(tiles_ptr + 6 * i + 2, p0)
@@ -125,18 +249,46 @@ def correlation_shares(out_ptr, tiles_ptr, N, H, W, P, Q, C, K, G, R, S, FILTER_
 
 
 @triton.jit
-def reduction_shares(out_ptr, tiles_ptr, N, H, W, P, Q, C, K, G, R, S, off_h, off_w, dil_h, dil_w, sum_h, sum_w, tiles,
-                     BLOCK_IMG: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-                     STREAM: tl.constexpr):
+def reduction_shares(
+    out_ptr,
+    tiles_ptr,
+    N,
+    H,
+    W,
+    P,
+    Q,
+    C,
+    K,
+    G,
+    R,
+    S,
+    off_h,
+    off_w,
+    dil_h,
+    dil_w,
+    sum_h,
+    sum_w,
+    tiles,
+    BLOCK_IMG: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    STREAM: tl.constexpr,
+):
     geo = (N, H, W, P, Q, C, K, G, R, S, off_h, off_w, dil_h, dil_w, sum_h, sum_w)
-    tile, begin, left, count = kernels.reduction_share(geo, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_M, BLOCK_N, STREAM)
+    tile, begin, left, count = kernels.reduction_share(
+        geo, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_M, BLOCK_N, STREAM
+    )
     out_ptr += 4 * tl.program_id(0)
     tl.store(out_ptr, tile)
     tl.store(out_ptr + 1, begin)
     tl.store(out_ptr + 2, left)
     tl.store(out_ptr + 3, count)
     for i in range(tl.program_id(0), tiles, tl.num_programs(0)):
-        g, k0, n0, r, s, p_lo, q_lo, boxes_p, boxes_q, steps = kernels.reduction_tile(i, geo, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_M, BLOCK_N)
+        g, k0, n0, r, s, p_lo, q_lo, boxes_p, boxes_q, steps = kernels.reduction_tile(
+            i, geo, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_M, BLOCK_N
+        )
         tl.store(tiles_ptr + 6 * i, g)
         tl.store(tiles_ptr + 6 * i + 1, k0)
         tl.store(tiles_ptr + 6 * i + 2, n0)
@@ -146,28 +298,51 @@ def reduction_shares(out_ptr, tiles_ptr, N, H, W, P, Q, C, K, G, R, S, off_h, of
 
 
 def expected_tiles(p, pass_, cfg, axes):
-    """[(coordinates ..., steps)] of all tiles, in no order: fprop and dgrad (group, image, row, column, channel), wgrad (group, k, c, r, s)."""
+    """[(coordinates ..., steps)] of all tiles, in no order: fprop and dgrad (group, image, row,
+    column, channel), wgrad (group, k, c, r, s)."""
     c, k, (h, w) = p.c // p.groups, p.k // p.groups, axes
     if pass_ == "wgrad":
-        steps = [[max(1, -(-(hi - lo) // side)) for lo, hi in map(axis.live_out, range(axis.taps))] for axis, side in
-                 ((h, cfg.BLOCK_P), (w, cfg.BLOCK_Q))]
-        return [(g, k0, n0, r, s, -(-p.n // cfg.BLOCK_IMG) * a * b) for g in range(p.groups) for k0 in range(0, k, cfg.BLOCK_M)
-                for n0 in range(0, c, cfg.BLOCK_N) for r, a in enumerate(steps[0]) for s, b in enumerate(steps[1])]
+        steps = [
+            [max(1, -(-(hi - lo) // side)) for lo, hi in map(axis.live_out, range(axis.taps))]
+            for axis, side in ((h, cfg.BLOCK_P), (w, cfg.BLOCK_Q))
+        ]
+        return [
+            (g, k0, n0, r, s, -(-p.n // cfg.BLOCK_IMG) * a * b)
+            for g in range(p.groups)
+            for k0 in range(0, k, cfg.BLOCK_M)
+            for n0 in range(0, c, cfg.BLOCK_N)
+            for r, a in enumerate(steps[0])
+            for s, b in enumerate(steps[1])
+        ]
     out, reduced = (k, c) if pass_ == "fprop" else (c, k)
 
     def live(axis, first, side):
         lo, hi = axis.live(first, min(first + side, axis.out) - 1)
         return hi - lo
-    return [(g, i, p0, q0, n0, live(h, p0, cfg.BLOCK_P) * live(w, q0, cfg.BLOCK_Q) * -(-reduced // cfg.BLOCK_K)) for g in range(p.groups)
-            for i in range(0, p.n, cfg.BLOCK_IMG) for p0 in range(0, h.out, cfg.BLOCK_P) for q0 in range(0, w.out, cfg.BLOCK_Q)
-            for n0 in range(0, out, cfg.BLOCK_N)]
+
+    return [
+        (
+            g,
+            i,
+            p0,
+            q0,
+            n0,
+            live(h, p0, cfg.BLOCK_P) * live(w, q0, cfg.BLOCK_Q) * -(-reduced // cfg.BLOCK_K),
+        )
+        for g in range(p.groups)
+        for i in range(0, p.n, cfg.BLOCK_IMG)
+        for p0 in range(0, h.out, cfg.BLOCK_P)
+        for q0 in range(0, w.out, cfg.BLOCK_Q)
+        for n0 in range(0, out, cfg.BLOCK_N)
+    ]
 
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("pass_", PASSES)
 def test_order_of_steps(pass_, stream, device, seed, monkeypatch):
-    """The tiles of a launch are those of the result, each once; with STREAM the programs' shares are equal and follow one another; the executed MACs
-    and the busiest program are what the host says."""
+    """The tiles of a launch are those of the result, each once; with STREAM the programs' shares
+    are equal and follow one another; the executed MACs and the busiest program are what the host
+    says."""
     monkeypatch.setattr(hopper, "unavailable", lambda target: None)
     for index in range(6):
         rng = random.Random(f"{seed}/{index}")
@@ -176,13 +351,20 @@ def test_order_of_steps(pass_, stream, device, seed, monkeypatch):
         if config.fits(cfg, p, pass_, hopper.TARGET):
             continue
         walked = 0
-        mains = [item for item in hopper.FAMILY.plan(p, pass_, cfg, "ieee", False) if item.name.endswith("_hopper")]
+        mains = [
+            item
+            for item in hopper.FAMILY.plan(p, pass_, cfg, "ieee", False)
+            if item.name.endswith("_hopper")
+        ]
         for item, axes in zip(mains, p.axes(pass_)):
             expected, programs = expected_tiles(p, pass_, cfg, axes), item.grid[0]
             out = torch.full((programs, 4), -1, dtype=torch.int32, device=device)
             tiles = torch.full((len(expected), 6), -1, dtype=torch.int32, device=device)
             fn = reduction_shares if pass_ == "wgrad" else correlation_shares
-            names, known = fn.arg_names, dict(item.scalars) | dict(item.constexprs) | {"tiles": len(expected)}
+            names, known = (
+                fn.arg_names,
+                dict(item.scalars) | dict(item.constexprs) | {"tiles": len(expected)},
+            )
             fn[(programs,)](out, tiles, **{name: known[name] for name in names[2:]})
             out, tiles = out.tolist(), [tuple(tile) for tile in tiles.tolist()]
             assert sorted(tiles) == sorted(expected), (p.key(), cfg)
@@ -193,12 +375,17 @@ def test_order_of_steps(pass_, stream, device, seed, monkeypatch):
                 assert [row[0] for row in out] == list(range(programs))
                 loads = [sum(steps[i::programs]) for i in range(programs)]
                 share, count = hopper.FAMILY.busiest(p, pass_, cfg, axes)
-                assert share * sum(steps) == pytest.approx(max(loads)) and count == -(-len(steps) // programs)
+                assert share * sum(steps) == pytest.approx(max(loads)) and count == -(
+                    -len(steps) // programs
+                )
                 continue
             at = 0
             for tile, begin, left, _ in out:
                 if left:
-                    assert sum(steps[:tile]) + begin == at and 0 <= begin < steps[tile], (p.key(), cfg)
+                    assert sum(steps[:tile]) + begin == at and 0 <= begin < steps[tile], (
+                        p.key(),
+                        cfg,
+                    )
                 assert left in (sum(steps) // programs, -(-sum(steps) // programs))
                 at += left
             assert at == sum(steps)
@@ -214,7 +401,9 @@ H100 = devices.of_target("cuda:90")
 @pytest.fixture
 def available(monkeypatch):
     """As where the kernels can be compiled."""
-    monkeypatch.setattr(hopper, "unavailable", lambda target: None if target == hopper.TARGET else "another target")
+    monkeypatch.setattr(
+        hopper, "unavailable", lambda target: None if target == hopper.TARGET else "another target"
+    )
     cost_model._best.cache_clear()
     yield
     cost_model._best.cache_clear()
@@ -227,9 +416,14 @@ def kernels_of(p, pass_, target="cuda:90", precision="tf32"):
 @pytest.mark.parametrize("pass_", PASSES)
 def test_candidates_and_the_default(pass_, available):
     found = [cfg for cfg in config.candidates(P, pass_, "cuda:90") if cfg.kernel == "hopper"]
-    assert {cfg.STREAM for cfg in found} == {cfg.PINGPONG for cfg in found} == {False, True} and len(found) <= 20
+    assert {cfg.STREAM for cfg in found} == {cfg.PINGPONG for cfg in found} == {
+        False,
+        True,
+    } and len(found) <= 20
     assert all(cfg.PROGRAMS <= 132 for cfg in found)
-    assert {(128, 256, 64), (256, 128, 64), (128, 128, 64)} <= {config.tile(cfg, pass_) for cfg in found}
+    assert {(128, 256, 64), (256, 128, 64), (128, 128, 64)} <= {
+        config.tile(cfg, pass_) for cfg in found
+    }
     wide = replace(P, c=2048)
     ranked = cost_model.rank(wide, pass_, H100)
     assert cost_model.best(wide, pass_, H100) == ranked[0] and ranked[0].kernel == "hopper"
@@ -237,7 +431,9 @@ def test_candidates_and_the_default(pass_, available):
     assert "kernel hopper is predicted to take 0." in cost_model.why(wide, pass_, other, H100)
     for target in devices.TARGETS:
         assert ("hopper" in kernels_of(P, pass_, target)) == (target == "cuda:90")
-    assert "hopper" not in kernels_of(replace(P, c=252, k=252), pass_) and "hopper" not in kernels_of(replace(P, groups=256), pass_)
+    assert "hopper" not in kernels_of(
+        replace(P, c=252, k=252), pass_
+    ) and "hopper" not in kernels_of(replace(P, groups=256), pass_)
     assert ("hopper" in kernels_of(replace(P, dtype="float32"), pass_)) == (pass_ == "fprop")
     assert "hopper" not in kernels_of(replace(P, dtype="float32"), pass_, precision="ieee")
 
@@ -245,42 +441,76 @@ def test_candidates_and_the_default(pass_, available):
 def test_a_measurement_comes_first(available, tmp_path, monkeypatch):
     monkeypatch.setenv("TRIDIL_CACHE", str(tmp_path))
     cfg = next(cfg for cfg in cost_model.rank(P, "wgrad", H100)[1:] if cfg.kernel == "hopper")
-    record = {"config": config.to_json(cfg), "ms": 1.0, "date": "2026-01-01", "code": choice.code_of(P, "wgrad", cfg, "ieee"), "triton": cache.triton()}
+    record = {
+        "config": config.to_json(cfg),
+        "ms": 1.0,
+        "date": "2026-01-01",
+        "code": choice.code_of(P, "wgrad", cfg, "ieee"),
+        "triton": cache.triton(),
+    }
     cache.add("cuda:90", {cache.key(P, "wgrad", "ieee"): {H100.name: record}})
     assert choice.lookup(P, "wgrad", "cuda:90", "ieee", H100, H100.name)[0] == cfg
 
 
 def test_a_gluon_that_lacks_a_name_is_no_error(monkeypatch):
     """Not offered, and `explain` says why; the same in the interpreter and without Triton."""
+
     def missing(name):
         raise ImportError("cannot import name 'mbarrier'")
+
     monkeypatch.setattr(drivers, "interpreted", lambda: False)
     monkeypatch.setattr(hopper, "import_module", missing)
     hopper.lacks.cache_clear()
     try:
         assert "hopper" not in kernels_of(P, "fprop")
-        assert "cannot import name 'mbarrier'" in cost_model.why(P, "fprop", cost_model.best(P, "fprop", H100), H100)
+        assert "cannot import name 'mbarrier'" in cost_model.why(
+            P, "fprop", cost_model.best(P, "fprop", H100), H100
+        )
         assert "cannot import name 'mbarrier'" in config.fits(make("fprop"), P, "fprop", "cuda:90")
     finally:
         hopper.lacks.cache_clear()
     monkeypatch.setattr(drivers, "interpreted", lambda: True)
-    assert "hopper" not in kernels_of(P, "fprop") and "does not interpret Gluon" in config.fits(make("fprop"), P, "fprop", "cuda:90")
+    assert "hopper" not in kernels_of(P, "fprop") and "does not interpret Gluon" in config.fits(
+        make("fprop"), P, "fprop", "cuda:90"
+    )
 
 
-@pytest.mark.parametrize("change, pass_, problem, reason", [
-    ({}, "fprop", P, None), ({}, "wgrad", P, None), ({"num_warps": 8}, "fprop", P, "num_warps=4"), ({"maxnreg": None}, "fprop", P, "maxnreg=168"),
-    ({"SPLIT_K": 2}, "wgrad", P, "STREAM splits"), ({"num_stages": 1}, "fprop", P, "num_stages of at least 2"),
-    ({"num_stages": 20}, "fprop", P, "bytes of shared memory"), ({"PINGPONG": 1}, "fprop", P, "PINGPONG must be True or False"),
-    ({"PROGRAMS": 0}, "fprop", P, "PROGRAMS must be an int from 1 to 4096"), ({"GROUP": True}, "dgrad", P, "GROUP must be an int"),
-    ({"PINGPONG": False}, "fprop", P, "64 or 128 rows"), ({"BLOCK_N": 32}, "fprop", P, "64 to 256 columns"), ({"BLOCK_K": 32}, "fprop", P, "32"),
-    ({"BLOCK_P": 3}, "fprop", P, "power of two"), ({"BLOCK_K": 128}, "fprop", replace(P, dtype="float32"), "64x64x128"),
-    ({"BLOCK_K": 32}, "fprop", replace(P, dtype="float32"), None),
-    ({"BLOCK_K": 32}, "dgrad", replace(P, dtype="float32"), "innermost in memory"), ({}, "wgrad", replace(P, dtype="float64"), "got float64"),
-    ({}, "fprop", replace(P, c=252), "multiples of 16 bytes"), ({}, "fprop", replace(P, stride=(5, 1)), "multiple of the stride"),
-    ({}, "fprop", replace(P, groups=8), "must divide the 32 channels"), ({}, "wgrad", replace(P, k=384, groups=4), "must divide the 96 channels"),
-    ({"STREAM": True}, "fprop", replace(P, padding=((40, 12), (12, 12))), "STREAM needs a live tap in every tile"),
-    ({}, "fprop", replace(P, padding=((40, 12), (12, 12))), None), ({"STREAM": True}, "wgrad", replace(P, h=9, w=9), None),
-    ({}, "fprop", replace(P, n=10**4), "32 bits")])
+@pytest.mark.parametrize(
+    "change, pass_, problem, reason",
+    [
+        ({}, "fprop", P, None),
+        ({}, "wgrad", P, None),
+        ({"num_warps": 8}, "fprop", P, "num_warps=4"),
+        ({"maxnreg": None}, "fprop", P, "maxnreg=168"),
+        ({"SPLIT_K": 2}, "wgrad", P, "STREAM splits"),
+        ({"num_stages": 1}, "fprop", P, "num_stages of at least 2"),
+        ({"num_stages": 20}, "fprop", P, "bytes of shared memory"),
+        ({"PINGPONG": 1}, "fprop", P, "PINGPONG must be True or False"),
+        ({"PROGRAMS": 0}, "fprop", P, "PROGRAMS must be an int from 1 to 4096"),
+        ({"GROUP": True}, "dgrad", P, "GROUP must be an int"),
+        ({"PINGPONG": False}, "fprop", P, "64 or 128 rows"),
+        ({"BLOCK_N": 32}, "fprop", P, "64 to 256 columns"),
+        ({"BLOCK_K": 32}, "fprop", P, "32"),
+        ({"BLOCK_P": 3}, "fprop", P, "power of two"),
+        ({"BLOCK_K": 128}, "fprop", replace(P, dtype="float32"), "64x64x128"),
+        ({"BLOCK_K": 32}, "fprop", replace(P, dtype="float32"), None),
+        ({"BLOCK_K": 32}, "dgrad", replace(P, dtype="float32"), "innermost in memory"),
+        ({}, "wgrad", replace(P, dtype="float64"), "got float64"),
+        ({}, "fprop", replace(P, c=252), "multiples of 16 bytes"),
+        ({}, "fprop", replace(P, stride=(5, 1)), "multiple of the stride"),
+        ({}, "fprop", replace(P, groups=8), "must divide the 32 channels"),
+        ({}, "wgrad", replace(P, k=384, groups=4), "must divide the 96 channels"),
+        (
+            {"STREAM": True},
+            "fprop",
+            replace(P, padding=((40, 12), (12, 12))),
+            "STREAM needs a live tap in every tile",
+        ),
+        ({}, "fprop", replace(P, padding=((40, 12), (12, 12))), None),
+        ({"STREAM": True}, "wgrad", replace(P, h=9, w=9), None),
+        ({}, "fprop", replace(P, n=10**4), "32 bits"),
+    ],
+)
 def test_what_is_legal(change, pass_, problem, reason, available):
     found = config.fits(make(pass_, **change), problem, pass_, "cuda:90")
     assert found is None if reason is None else reason in found, found
@@ -296,31 +526,52 @@ def test_fp32_is_multiplied_in_tf32_only(available):
 
 def test_a_device_with_fewer_sms(available):
     pcie = next(d for d in devices.DEVICES if d.name == "NVIDIA H100 PCIe")
-    assert {cfg.PROGRAMS for cfg in cost_model.rank(P, "wgrad", pcie) if cfg.kernel == "hopper"} == {pcie.sms}
+    assert {
+        cfg.PROGRAMS for cfg in cost_model.rank(P, "wgrad", pcie) if cfg.kernel == "hopper"
+    } == {pcie.sms}
     cfg = make("wgrad", STREAM=True, PROGRAMS=132)
-    slow, fit = (cost_model.predict(P, "wgrad", replace(cfg, PROGRAMS=n), pcie).seconds for n in (132, pcie.sms))
-    assert slow > 1.5 * fit                                              # a second wave
+    slow, fit = (
+        cost_model.predict(P, "wgrad", replace(cfg, PROGRAMS=n), pcie).seconds
+        for n in (132, pcie.sms)
+    )
+    assert slow > 1.5 * fit  # a second wave
 
 
 def test_equal_steps_are_predicted_to_pay_where_tiles_are_unequal(available):
     """120 tiles of 128 to 288 steps on 132 SMs against 14 rows of equal ones."""
     p = Problem(4, 2048, 60, 60, 256, 3, 3, padding=((12, 12), (12, 12)), dilation=(12, 12))
-    box = dict(BLOCK_IMG=4, BLOCK_P=4, BLOCK_Q=8, BLOCK_N=256, PINGPONG=False, num_stages=4, PROGRAMS=132)
-    plain, stream = (cost_model.predict(p, "fprop", make("fprop", **box, STREAM=stream), H100) for stream in (False, True))
+    box = dict(
+        BLOCK_IMG=4, BLOCK_P=4, BLOCK_Q=8, BLOCK_N=256, PINGPONG=False, num_stages=4, PROGRAMS=132
+    )
+    plain, stream = (
+        cost_model.predict(p, "fprop", make("fprop", **box, STREAM=stream), H100)
+        for stream in (False, True)
+    )
     assert stream.seconds < 0.9 * plain.seconds
     even = replace(p, n=33 * 8, h=32, w=32, padding=((1, 1), (1, 1)), dilation=(1, 1))
-    plain, stream = (cost_model.predict(even, "fprop", make("fprop", **box, STREAM=stream), H100).seconds for stream in (False, True))
+    plain, stream = (
+        cost_model.predict(even, "fprop", make("fprop", **box, STREAM=stream), H100).seconds
+        for stream in (False, True)
+    )
     assert plain < stream < 1.1 * plain
     assert config.moved_bytes(p, "fprop", make("fprop", **box))[0] == p.bytes
-    assert config.moved_bytes(p, "fprop", make("fprop", **box, STREAM=True))[0] == p.bytes + 16 * 131 * 128 * 256
+    assert (
+        config.moved_bytes(p, "fprop", make("fprop", **box, STREAM=True))[0]
+        == p.bytes + 16 * 131 * 128 * 256
+    )
 
 
 def test_workspace_is_two_tiles_a_program(available):
     for pass_ in PASSES:
         cfg = make(pass_, STREAM=True, PROGRAMS=132)
         main, sums = hopper.FAMILY.plan(P, pass_, cfg, "ieee", False)
-        assert main.grid == (132, 1, 1) and main.workspace == 2 * 132 * 64 * 64 and sums.grid[0] % 131 == 0 and sums.workspace == 0
-        plain, = hopper.FAMILY.plan(P, pass_, replace(cfg, STREAM=False), "ieee", False)
+        assert (
+            main.grid == (132, 1, 1)
+            and main.workspace == 2 * 132 * 64 * 64
+            and sums.grid[0] % 131 == 0
+            and sums.workspace == 0
+        )
+        (plain,) = hopper.FAMILY.plan(P, pass_, replace(cfg, STREAM=False), "ieee", False)
         assert plain.workspace == 0
 
 
@@ -348,10 +599,13 @@ for pass_ in PASSES:
 """
 
 
-@pytest.mark.parametrize("dtype, passes", [("float16", PASSES), ("bfloat16", ("wgrad",)), ("float32", ("fprop",))])
+@pytest.mark.parametrize(
+    "dtype, passes", [("float16", PASSES), ("bfloat16", ("wgrad",)), ("float32", ("fprop",))]
+)
 def test_machine_code(dtype, passes):
-    """No spills, operands from shared memory, one product in flight; all warps of a program together take at most 0.45 instructions that are no
-    products per 2048 FMA at 128x256, as CUTLASS's loop does, and 0.5 at 128x128 (0.51 in wgrad without STREAM)."""
+    """No spills, operands from shared memory, one product in flight; all warps of a program
+    together take at most 0.45 instructions that are no products per 2048 FMA at 128x256, as
+    CUTLASS's loop does, and 0.5 at 128x128 (0.51 in wgrad without STREAM)."""
     out = child("-c", STATIC.replace("DTYPE", repr(dtype)).replace("PASSES", repr(passes)))
     assert out.returncode == 0, out.stderr
     rows = [json.loads(line) for line in out.stdout.splitlines()]
@@ -360,42 +614,86 @@ def test_machine_code(dtype, passes):
     for row in rows:
         assert row["spills"] == 0, row
         if "_hopper" in row["name"]:
-            assert row["overhead"] <= slack * (2 if dtype == "float32" else 1) * (0.45 if row["name"].endswith("256") else 0.51), row
-            assert row["waits"] == ["gsb0, 0x1"] * 2 and row["shared"] and row["ldsm"] == 0 and row["registers"] == hopper.REGISTERS, row
+            assert row["overhead"] <= slack * (2 if dtype == "float32" else 1) * (
+                0.45 if row["name"].endswith("256") else 0.51
+            ), row
+            assert (
+                row["waits"] == ["gsb0, 0x1"] * 2
+                and row["shared"]
+                and row["ldsm"] == 0
+                and row["registers"] == hopper.REGISTERS
+            ), row
             assert row["shared_bytes"] <= row["said"] <= row["shared_bytes"] + 512, row
 
 
-# ---- mutants: each breaks a rule of the ring; asynchronous work that comes as late as it may shows it
+# ---- mutants: each breaks a rule of the ring; asynchronous work that comes as late as it may shows
+# it
 MUTANTS = {
-    "a buffer given back while it is multiplied": [("empty.index(prev), count=1, pred=i > 0", "empty.index(stage), count=1"),
-                                                   ("pred=steps > 0", "pred=steps < 0")],
+    "a buffer given back while it is multiplied": [
+        ("empty.index(prev), count=1, pred=i > 0", "empty.index(stage), count=1"),
+        ("pred=steps > 0", "pred=steps < 0"),
+    ],
     "no wait for a box": [("        mbarrier.wait(full.index(stage), phase)\n", "")],
     "no wait for a free buffer": [("            mbarrier.wait(empty.index(stage), phase)\n", "")],
     "no wait for the last product": [("    acc = warpgroup_mma_wait(0, [acc])\n", "")],
-    "no wait for the product before": [("        acc = warpgroup_mma_wait(1, [acc])\n", "        acc = warpgroup_mma_wait(2, [acc])\n")],
-    "no wait for a stored part": [("            tma.store_wait(SLOTS - 1)\n", "            tma.store_wait(4)\n")],
-    "too many buffers for one part": [("4 if ROWS == 64 and N > PART else 2", "4 if ROWS == 64 else 2")],
-    "consumers one phase ahead": [("    stage = 0\n    phase = 0\n", "    stage = 0\n    phase = 1\n")],
-    "the producer one phase behind": [("    stage = 0\n    phase = 1\n", "    stage = 0\n    phase = 0\n")],
+    "no wait for the product before": [
+        (
+            "        acc = warpgroup_mma_wait(1, [acc])\n",
+            "        acc = warpgroup_mma_wait(2, [acc])\n",
+        )
+    ],
+    "no wait for a stored part": [
+        ("            tma.store_wait(SLOTS - 1)\n", "            tma.store_wait(4)\n")
+    ],
+    "too many buffers for one part": [
+        ("4 if ROWS == 64 and N > PART else 2", "4 if ROWS == 64 else 2")
+    ],
+    "consumers one phase ahead": [
+        ("    stage = 0\n    phase = 0\n", "    stage = 0\n    phase = 1\n")
+    ],
+    "the producer one phase behind": [
+        ("    stage = 0\n    phase = 1\n", "    stage = 0\n    phase = 0\n")
+    ],
     "both consumers begin": [("    go = 1 - ME\n", "    go = 1\n")],
     "the wrong consumer begins": [("    go = 1 - ME\n", "    go = ME\n")],
     "no turns": [("                mbarrier.wait(order.index(ME), go)\n", "")],
-    "a turn for oneself": [("mbarrier.arrive(order.index(1 - ME), count=1)", "mbarrier.arrive(order.index(ME), count=1)")],
+    "a turn for oneself": [
+        (
+            "mbarrier.arrive(order.index(1 - ME), count=1)",
+            "mbarrier.arrive(order.index(ME), count=1)",
+        )
+    ],
     "the other's stages are not skipped": [("            stage = last % STAGES\n", "")],
     "the other's phases are not skipped": [("            phase ^= last // STAGES & 1\n", "")],
-    "one half of a tile twice": [("ROW: gl.constexpr = 0 if PINGPONG else ME * ROWS", "ROW: gl.constexpr = 0")],
-    "parts in one place": [("2 * gl.program_id(0) + gl.where(begin == 0, 1, 0)", "2 * gl.program_id(0)")],
-    "parts of two programs only": [("for i in tl.range(program, end + 1):", "for i in tl.range(program, program + 1):")],
-    "shares that overlap": [("start_of(pid + 1, total, tl.num_programs(0)) - first", "start_of(pid + 1, total, tl.num_programs(0)) - first + 1")],
+    "one half of a tile twice": [
+        ("ROW: gl.constexpr = 0 if PINGPONG else ME * ROWS", "ROW: gl.constexpr = 0")
+    ],
+    "parts in one place": [
+        ("2 * gl.program_id(0) + gl.where(begin == 0, 1, 0)", "2 * gl.program_id(0)")
+    ],
+    "parts of two programs only": [
+        ("for i in tl.range(program, end + 1):", "for i in tl.range(program, program + 1):")
+    ],
+    "shares that overlap": [
+        (
+            "start_of(pid + 1, total, tl.num_programs(0)) - first",
+            "start_of(pid + 1, total, tl.num_programs(0)) - first + 1",
+        )
+    ],
 }
 
 
-NEWEST = "a buffer given back while it is multiplied"              # caught where the newest box arrives first
+# caught where the newest box arrives first
+NEWEST = "a buffer given back while it is multiplied"
 
 
 def mutant(name, folder):
     """The kernels' module with its text changed."""
-    text = Path(kernels.__file__).read_text(encoding="utf-8").replace("from .common import", "from tridil.kernels.common import")
+    text = (
+        Path(kernels.__file__)
+        .read_text(encoding="utf-8")
+        .replace("from .common import", "from tridil.kernels.common import")
+    )
     for before, after in MUTANTS.get(name, []):
         assert before in text, f"mutant {name!r}: the kernels no longer say {before!r}"
         text = text.replace(before, after)
@@ -413,12 +711,20 @@ def survives(module, monkeypatch, device):
     p = Problem(2, 136, 14, 11, 72, 3, 3, padding=((3, 3), (3, 3)), dilation=(3, 3))
     tensors = testing.random_tensors(p, device, 0)
     one = dict(BLOCK_IMG=2, BLOCK_P=8, PINGPONG=False, num_stages=2)
-    monkeypatch.setattr(launch, "kernel_of", lambda item: getattr(module, item.kernel.partition(":")[2]))
+    monkeypatch.setattr(
+        launch, "kernel_of", lambda item: getattr(module, item.kernel.partition(":")[2])
+    )
     launch._prepare.cache_clear()
     try:
-        for pass_, change in (("fprop", {}), ("dgrad", {"STREAM": True, "PROGRAMS": 50}), ("fprop", one | {"BLOCK_N": 128}), ("dgrad", one)):
+        for pass_, change in (
+            ("fprop", {}),
+            ("dgrad", {"STREAM": True, "PROGRAMS": 50}),
+            ("fprop", one | {"BLOCK_N": 128}),
+            ("dgrad", one),
+        ):
             check(p, pass_, make(pass_, **change), tensors)
-    except Exception as e:                                               # wrong results, deadlocks, faults
+    # wrong results, deadlocks, faults
+    except Exception as e:
         print(f"{type(e).__name__}: {e}"[:300])
         return False
     finally:

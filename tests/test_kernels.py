@@ -1,4 +1,6 @@
-"""The kernels against the float64 reference: in the interpreter on CPU, natively on a GPU, the same tests."""
+"""The kernels against the float64 reference: in the interpreter on CPU, natively on a GPU, the same
+tests."""
+
 import itertools
 import random
 from dataclasses import replace
@@ -24,13 +26,26 @@ def poison():
 
 def problem(x, w, **kw):
     args = dict(stride=1, padding=0, dilation=1, groups=1, dtype="float16", layout="nhwc") | kw
-    return problem_of(x, w, None, args["stride"], args["padding"], args["dilation"], args["groups"], args["dtype"], args["layout"])
+    return problem_of(
+        x,
+        w,
+        None,
+        args["stride"],
+        args["padding"],
+        args["dilation"],
+        args["groups"],
+        args["dtype"],
+        args["layout"],
+    )
 
 
 def check(p, passes=PASSES, configs=None, device=None, seed=None, precision="ieee", tensors=None):
-    """Runs the passes with the given (or default) configs; raises when one is off; returns the results."""
+    """Runs the passes with the given (or default) configs; raises when one is off; returns the
+    results."""
     device = device or kernel_device()
-    x, w, bias, dy = tensors or testing.random_tensors(p, device, random.randrange(2**31) if seed is None else seed)
+    x, w, bias, dy = tensors or testing.random_tensors(
+        p, device, random.randrange(2**31) if seed is None else seed
+    )
     out = []
     for pass_ in passes:
         args = {"fprop": (x, w, bias), "dgrad": (dy, w), "wgrad": (dy, x)}[pass_]
@@ -39,7 +54,9 @@ def check(p, passes=PASSES, configs=None, device=None, seed=None, precision="iee
             got = getattr(launch, pass_)(p, *args, cfg, precision)
             assert got.dtype == x.dtype and got.shape == expected.shape
             error, budget = testing.check(got, expected, p, pass_, precision)
-            assert error <= budget, f"{pass_} of {p.key()} with {cfg}: error {error} exceeds the budget {budget}"
+            assert error <= budget, (
+                f"{pass_} of {p.key()} with {cfg}: error {error} exceeds the budget {budget}"
+            )
             out.append(got)
     return out
 
@@ -52,10 +69,18 @@ GEOMETRIES = {
     "aspp": problem((2, 32, 9, 11), (24, 32, 3, 3), padding=2, dilation=2),
     "dilation beyond the map": problem((1, 16, 6, 7), (16, 16, 3, 3), padding=18, dilation=18),
     "padding beyond the extent": problem((1, 16, 5, 5), (16, 16, 3, 3), padding=9, dilation=2),
-    "stride 2, dilation 2": problem((2, 16, 9, 10), (32, 16, 3, 3), stride=2, padding=2, dilation=2),
-    "stride 2, dilation 3": problem((1, 16, 13, 12), (16, 16, 3, 3), stride=2, padding=3, dilation=3),
-    "stride beyond the filter": problem((1, 16, 11, 13), (16, 16, 2, 2), stride=(5, 4), padding=1, dilation=(2, 1)),
-    "stride 3x2, dilation 2x4": problem((1, 32, 14, 15), (16, 32, 3, 3), stride=(3, 2), padding=(2, 5), dilation=(2, 4)),
+    "stride 2, dilation 2": problem(
+        (2, 16, 9, 10), (32, 16, 3, 3), stride=2, padding=2, dilation=2
+    ),
+    "stride 2, dilation 3": problem(
+        (1, 16, 13, 12), (16, 16, 3, 3), stride=2, padding=3, dilation=3
+    ),
+    "stride beyond the filter": problem(
+        (1, 16, 11, 13), (16, 16, 2, 2), stride=(5, 4), padding=1, dilation=(2, 1)
+    ),
+    "stride 3x2, dilation 2x4": problem(
+        (1, 32, 14, 15), (16, 32, 3, 3), stride=(3, 2), padding=(2, 5), dilation=(2, 4)
+    ),
     "dilations differ": problem((1, 16, 12, 14), (16, 16, 3, 3), padding=(1, 4), dilation=(1, 4)),
     "3x1": problem((1, 16, 12, 6), (16, 16, 3, 1), padding=(3, 0), dilation=(3, 1)),
     "1x3": problem((1, 16, 6, 12), (16, 16, 1, 3), padding=(0, 3), dilation=(1, 3)),
@@ -68,38 +93,81 @@ GEOMETRIES = {
     "channels off by one": problem((1, 65, 7, 7), (31, 65, 3, 3), padding=2, dilation=2),
     "groups": problem((1, 48, 8, 9), (32, 24, 3, 3), padding=2, dilation=2, groups=2),
     "narrow groups": problem((1, 12, 9, 9), (9, 4, 3, 3), padding=3, dilation=3, groups=3),
-    "groups of 4, strided, NCHW": problem((2, 20, 9, 8), (20, 4, 3, 3), stride=2, padding=2, dilation=2, groups=5, layout="nchw"),
+    "groups of 4, strided, NCHW": problem(
+        (2, 20, 9, 8), (20, 4, 3, 3), stride=2, padding=2, dilation=2, groups=5, layout="nchw"
+    ),
     "depthwise": problem((2, 6, 9, 9), (6, 1, 3, 3), padding=3, dilation=3, groups=6),
-    "depthwise, dilation beyond the map": problem((1, 3, 6, 7), (3, 1, 3, 3), padding=9, dilation=9, groups=3),
-    "depthwise, multiplier 2": problem((1, 3, 9, 9), (6, 1, 5, 5), padding=4, dilation=2, groups=3, stride=2),
+    "depthwise, dilation beyond the map": problem(
+        (1, 3, 6, 7), (3, 1, 3, 3), padding=9, dilation=9, groups=3
+    ),
+    "depthwise, multiplier 2": problem(
+        (1, 3, 9, 9), (6, 1, 5, 5), padding=4, dilation=2, groups=3, stride=2
+    ),
     "even filter, same": problem((1, 16, 7, 8), (16, 16, 2, 4), padding="same", dilation=(3, 1)),
     "1x1, dilation 4": problem((2, 16, 5, 5), (16, 16, 1, 1), dilation=4),
     "one pixel": problem((2, 16, 1, 1), (16, 16, 3, 3), padding=4, dilation=4),
     "height 1": problem((1, 16, 1, 9), (16, 16, 3, 3), padding=2, dilation=2),
     "many images": problem((9, 16, 3, 3), (16, 16, 3, 3), padding=2, dilation=2),
     "NCHW": problem((2, 16, 9, 7), (24, 16, 3, 3), padding=2, dilation=2, layout="nchw"),
-    "NCHW, strided": problem((2, 16, 9, 7), (24, 16, 3, 3), stride=2, padding=2, dilation=2, layout="nchw"),
+    "NCHW, strided": problem(
+        (2, 16, 9, 7), (24, 16, 3, 3), stride=2, padding=2, dilation=2, layout="nchw"
+    ),
 }
 
 
-DTYPES = ("aspp", "stride 2, dilation 3", "49 taps", "RGB", "ragged channels", "narrow groups", "depthwise", "NCHW")
-MORE_FP32 = ("dilation beyond the map", "stride beyond the filter", "1D, 41 taps", "channels off by one", "groups", "groups of 4, strided, NCHW",
-             "depthwise, multiplier 2", "NCHW, strided")
+DTYPES = (
+    "aspp",
+    "stride 2, dilation 3",
+    "49 taps",
+    "RGB",
+    "ragged channels",
+    "narrow groups",
+    "depthwise",
+    "NCHW",
+)
+MORE_FP32 = (
+    "dilation beyond the map",
+    "stride beyond the filter",
+    "1D, 41 taps",
+    "channels off by one",
+    "groups",
+    "groups of 4, strided, NCHW",
+    "depthwise, multiplier 2",
+    "NCHW, strided",
+)
 
 
-@pytest.mark.parametrize("name, dtype", [*itertools.product(GEOMETRIES, ["float16"]), *itertools.product(DTYPES, ("bfloat16", "float32", "float64")),
-                                         *itertools.product(MORE_FP32, ["float32"])])
+@pytest.mark.parametrize(
+    "name, dtype",
+    [
+        *itertools.product(GEOMETRIES, ["float16"]),
+        *itertools.product(DTYPES, ("bfloat16", "float32", "float64")),
+        *itertools.product(MORE_FP32, ["float32"]),
+    ],
+)
 def test_geometry(name, dtype):
     check(replace(GEOMETRIES[name], dtype=dtype))
 
 
 @pytest.mark.parametrize("pass_", PASSES)
-@pytest.mark.parametrize("name", ["aspp", "ragged channels", "RGB", "groups", "narrow groups", "stride 2, dilation 3", "depthwise"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "aspp",
+        "ragged channels",
+        "RGB",
+        "groups",
+        "narrow groups",
+        "stride 2, dilation 3",
+        "depthwise",
+    ],
+)
 def test_every_candidate_gives_the_reference(name, pass_):
     p = GEOMETRIES[name]
     configs = config.candidates(p, pass_, drivers.target())
     assert configs
-    if drivers.interpreted():                                           # how each tile compiles is for compiled code
+    # how each tile compiles is for compiled code
+    if drivers.interpreted():
         configs = random.sample(configs, min(len(configs), 12))
     check(p, [pass_], configs)
 
@@ -115,26 +183,57 @@ def test_both_kernels_serve_every_channel_count(kernel, pass_):
     """The flat kernel is a choice, not a need."""
     for channels, name in itertools.product((1, 40), ("aspp", "stride 2, dilation 2")):
         p = replace(GEOMETRIES[name], c=channels, k=24)
-        check(p, [pass_], [replace(cfg, kernel=kernel, SPLIT_K=cfg.SPLIT_K if pass_ == "wgrad" else 1) for cfg in gathered(p, pass_)[-1:]])
+        check(
+            p,
+            [pass_],
+            [
+                replace(cfg, kernel=kernel, SPLIT_K=cfg.SPLIT_K if pass_ == "wgrad" else 1)
+                for cfg in gathered(p, pass_)[-1:]
+            ],
+        )
 
 
-@pytest.mark.parametrize("box", [(1, 1, 64), (1, 64, 1), (64, 1, 1), (1, 8, 8), (2, 4, 8), (4, 4, 4), (16, 2, 2), (1, 5, 7), (3, 3, 3), (1, 1, 33)])
+@pytest.mark.parametrize(
+    "box",
+    [
+        (1, 1, 64),
+        (1, 64, 1),
+        (64, 1, 1),
+        (1, 8, 8),
+        (2, 4, 8),
+        (4, 4, 4),
+        (16, 2, 2),
+        (1, 5, 7),
+        (3, 3, 3),
+        (1, 1, 33),
+    ],
+)
 @pytest.mark.parametrize("name", ["dilation beyond the map", "many images", "stride 2, dilation 2"])
 def test_every_box(name, box):
     p = GEOMETRIES[name]
     sides = dict(zip(("BLOCK_IMG", "BLOCK_P", "BLOCK_Q"), box))
     for pass_ in PASSES:
-        cfgs = [replace(c, **sides) for c in config.candidates(p, pass_, drivers.target())[:1] + gathered(p, pass_)[:1]]
-        check(p, [pass_], [cfg for cfg in cfgs if config.fits(cfg, p, pass_, drivers.target()) is None])
+        cfgs = [
+            replace(c, **sides)
+            for c in config.candidates(p, pass_, drivers.target())[:1] + gathered(p, pass_)[:1]
+        ]
+        check(
+            p,
+            [pass_],
+            [cfg for cfg in cfgs if config.fits(cfg, p, pass_, drivers.target()) is None],
+        )
 
 
 @pytest.mark.parametrize("pass_", PASSES)
-@pytest.mark.parametrize("name", ["aspp", "RGB", "ragged channels", "dilation beyond the map", "1D, 41 taps"])
+@pytest.mark.parametrize(
+    "name", ["aspp", "RGB", "ragged channels", "dilation beyond the map", "1D, 41 taps"]
+)
 def test_clamped_addresses_change_nothing(name, pass_):
-    """pytorch#187222: a masked load must not need its address; with CLAMP no address leaves the tensor, without it the result is the same."""
+    """pytorch#187222: a masked load must not need its address; with CLAMP no address leaves the
+    tensor, without it the result is the same."""
     p = GEOMETRIES[name]
     cfg = gathered(p, pass_)[0]
-    clamped, = check(p, [pass_], [replace(cfg, CLAMP=True)], seed=3)
+    (clamped,) = check(p, [pass_], [replace(cfg, CLAMP=True)], seed=3)
     assert torch.isfinite(clamped).all()
 
 
@@ -158,7 +257,7 @@ def test_eight_warps_in_a_flat_reduction_loop(pass_):
 def test_more_taps_than_one_reciprocal_divides():
     p = problem((1, 2, 1, 1080), (3, 2, 1, 1024), dilation=1)
     check(p, ["fprop"])
-    check(replace(p, w=1000, padding=((0, 0), (50, 50))), ["fprop"])      # dead taps
+    check(replace(p, w=1000, padding=((0, 0), (50, 50))), ["fprop"])  # dead taps
 
 
 @pytest.mark.parametrize("stages", [1, 2, 3, 4])
@@ -166,19 +265,38 @@ def test_long_reduction_in_one_accumulator(stages):
     """triton#10821: 45 to 90 chained dots per accumulator."""
     p = problem((1, 80, 4, 5), (32, 80, 3, 3), padding=2, dilation=2)
     for pass_ in PASSES:
-        check(p, [pass_], [replace(config.candidates(p, pass_, drivers.target())[-1], num_stages=stages)])
+        check(
+            p,
+            [pass_],
+            [replace(config.candidates(p, pass_, drivers.target())[-1], num_stages=stages)],
+        )
 
 
 @pytest.mark.parametrize("pass_", PASSES)
 @pytest.mark.parametrize("split", [1, 2, 3, 7])
 def test_split_k_sums_every_split(split, pass_):
-    """Also more splits than there are reduction steps, over taps and channels, with and without bias, one residue class after another."""
-    names = ["dilation beyond the map", "NCHW", "aspp", "groups", "49 taps", "stride 2, dilation 3", "stride beyond the filter"]
+    """Also more splits than there are reduction steps, over taps and channels, with and without
+    bias, one residue class after another."""
+    names = [
+        "dilation beyond the map",
+        "NCHW",
+        "aspp",
+        "groups",
+        "49 taps",
+        "stride 2, dilation 3",
+        "stride beyond the filter",
+    ]
     for name in names[:2] + ["RGB"] if pass_ == "wgrad" else names:
         p = replace(GEOMETRIES[name], c=80) if name == "aspp" else GEOMETRIES[name]
-        cfgs = [replace(cfg, SPLIT_K=split) for cfg in config.candidates(p, pass_, drivers.target())[:1] + gathered(p, pass_)[:1]]
-        if pass_ != "wgrad":                                             # many short steps, and a kernel that splits them
-            cfgs = [replace(cfg, BLOCK_K=16, kernel=cfg.kernel.removesuffix("_flat")) for cfg in cfgs]
+        cfgs = [
+            replace(cfg, SPLIT_K=split)
+            for cfg in config.candidates(p, pass_, drivers.target())[:1] + gathered(p, pass_)[:1]
+        ]
+        # many short steps, and a kernel that splits them
+        if pass_ != "wgrad":
+            cfgs = [
+                replace(cfg, BLOCK_K=16, kernel=cfg.kernel.removesuffix("_flat")) for cfg in cfgs
+            ]
         check(p, [pass_], cfgs)
 
 
@@ -192,15 +310,22 @@ def test_reruns_are_bit_identical(pass_):
 
 @pytest.mark.parametrize("layout", ["nchw", "nhwc"])
 def test_layouts_of_inputs_and_results(layout):
-    """Channels_last weights in wgrad, expanded, sliced and transposed inputs; the result has the problem's format."""
+    """Channels_last weights in wgrad, expanded, sliced and transposed inputs; the result has the
+    problem's format."""
     p = problem((2, 16, 9, 7), (24, 16, 3, 3), padding=2, dilation=2, layout=layout)
     x, w, bias, dy = testing.random_tensors(p, kernel_device(), 0)
     wide = torch.randn(4, 40, 9, 7, device=x.device).to(x.dtype)
-    variants = {"sliced": wide[::2, 4:36:2], "channels_last slice": wide.contiguous(memory_format=torch.channels_last)[1:3, :16],
-                "expanded": x[:1, :1].expand(2, 16, 9, 7), "transposed": x.transpose(2, 3).contiguous().transpose(2, 3)}
+    variants = {
+        "sliced": wide[::2, 4:36:2],
+        "channels_last slice": wide.contiguous(memory_format=torch.channels_last)[1:3, :16],
+        "expanded": x[:1, :1].expand(2, 16, 9, 7),
+        "transposed": x.transpose(2, 3).contiguous().transpose(2, 3),
+    }
     for name, xv in variants.items():
         wv = w.contiguous(memory_format=torch.channels_last) if "last" in name else w.flip(0)[::1]
-        for got in check(p, tensors=(xv, wv, bias, dy.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2))):
+        for got in check(
+            p, tensors=(xv, wv, bias, dy.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2))
+        ):
             assert got.is_contiguous(memory_format=launch.FORMATS[layout])
 
 
@@ -213,16 +338,23 @@ def test_a_misaligned_base_pointer():
         flat = torch.empty(t.numel() + 1, dtype=t.dtype, device=t.device)[1:]
         n, c, h, w_ = t.shape
         return flat.view(n, h, w_, c).permute(0, 3, 1, 2).copy_(t)
+
     check(p, tensors=(shifted(x), shifted(w), bias, shifted(dy)))
 
 
 @pytest.mark.parametrize("pass_", PASSES)
 @pytest.mark.parametrize("groups", [1, 256])
 def test_more_than_2_31_elements(pass_, groups):
-    """int64 addressing: x (or dx) has 2**31 + 2**20 elements, of which a stride touches few; the last pixels lie beyond 2**31."""
-    torch.utils.deterministic.fill_uninitialized_memory = False         # do not fill 4 GiB
+    """int64 addressing: x (or dx) has 2**31 + 2**20 elements, of which a stride touches few; the
+    last pixels lie beyond 2**31."""
+    torch.utils.deterministic.fill_uninitialized_memory = False  # do not fill 4 GiB
     width = 2**23 + 2**12
-    p = problem((1, 256, 1, width), (16 if groups == 1 else 256, 256 // groups, 1, 2), stride=(1, width - 2), groups=groups)
+    p = problem(
+        (1, 256, 1, width),
+        (16 if groups == 1 else 256, 256 // groups, 1, 2),
+        stride=(1, width - 2),
+        groups=groups,
+    )
     small = replace(p, w=4, stride=(1, 2))
     assert p.c * p.w > 2**31 and (small.p, small.q) == (p.p, p.q) == (1, 2)
     xs, w, bias, dy = testing.random_tensors(small, kernel_device(), 0)
@@ -264,9 +396,10 @@ def test_nan_stays_in_its_group(width):
     for pass_, (a, b) in {"fprop": (x, w), "dgrad": (dy, w), "wgrad": (dy, x)}.items():
         cfg, run = cost_model.best(p, pass_, drivers.target()), launch.prepare
         clean, a = run(p, pass_, cfg)(a, b), a.clone()
-        a[:, width:2 * width] = float("nan")
+        a[:, width : 2 * width] = float("nan")
         got = run(p, pass_, cfg)(a, b)
-        groups = 1 if pass_ != "wgrad" else 0                            # the axis of the result that groups divide
+        # the axis of the result that groups divide
+        groups = 1 if pass_ != "wgrad" else 0
         for g, (part, expected) in enumerate(zip(got.chunk(4, groups), clean.chunk(4, groups))):
             assert part.isnan().all() if g == 1 else torch.equal(part, expected), (pass_, g)
 
@@ -275,7 +408,15 @@ def test_illegal_config_raises_before_any_launch():
     p = GEOMETRIES["aspp"]
     x, w, bias, dy = testing.random_tensors(p, kernel_device(), 0)
     good = gathered(p, "fprop")[0]
-    for change in ({"BLOCK_N": 24}, {"BLOCK_K": 8}, {"num_stages": 0}, {"BLOCK_N": 4096}, {"kernel": "im2col"}, {"CLAMP": 1}, {"BLOCK_IMG": 0}):
+    for change in (
+        {"BLOCK_N": 24},
+        {"BLOCK_K": 8},
+        {"num_stages": 0},
+        {"BLOCK_N": 4096},
+        {"kernel": "im2col"},
+        {"CLAMP": 1},
+        {"BLOCK_IMG": 0},
+    ):
         with pytest.raises(ValueError, match="does not fit"):
             launch.fprop(p, x, w, bias, replace(good, **change))
     with pytest.raises(ValueError, match="exactly the entries"):
@@ -301,8 +442,12 @@ DEPTHWISE = {
     "stride 2": depthwise(2, 16, 15, 16, (3, 3), stride=2, padding=1),
     "stride 2, dilation 2": depthwise(2, 16, 15, 16, (3, 3), stride=2, padding=2, dilation=2),
     "stride 2, dilation 3": depthwise(2, 16, 15, 16, (3, 3), stride=2, padding=3, dilation=3),
-    "stride 3x2, dilation 2x4": depthwise(1, 16, 14, 19, (3, 3), stride=(3, 2), padding=(2, 5), dilation=(2, 4)),
-    "stride beyond the filter": depthwise(1, 16, 11, 13, (2, 2), stride=(5, 4), padding=1, dilation=(2, 1)),
+    "stride 3x2, dilation 2x4": depthwise(
+        1, 16, 14, 19, (3, 3), stride=(3, 2), padding=(2, 5), dilation=(2, 4)
+    ),
+    "stride beyond the filter": depthwise(
+        1, 16, 11, 13, (2, 2), stride=(5, 4), padding=1, dilation=(2, 1)
+    ),
     "dilation beyond the map": depthwise(1, 16, 3, 4, (3, 3), padding=18, dilation=18),
     "multiplier 2": depthwise(1, 5, 6, 7, (3, 3), 2, padding=2, dilation=2),
     "multiplier 3, stride 2": depthwise(2, 3, 7, 7, (3, 3), 3, stride=2, padding=3, dilation=3),
@@ -310,28 +455,57 @@ DEPTHWISE = {
     "1D, causal": depthwise(1, 16, 1, 70, (1, 2), dilation=(1, 32)),
     "13 taps in a row": depthwise(1, 8, 2, 30, (1, 13), padding=(0, 12), dilation=(1, 2)),
     "vertical": depthwise(1, 16, 20, 3, (5, 1), padding=(4, 0), dilation=(2, 1)),
-    "stride 2x3 that reaches no odd row": depthwise(2, 16, 14, 12, (3, 3), stride=(2, 3), padding=(2, 1), dilation=(2, 2)),
+    "stride 2x3 that reaches no odd row": depthwise(
+        2, 16, 14, 12, (3, 3), stride=(2, 3), padding=(2, 1), dilation=(2, 2)
+    ),
     "stride 4, dilation 2": depthwise(1, 16, 15, 13, (3, 3), stride=4, padding=2, dilation=2),
-    "stride 2 that reaches no even row": depthwise(1, 16, 9, 10, (2, 2), stride=2, padding=1, dilation=2),
+    "stride 2 that reaches no even row": depthwise(
+        1, 16, 9, 10, (2, 2), stride=2, padding=1, dilation=2
+    ),
     "even filter, same": depthwise(1, 16, 7, 8, (2, 4), padding="same", dilation=(3, 1)),
     "one pixel": depthwise(4, 16, 1, 1, (3, 3), padding=4, dilation=4),
 }
 
 
 @pytest.mark.parametrize("layout", ["nhwc", "nchw"])
-@pytest.mark.parametrize("name, dtype", [*itertools.product(DEPTHWISE, ["float16"]), *itertools.product(
-    ["VAN", "odd channels", "stride 2, dilation 3", "multiplier 2"], ["bfloat16", "float32", "float64"])])
+@pytest.mark.parametrize(
+    "name, dtype",
+    [
+        *itertools.product(DEPTHWISE, ["float16"]),
+        *itertools.product(
+            ["VAN", "odd channels", "stride 2, dilation 3", "multiplier 2"],
+            ["bfloat16", "float32", "float64"],
+        ),
+    ],
+)
 def test_depthwise(name, dtype, layout, monkeypatch):
     """The direct kernels alone; they read both layouts where they are."""
     launched, call = [], launch.Ready.__call__
-    monkeypatch.setattr(launch.Ready, "__call__", lambda self, tensors: launched.append(self.launch.name) or call(self, tensors))
+    monkeypatch.setattr(
+        launch.Ready,
+        "__call__",
+        lambda self, tensors: launched.append(self.launch.name) or call(self, tensors),
+    )
     check(laid_out(DEPTHWISE[name], layout, dtype))
     assert set(launched) == {"correlate_depthwise", "wgrad_depthwise", "sum_partials"}
 
 
-@pytest.mark.parametrize("change", [{"COLS": 1}, {"COLS": 5}, {"TAPS": 1}, {"TAPS": 2}, {"BLOCK_IMG": 1, "BLOCK_P": 3, "BLOCK_Q": 5},
-                                    {"BLOCK_IMG": 2, "BLOCK_P": 1, "BLOCK_Q": 16}, {"BLOCK_N": 8, "num_warps": 1}, {"num_warps": 8}])
-@pytest.mark.parametrize("name", ["residues on both axes", "stride 2, dilation 3", "dilation beyond the map"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"COLS": 1},
+        {"COLS": 5},
+        {"TAPS": 1},
+        {"TAPS": 2},
+        {"BLOCK_IMG": 1, "BLOCK_P": 3, "BLOCK_Q": 5},
+        {"BLOCK_IMG": 2, "BLOCK_P": 1, "BLOCK_Q": 16},
+        {"BLOCK_N": 8, "num_warps": 1},
+        {"num_warps": 8},
+    ],
+)
+@pytest.mark.parametrize(
+    "name", ["residues on both axes", "stride 2, dilation 3", "dilation beyond the map"]
+)
 def test_every_depthwise_tile(name, change):
     p = DEPTHWISE[name]
     for pass_ in PASSES:
@@ -345,7 +519,11 @@ def test_depthwise_wgrad_sums_every_share(rows, split):
     """More shares than boxes, more rows than the filter has left."""
     for name in ("residues on both axes", "odd channels", "dilation beyond the map"):
         p = DEPTHWISE[name]
-        check(p, ["wgrad"], [replace(cost_model.best(p, "wgrad", drivers.target()), ROWS=rows, SPLIT_K=split)])
+        check(
+            p,
+            ["wgrad"],
+            [replace(cost_model.best(p, "wgrad", drivers.target()), ROWS=rows, SPLIT_K=split)],
+        )
 
 
 @pytest.mark.parametrize("layout", ["nhwc", "nchw"])
@@ -358,17 +536,27 @@ def test_depthwise_reruns_are_bit_identical(pass_, layout):
 
 
 def test_depthwise_reads_both_layouts_in_place(monkeypatch):
-    """No copy of a tensor that has the result's layout, channels_last or not; others are brought into it."""
+    """No copy of a tensor that has the result's layout, channels_last or not; others are brought
+    into it."""
     for layout, fmt in launch.FORMATS.items():
         p = laid_out(DEPTHWISE["residues on both axes"], layout)
-        x, w, bias, dy = (t.contiguous(memory_format=fmt) if t.dim() == 4 else t for t in testing.random_tensors(p, kernel_device(), 0))
+        x, w, bias, dy = (
+            t.contiguous(memory_format=fmt) if t.dim() == 4 else t
+            for t in testing.random_tensors(p, kernel_device(), 0)
+        )
         read, call = set(), launch.Ready.__call__
         with monkeypatch.context() as patch:
-            patch.setattr(launch.Ready, "__call__", lambda self, ts: read.update(t.data_ptr() for t in ts.values()) or call(self, ts))  # noqa: B023
+            patch.setattr(
+                launch.Ready,
+                "__call__",
+                lambda self, ts: read.update(t.data_ptr() for t in ts.values()) or call(self, ts),
+            )
             check(p, tensors=(x, w, bias, dy))
         assert {t.data_ptr() for t in (x, w, bias, dy)} <= read
         other = next(f for f in launch.FORMATS.values() if f is not fmt)
-        for got in check(p, tensors=(x.contiguous(memory_format=other), w, bias, dy[:, :, :, :1].expand_as(dy))):
+        for got in check(
+            p, tensors=(x.contiguous(memory_format=other), w, bias, dy[:, :, :, :1].expand_as(dy))
+        ):
             assert got.is_contiguous(memory_format=fmt)
 
 
@@ -380,16 +568,39 @@ def test_depthwise_of_a_misaligned_tensor():
         flat = torch.empty(t.numel() + 1, dtype=t.dtype, device=t.device)[1:]
         n, c, h, w_ = t.shape
         return flat.view(n, h, w_, c).permute(0, 3, 1, 2).copy_(t)
+
     check(p, tensors=(shifted(x), w, bias, shifted(dy)))
 
 
 @pytest.mark.skipif(not drivers.interpreted(), reason="counts the interpreter's loads and stores")
-@pytest.mark.parametrize("name, layout", [("odd channels", "nchw"), *((name, "nhwc") for name in (
-    "VAN", "stride 2, dilation 3", "stride 2, dilation 2", "dilation beyond the map", "multiplier 2", "13 taps in a row"))])
+@pytest.mark.parametrize(
+    "name, layout",
+    [
+        ("odd channels", "nchw"),
+        *(
+            (name, "nhwc")
+            for name in (
+                "VAN",
+                "stride 2, dilation 3",
+                "stride 2, dilation 2",
+                "dilation beyond the map",
+                "multiplier 2",
+                "13 taps in a row",
+            )
+        ),
+    ],
+)
 def test_bytes_of_depthwise_layers(name, layout, monkeypatch):
-    """config.moved_bytes, which the sweep reports, against the bytes that the kernels load and store."""
+    """config.moved_bytes, which the sweep reports, against the bytes that the kernels load and
+    store."""
     from triton.runtime.interpreter import InterpreterBuilder
-    p, count, load, store = laid_out(DEPTHWISE[name], layout), 0, InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
+
+    p, count, load, store = (
+        laid_out(DEPTHWISE[name], layout),
+        0,
+        InterpreterBuilder.create_masked_load,
+        InterpreterBuilder.create_masked_store,
+    )
 
     def loading(self, ptrs, mask, *args):
         nonlocal count
@@ -400,6 +611,7 @@ def test_bytes_of_depthwise_layers(name, layout, monkeypatch):
         nonlocal count
         count += mask.data.sum() * ptrs.get_element_ty().primitive_bitwidth // 8
         return store(self, ptrs, value, mask, *args)
+
     monkeypatch.setattr(InterpreterBuilder, "create_masked_load", loading)
     monkeypatch.setattr(InterpreterBuilder, "create_masked_store", storing)
     x, w, _, dy = testing.random_tensors(p, kernel_device(), 0)
@@ -412,17 +624,49 @@ def test_bytes_of_depthwise_layers(name, layout, monkeypatch):
 
 @pytest.mark.skipif(not drivers.interpreted(), reason="counts the interpreter's products")
 @pytest.mark.parametrize("layout", ["nhwc", "nchw"])
-@pytest.mark.parametrize("name", ["VAN", "odd channels", "stride 3x2, dilation 2x4", "dilation beyond the map", "multiplier 2", "13 taps in a row"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "VAN",
+        "odd channels",
+        "stride 3x2, dilation 2x4",
+        "dilation beyond the map",
+        "multiplier 2",
+        "13 taps in a row",
+    ],
+)
 def test_executed_macs_of_depthwise_layers(name, layout, monkeypatch):
     test_executed_macs_are_those_that_run(name, monkeypatch, laid_out(DEPTHWISE[name], layout))
 
 
-TMA = ["aspp", "dilation beyond the map", "padding beyond the extent", "stride 2, dilation 2", "stride 2, dilation 3", "dilations differ", "3x1",
-       "1x3", "49 taps", "ragged channels of 8", "even filter, same", "1x1, dilation 4", "one pixel", "height 1", "many images", "NCHW",
-       "NCHW, strided", "wide groups", "output channels that no descriptor stores"]
-GEOMETRIES |= {"ragged channels of 8": problem((1, 72, 9, 9), (40, 72, 3, 3), padding=2, dilation=2),
-               "wide groups": problem((1, 128, 8, 9), (192, 32, 3, 3), padding=2, dilation=2, groups=4),
-               "output channels that no descriptor stores": problem((2, 32, 8, 9), (21, 32, 3, 3), padding=6, dilation=6)}
+TMA = [
+    "aspp",
+    "dilation beyond the map",
+    "padding beyond the extent",
+    "stride 2, dilation 2",
+    "stride 2, dilation 3",
+    "dilations differ",
+    "3x1",
+    "1x3",
+    "49 taps",
+    "ragged channels of 8",
+    "even filter, same",
+    "1x1, dilation 4",
+    "one pixel",
+    "height 1",
+    "many images",
+    "NCHW",
+    "NCHW, strided",
+    "wide groups",
+    "output channels that no descriptor stores",
+]
+GEOMETRIES |= {
+    "ragged channels of 8": problem((1, 72, 9, 9), (40, 72, 3, 3), padding=2, dilation=2),
+    "wide groups": problem((1, 128, 8, 9), (192, 32, 3, 3), padding=2, dilation=2, groups=4),
+    "output channels that no descriptor stores": problem(
+        (2, 32, 8, 9), (21, 32, 3, 3), padding=6, dilation=6
+    ),
+}
 
 
 @pytest.fixture
@@ -434,20 +678,48 @@ def hopper(monkeypatch):
         pytest.skip(f"{drivers.target()} has no tensor descriptors")
     launched = []
     call = launch.Ready.__call__
-    monkeypatch.setattr(launch.Ready, "__call__", lambda self, tensors: launched.append(self.launch.name) or call(self, tensors))
+    monkeypatch.setattr(
+        launch.Ready,
+        "__call__",
+        lambda self, tensors: launched.append(self.launch.name) or call(self, tensors),
+    )
     return launched
 
 
 def tma_config(pass_, **change):
     tile = {"BLOCK_M": 32} if pass_ == "wgrad" else {"BLOCK_K": 32, "WEIGHT_FIRST": True}
-    return config.from_json({"kernel": "tma", "BLOCK_IMG": 1, "BLOCK_P": 4, "BLOCK_Q": 8, "BLOCK_N": 64, **tile, "SPLIT_K": 1, "WARP_SPECIALIZE": False,
-                             "num_warps": 4, "num_stages": 2, "maxnreg": None, **change}, pass_)
+    return config.from_json(
+        {
+            "kernel": "tma",
+            "BLOCK_IMG": 1,
+            "BLOCK_P": 4,
+            "BLOCK_Q": 8,
+            "BLOCK_N": 64,
+            **tile,
+            "SPLIT_K": 1,
+            "WARP_SPECIALIZE": False,
+            "num_warps": 4,
+            "num_stages": 2,
+            "maxnreg": None,
+            **change,
+        },
+        pass_,
+    )
 
 
-@pytest.mark.parametrize("name, dtype", [*itertools.product(TMA, ["float16"]), *itertools.product(
-    ["aspp", "ragged channels of 8", "stride 2, dilation 3", "NCHW"], ["bfloat16", "float32"])])
+@pytest.mark.parametrize(
+    "name, dtype",
+    [
+        *itertools.product(TMA, ["float16"]),
+        *itertools.product(
+            ["aspp", "ragged channels of 8", "stride 2, dilation 3", "NCHW"],
+            ["bfloat16", "float32"],
+        ),
+    ],
+)
 def test_descriptors(name, dtype, hopper):
-    """Every geometry that a descriptor can describe, in both operand orders, with and without split reductions and folded images."""
+    """Every geometry that a descriptor can describe, in both operand orders, with and without split
+    reductions and folded images."""
     p = replace(GEOMETRIES[name], dtype=dtype)
     for pass_ in PASSES:
         orders = [{}] if pass_ == "wgrad" else [{"WEIGHT_FIRST": True}, {"WEIGHT_FIRST": False}]
@@ -459,17 +731,27 @@ def test_descriptors(name, dtype, hopper):
                 hopper.clear()
                 check(p, [pass_], [cfg], precision="tf32" if dtype == "float32" else "ieee")
                 assert any(kernel.endswith("_tma") for kernel in hopper)
-            else:                                                        # stride 3 dilation 2 in fprop and wgrad, 21 channels in the backward passes
-                assert name in ("stride 2, dilation 3", "output channels that no descriptor stores"), config.fits(cfg, p, pass_, drivers.target())
+            # stride 3 dilation 2 in fprop and wgrad, 21 channels in the backward passes
+            else:
+                assert name in (
+                    "stride 2, dilation 3",
+                    "output channels that no descriptor stores",
+                ), config.fits(cfg, p, pass_, drivers.target())
 
 
 def test_the_overhang_of_ragged_channels_is_not_multiplied(hopper):
-    """72 channels in blocks of 32: an Inf weight of the next tap must stay one Inf in its own output channel, not become NaN elsewhere."""
+    """72 channels in blocks of 32: an Inf weight of the next tap must stay one Inf in its own
+    output channel, not become NaN elsewhere."""
     p = GEOMETRIES["ragged channels of 8"]
     x, w, bias, dy = testing.random_tensors(p, kernel_device(), 0)
-    w[3, 0, 1, 1] = float("inf")                                         # the pixel's own tap, first channel: behind the overhang of the tap before
+    # the pixel's own tap, first channel: behind the overhang of the tap before
+    w[3, 0, 1, 1] = float("inf")
     y = launch.fprop(p, x, w, bias, tma_config("fprop"))
-    assert torch.equal(y[:, 3] == float("inf"), x[:, 0] > 0) and torch.isfinite(y[:, :3]).all() and torch.isfinite(y[:, 4:]).all()
+    assert (
+        torch.equal(y[:, 3] == float("inf"), x[:, 0] > 0)
+        and torch.isfinite(y[:, :3]).all()
+        and torch.isfinite(y[:, 4:]).all()
+    )
     assert hopper == ["correlate_tma"]
 
 
@@ -477,12 +759,16 @@ def test_the_overhang_of_ragged_channels_is_not_multiplied(hopper):
 def test_descriptors_of_a_misaligned_tensor(hopper, offset):
     """A base that is not a multiple of 16 bytes is copied, not refused."""
     p = problem((1, 32, 7, 7), (16, 32, 3, 3), padding=2, dilation=2)
-    tensors = [t.contiguous(memory_format=torch.channels_last) if t.dim() == 4 else t for t in testing.random_tensors(p, kernel_device(), 0)]
+    tensors = [
+        t.contiguous(memory_format=torch.channels_last) if t.dim() == 4 else t
+        for t in testing.random_tensors(p, kernel_device(), 0)
+    ]
 
     def shifted(t):
         flat = torch.empty(t.numel() + offset, dtype=t.dtype, device=t.device)[offset:]
         n, c, h, w_ = t.shape
         return flat.view(n, h, w_, c).permute(0, 3, 1, 2).copy_(t)
+
     x, w, bias, dy = (shifted(t) if t.dim() == 4 else t for t in tensors)
     for pass_ in PASSES:
         check(p, [pass_], [tma_config(pass_)], tensors=(x, w, bias, dy))
@@ -492,19 +778,28 @@ def test_descriptors_of_a_misaligned_tensor(hopper, offset):
 @pytest.mark.skipif(not drivers.interpreted(), reason="counts the interpreter's matrix products")
 @pytest.mark.parametrize("name", GEOMETRIES)
 def test_executed_macs_are_those_that_run(name, monkeypatch, p=None):
-    """config.executed_macs, which the sweep reports, against a count of the products that the kernels form."""
+    """config.executed_macs, which the sweep reports, against a count of the products that the
+    kernels form."""
     from triton.runtime.interpreter import InterpreterBuilder
-    p, count, create_dot, create_fmul = p or GEOMETRIES[name], 0, InterpreterBuilder.create_dot, InterpreterBuilder.create_fmul
+
+    p, count, create_dot, create_fmul = (
+        p or GEOMETRIES[name],
+        0,
+        InterpreterBuilder.create_dot,
+        InterpreterBuilder.create_fmul,
+    )
 
     def counting(self, a, b, *args):
         nonlocal count
         count += a.data.shape[0] * a.data.shape[1] * b.data.shape[1]
         return create_dot(self, a, b, *args)
 
-    def counting_elements(self, a, b):                                   # the direct kernels multiply floats nowhere else
+    # the direct kernels multiply floats nowhere else
+    def counting_elements(self, a, b):
         nonlocal count
         count += a.data.size
         return create_fmul(self, a, b)
+
     monkeypatch.setattr(InterpreterBuilder, "create_dot", counting)
     monkeypatch.setattr(InterpreterBuilder, "create_fmul", counting_elements)
     for pass_ in PASSES:

@@ -1,4 +1,5 @@
 """The torch boundary: derivatives, fakes, what is launched and what is not."""
+
 import subprocess
 import sys
 from collections import Counter
@@ -17,11 +18,27 @@ from tridil.problem import PASSES, Problem
 
 OPS = {pass_: getattr(torch.ops.tridil, pass_) for pass_ in PASSES}
 CASES = {
-    "dilated": Problem(2, 3, 5, 6, 4, 3, 3, padding=((2, 2), (2, 2)), dilation=(2, 2), dtype="float64"),
-    "strided": Problem(1, 2, 7, 6, 3, 3, 2, (2, 3), ((3, 1), (0, 2)), (3, 2), dtype="float64", layout="nchw"),
+    "dilated": Problem(
+        2, 3, 5, 6, 4, 3, 3, padding=((2, 2), (2, 2)), dilation=(2, 2), dtype="float64"
+    ),
+    "strided": Problem(
+        1, 2, 7, 6, 3, 3, 2, (2, 3), ((3, 1), (0, 2)), (3, 2), dtype="float64", layout="nchw"
+    ),
     "groups": Problem(1, 4, 4, 5, 4, 3, 2, (1, 1), ((2, 2), (2, 2)), (2, 2), 2, dtype="float64"),
     "depthwise": Problem(1, 3, 5, 4, 3, 3, 3, (2, 2), ((2, 2), (2, 2)), (2, 2), 3, dtype="float64"),
-    "dead taps": Problem(1, 2, 3, 3, 2, 3, 3, padding=((9, 9), (9, 9)), dilation=(9, 9), dtype="float64", layout="nchw"),
+    "dead taps": Problem(
+        1,
+        2,
+        3,
+        3,
+        2,
+        3,
+        3,
+        padding=((9, 9), (9, 9)),
+        dilation=(9, 9),
+        dtype="float64",
+        layout="nchw",
+    ),
 }
 
 
@@ -31,7 +48,9 @@ def geometry(p):
 
 def arguments(p, pass_, device, seed=0):
     x, w, bias, dy = testing.random_tensors(p, device, seed)
-    return {"fprop": (x, w, bias), "dgrad": (dy, w, p.x_shape), "wgrad": (dy, x, p.w_shape)}[pass_] + geometry(p)
+    return {"fprop": (x, w, bias), "dgrad": (dy, w, p.x_shape), "wgrad": (dy, x, p.w_shape)}[
+        pass_
+    ] + geometry(p)
 
 
 @pytest.fixture
@@ -49,6 +68,7 @@ def launches(monkeypatch, forget):
     def counted(problem, pass_, *args):
         run = prepare(problem, pass_, *args)
         return lambda *tensors: count.update([pass_]) or run(*tensors)
+
     monkeypatch.setattr(launch, "prepare", counted)
     return count
 
@@ -56,11 +76,24 @@ def launches(monkeypatch, forget):
 @pytest.mark.parametrize("nhwc", [True, False])
 def test_depthwise_wgrad_reads_x_and_dy_as_they_lie(nhwc, launches, monkeypatch, device, seed):
     """(C, 1, R, S) weights lie the same in both memory formats: the pass runs in that of x."""
-    p, seen, prepare = replace(CASES["depthwise"], layout="nhwc" if nhwc else "nchw"), {}, launch.prepare
-    monkeypatch.setattr(launch, "prepare", lambda problem, pass_, *args: seen.update({pass_: problem.layout}) or prepare(problem, pass_, *args))
+    p, seen, prepare = (
+        replace(CASES["depthwise"], layout="nhwc" if nhwc else "nchw"),
+        {},
+        launch.prepare,
+    )
+    monkeypatch.setattr(
+        launch,
+        "prepare",
+        lambda problem, pass_, *args: (
+            seen.update({pass_: problem.layout}) or prepare(problem, pass_, *args)
+        ),
+    )
     x, w, _, dy = testing.random_tensors(p, device, seed)
     memory_format = torch.channels_last if nhwc else torch.contiguous_format
-    x, w = x.contiguous(memory_format=memory_format).requires_grad_(), w.contiguous().requires_grad_()
+    x, w = (
+        x.contiguous(memory_format=memory_format).requires_grad_(),
+        w.contiguous().requires_grad_(),
+    )
     ops.convolve(x, w, None, p).backward(dy.contiguous(memory_format=memory_format))
     assert seen == dict.fromkeys(PASSES, p.layout)
     assert w.grad.is_contiguous()
@@ -72,22 +105,30 @@ def test_derivatives(name, device, seed, poisoned):
     p = CASES[name]
     x, w, bias, _ = (t.requires_grad_() for t in testing.random_tensors(p, device, seed))
     for inputs in ((x, w, bias), (x, w)):
+
         def f(x, w, bias=None):
             return ops.convolve(x, w, bias, p)
+
         assert gradcheck(f, inputs, fast_mode=True) and gradgradcheck(f, inputs, fast_mode=True)
 
 
 def test_derivatives_in_slow_mode(device, seed):
     p = Problem(1, 1, 2, 3, 1, 2, 2, padding=((1, 1), (1, 1)), dilation=(2, 2), dtype="float64")
     inputs = [t.requires_grad_() for t in testing.random_tensors(p, device, seed)[:3]]
-    assert gradcheck(lambda *a: ops.convolve(*a, p), inputs) and gradgradcheck(lambda *a: ops.convolve(*a, p), inputs)
+    assert gradcheck(lambda *a: ops.convolve(*a, p), inputs) and gradgradcheck(
+        lambda *a: ops.convolve(*a, p), inputs
+    )
 
 
 @pytest.mark.parametrize("pass_", PASSES)
 @pytest.mark.parametrize("name", CASES)
 def test_opcheck(name, pass_, device, seed):
     args = arguments(CASES[name], pass_, device, seed)
-    torch.library.opcheck(OPS[pass_].default, args, test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"))
+    torch.library.opcheck(
+        OPS[pass_].default,
+        args,
+        test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"),
+    )
 
 
 @pytest.mark.parametrize("pass_", PASSES)
@@ -96,45 +137,78 @@ def test_ops_are_the_reference_and_fakes_have_their_strides(name, pass_, device,
     p = CASES[name]
     args = arguments(p, pass_, device, seed)
     got = OPS[pass_](*args)
-    error, budget = testing.check(got, getattr(reference, pass_)(p, *args[:2], *([args[2]] if pass_ == "fprop" else [])), p, pass_)
+    error, budget = testing.check(
+        got,
+        getattr(reference, pass_)(p, *args[:2], *([args[2]] if pass_ == "fprop" else [])),
+        p,
+        pass_,
+    )
     assert error <= budget
     with torch._subclasses.FakeTensorMode() as mode:
-        fake = OPS[pass_](*(mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in args))
-    assert (fake.shape, fake.stride(), fake.dtype, fake.device) == (got.shape, got.stride(), got.dtype, got.device)
+        fake = OPS[pass_](
+            *(mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in args)
+        )
+    assert (fake.shape, fake.stride(), fake.dtype, fake.device) == (
+        got.shape,
+        got.stride(),
+        got.dtype,
+        got.device,
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_gradients_have_the_dtype_of_their_tensor(dtype, device, seed):
     p = CASES["groups"]
     x, w, bias, dy = (t.to(dtype).requires_grad_() for t in testing.random_tensors(p, device, seed))
-    for got in torch.autograd.grad(ops.convolve(x, w, bias, replace(p, dtype=str(dtype)[6:])), (x, w, bias), dy):
+    for got in torch.autograd.grad(
+        ops.convolve(x, w, bias, replace(p, dtype=str(dtype)[6:])), (x, w, bias), dy
+    ):
         assert got.dtype == dtype
 
 
-@pytest.mark.parametrize("needs", [(a, b, c) for a in (0, 1) for b in (0, 1) for c in (0, 1)], ids=str)
+@pytest.mark.parametrize(
+    "needs", [(a, b, c) for a in (0, 1) for b in (0, 1) for c in (0, 1)], ids=str
+)
 def test_only_wanted_gradients_are_launched(needs, launches, device, seed):
     p = CASES["dilated"]
-    tensors = [t.requires_grad_(bool(need)) for t, need in zip(testing.random_tensors(p, device, seed), needs)]
+    tensors = [
+        t.requires_grad_(bool(need))
+        for t, need in zip(testing.random_tensors(p, device, seed), needs)
+    ]
     y = ops.convolve(*tensors, p)
     assert launches == Counter(fprop=1) and y.requires_grad == any(needs)
     if any(needs):
         y.sum().backward()
-    assert launches == Counter({k: v for k, v in dict(fprop=1, dgrad=needs[0], wgrad=needs[1]).items() if v})
+    assert launches == Counter(
+        {k: v for k, v in dict(fprop=1, dgrad=needs[0], wgrad=needs[1]).items() if v}
+    )
     assert [t.grad is not None for t in tensors] == [bool(n) for n in needs]
 
 
-@pytest.mark.parametrize("which", [("x",), ("w",), ("bias",), ("x", "w"), ("h",), ("h", "bias")], ids="+".join)
+@pytest.mark.parametrize(
+    "which", [("x",), ("w",), ("bias",), ("x", "w"), ("h",), ("h", "bias")], ids="+".join
+)
 @pytest.mark.parametrize("dim", [1, 2])
 def test_only_gradients_that_are_asked_for_are_launched(which, dim, launches, device, seed):
-    """By torch.autograd.grad and backward(inputs=...), of leaves and of what lies between, though all require one."""
+    """By torch.autograd.grad and backward(inputs=...), of leaves and of what lies between, though
+    all require one."""
     conv, plain = (dilated_conv2d, F.conv2d) if dim == 2 else (dilated_conv1d, F.conv1d)
     shapes = (2, 2, *[5] * dim), (4, 2, *[3] * dim), (4,)
-    x, w, bias = (torch.randn(shape, dtype=torch.float64, device=device, requires_grad=True) for shape in shapes)
+    x, w, bias = (
+        torch.randn(shape, dtype=torch.float64, device=device, requires_grad=True)
+        for shape in shapes
+    )
     tensors = dict(x=x, w=w, bias=bias, h=x * 2)
-    asked, wanted = [tensors[name] for name in which], Counter(fprop=1, dgrad=bool({"x", "h"} & {*which}), wgrad="w" in which)
+    asked, wanted = (
+        [tensors[name] for name in which],
+        Counter(fprop=1, dgrad=bool({"x", "h"} & {*which}), wgrad="w" in which),
+    )
 
     def grads(conv, **kwargs):
-        return torch.autograd.grad(conv(tensors["h"], w, bias, 1, 2, 2, **kwargs).square().sum(), asked, retain_graph=True)
+        return torch.autograd.grad(
+            conv(tensors["h"], w, bias, 1, 2, 2, **kwargs).square().sum(), asked, retain_graph=True
+        )
+
     expected = grads(plain)
     for got, value in zip(grads(conv, backend="triton"), expected):
         torch.testing.assert_close(got, value)
@@ -150,46 +224,81 @@ def test_only_gradients_that_are_asked_for_are_launched(which, dim, launches, de
 
 def test_second_derivatives_that_nobody_asked_for_are_not_launched(launches, device, seed):
     """A gradient penalty: dx, then the gradient of its norm by w alone, or by x alone."""
-    x, w = (torch.randn(shape, dtype=torch.float64, device=device, requires_grad=True) for shape in ((1, 2, 5, 5), (2, 2, 3, 3)))
+    x, w = (
+        torch.randn(shape, dtype=torch.float64, device=device, requires_grad=True)
+        for shape in ((1, 2, 5, 5), (2, 2, 3, 3))
+    )
 
     def penalty(conv, **kwargs):
-        dx, = torch.autograd.grad(conv(x, w, None, 1, 2, 2, **kwargs).pow(3).sum(), x, create_graph=True)
+        (dx,) = torch.autograd.grad(
+            conv(x, w, None, 1, 2, 2, **kwargs).pow(3).sum(), x, create_graph=True
+        )
         return dx.square().sum()
+
     expected = {t: torch.autograd.grad(penalty(F.conv2d), t)[0] for t in (x, w)}
     value = penalty(dilated_conv2d, backend="triton")
     assert launches == dict(fprop=1, dgrad=1)
-    for t, passes in ((w, dict(fprop=1, wgrad=2)), (x, dict(fprop=1, dgrad=1))):
+    for t, wanted in ((w, dict(fprop=1, wgrad=2)), (x, dict(fprop=1, dgrad=1))):
         launches.clear()
         torch.testing.assert_close(torch.autograd.grad(value, t, retain_graph=True)[0], expected[t])
-        assert launches == passes
+        assert launches == wanted
 
 
 @pytest.mark.parametrize("nhwc_w", [False, True])
 @pytest.mark.parametrize("nhwc_x", [False, True])
 @pytest.mark.parametrize("groups, multiplier", [(1, 2), (4, 1), (4, 2)])
-def test_the_weight_gradient_has_the_format_of_the_weight(groups, multiplier, nhwc_x, nhwc_w, device, seed):
-    """Strides of sides of length 1 included, also where C/groups is 1 and both formats are one memory; the fake agrees; it is no view."""
-    x, w = torch.randn(2, 4, 5, 6, device=device), torch.randn(4 * multiplier, 4 // groups, 3, 2, device=device)
-    x = x.contiguous(memory_format=torch.channels_last if nhwc_x else torch.contiguous_format).requires_grad_()
-    w = torch.empty_like(w, memory_format=torch.channels_last if nhwc_w else torch.contiguous_format).copy_(w).requires_grad_()
-    dw, = torch.autograd.grad(dilated_conv2d(x, w, None, 1, 2, 2, groups, backend="triton").square().sum(), w)
-    expected, = torch.autograd.grad(F.conv2d(x, w, None, 1, 2, 2, groups).square().sum(), w)
+def test_the_weight_gradient_has_the_format_of_the_weight(
+    groups, multiplier, nhwc_x, nhwc_w, device, seed
+):
+    """Strides of sides of length 1 included, also where C/groups is 1 and both formats are one
+    memory; the fake agrees; it is no view."""
+    x, w = (
+        torch.randn(2, 4, 5, 6, device=device),
+        torch.randn(4 * multiplier, 4 // groups, 3, 2, device=device),
+    )
+    x = x.contiguous(
+        memory_format=torch.channels_last if nhwc_x else torch.contiguous_format
+    ).requires_grad_()
+    w = (
+        torch.empty_like(
+            w, memory_format=torch.channels_last if nhwc_w else torch.contiguous_format
+        )
+        .copy_(w)
+        .requires_grad_()
+    )
+    (dw,) = torch.autograd.grad(
+        dilated_conv2d(x, w, None, 1, 2, 2, groups, backend="triton").square().sum(), w
+    )
+    (expected,) = torch.autograd.grad(F.conv2d(x, w, None, 1, 2, 2, groups).square().sum(), w)
     torch.testing.assert_close(dw, expected, rtol=1e-3, atol=1e-3)
     assert dw.stride() == w.stride() and not dw._is_view()
-    args = torch.randn(2, 4 * multiplier, 5, 8, device=device), x.detach(), w.shape, (1, 1), (2, 2, 2, 2), (2, 2), groups, nhwc_w
+    args = (
+        torch.randn(2, 4 * multiplier, 5, 8, device=device),
+        x.detach(),
+        w.shape,
+        (1, 1),
+        (2, 2, 2, 2),
+        (2, 2),
+        groups,
+        nhwc_w,
+    )
     with torch._subclasses.FakeTensorMode() as mode:
-        fake = OPS["wgrad"](*(mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in args))
+        fake = OPS["wgrad"](
+            *(mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in args)
+        )
     assert fake.stride() == OPS["wgrad"](*args).stride() == w.stride()
 
 
-RELOADS = {"ops": "for _ in range(2): importlib.reload(tridil.ops)",
-           "all": "for name in sorted(n for n in sys.modules if n.startswith('tridil.') and 'kernels' not in n): importlib.reload(sys.modules[name])",
-           "package": "importlib.reload(tridil)",
-           "deleted": """
+RELOADS = {
+    "ops": "for _ in range(2): importlib.reload(tridil.ops)",
+    "all": "for name in sorted(n for n in sys.modules if n.startswith('tridil.') and 'kernels' not in n): importlib.reload(sys.modules[name])",
+    "package": "importlib.reload(tridil)",
+    "deleted": """
 for name in [n for n in sys.modules if n.split(".")[0] == "tridil"]: del sys.modules[name]
 import gc, tridil
 gc.collect()
-"""}
+""",
+}
 
 
 @pytest.mark.parametrize("how", RELOADS)
@@ -211,7 +320,9 @@ for y in (value, compiled(), tridil.dilated_conv2d(x, w, dilation=2, backend="tr
     torch.testing.assert_close(torch.autograd.grad(y.square().sum(), w)[0], expected)
 torch.testing.assert_close(torch.func.vmap(lambda x: tridil.dilated_conv2d(x, w, dilation=2, backend="triton"))(x[None])[0], y)
 """
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
 
 
@@ -220,7 +331,7 @@ def test_double_backward_launches_what_it_needs(launches, device, seed):
     p = CASES["dilated"]
     x, w, _, dy = testing.random_tensors(p, device, seed)
     x.requires_grad_(), dy.requires_grad_()
-    dx, = torch.autograd.grad(ops.convolve(x, w, None, p), x, dy, create_graph=True)
+    (dx,) = torch.autograd.grad(ops.convolve(x, w, None, p), x, dy, create_graph=True)
     assert launches == Counter(fprop=1, dgrad=1)
     torch.autograd.grad(dx.square().sum(), dy)
     assert launches == Counter(fprop=2, dgrad=1)
@@ -258,14 +369,22 @@ def test_saved_tensors_are_checked_for_changes(device, seed):
 def prepared(monkeypatch, forget):
     """(problem, pass, config, precision) of what is prepared; nothing runs."""
     seen = []
-    monkeypatch.setattr(launch, "prepare", lambda problem, pass_, config, precision, has_bias: seen.append((problem, pass_, config, precision)) or (
-        lambda *tensors: torch.empty(0)))
+    monkeypatch.setattr(
+        launch,
+        "prepare",
+        lambda problem, pass_, config, precision, has_bias: (
+            seen.append((problem, pass_, config, precision)) or (lambda *tensors: torch.empty(0))
+        ),
+    )
     return seen
 
 
 @pytest.mark.parametrize("setting, expected", [("tf32", "tf32"), ("ieee", "ieee")])
 def test_precision_follows_cudnn(setting, expected, prepared, device, seed):
-    before, other = torch.backends.cudnn.conv.fp32_precision, "tf32" if setting == "ieee" else "ieee"
+    before, other = (
+        torch.backends.cudnn.conv.fp32_precision,
+        "tf32" if setting == "ieee" else "ieee",
+    )
     try:
         for precision in (other, setting):
             torch.backends.cudnn.conv.fp32_precision = precision
@@ -273,7 +392,8 @@ def test_precision_follows_cudnn(setting, expected, prepared, device, seed):
                 OPS["fprop"](*arguments(Problem(1, 4, 5, 5, 4, 3, 3, dtype=dtype), "fprop", device))
     finally:
         torch.backends.cudnn.conv.fp32_precision = before
-    assert [row[-1] for row in prepared] == [other, "ieee", expected]                        # float16 does not depend on it: prepared once
+    # float16 does not depend on it: prepared once
+    assert [row[-1] for row in prepared] == [other, "ieee", expected]
 
 
 def test_the_target_reaches_the_config(monkeypatch, prepared, device, seed):
@@ -286,7 +406,8 @@ def test_the_target_reaches_the_config(monkeypatch, prepared, device, seed):
 
 
 def test_launches_under_the_inputs_device(monkeypatch, forget):
-    """The target is that of the input's device, which need not be the current one, and so is the launch's device."""
+    """The target is that of the input's device, which need not be the current one, and so is the
+    launch's device."""
     order = []
 
     class Guard:
@@ -302,11 +423,27 @@ def test_launches_under_the_inputs_device(monkeypatch, forget):
     class OnAnotherDevice(torch.Tensor):
         is_cuda = True
         device = torch.device("cuda", 1)
+
     monkeypatch.setattr(torch.cuda, "device", Guard)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(passes.drivers, "target", lambda: order.append("target") or "cuda:80")
     monkeypatch.setattr(launch, "prepare", lambda *args: lambda *tensors: order.append("launch"))
     x, w = torch.randn(1, 4, 5, 5).as_subclass(OnAnotherDevice), torch.randn(4, 4, 3, 3)
     for _ in range(2):
-        passes.run("fprop", x, w, None, x.shape, w.shape, ((1, 1), (0, 0, 0, 0), (1, 1), 1), False, False)
-    assert order == ["cuda:1", "enter", "target", "exit", "cuda:1", "enter", "launch", "exit", "cuda:1", "enter", "launch", "exit"]
+        passes.run(
+            "fprop", x, w, None, x.shape, w.shape, ((1, 1), (0, 0, 0, 0), (1, 1), 1), False, False
+        )
+    assert order == [
+        "cuda:1",
+        "enter",
+        "target",
+        "exit",
+        "cuda:1",
+        "enter",
+        "launch",
+        "exit",
+        "cuda:1",
+        "enter",
+        "launch",
+        "exit",
+    ]

@@ -1,4 +1,5 @@
 """PyTorch's own conv2d samples and nn.Conv2d cases, through both backends."""
+
 import pytest
 import torch
 from torch import nn
@@ -11,8 +12,8 @@ from tridil import DilatedConv2d, dilated_conv2d
 # those imports forbid setting torch.backends flags in the whole process: allow it again
 torch.backends.flags_frozen.__globals__["__allow_nonbracketed_mutation_flag"] = True
 
-OP, = (op for op in op_db if op.name == "nn.functional.conv2d")
-MODULE, = (info for info in module_db if info.module_cls is nn.Conv2d)
+(OP,) = (op for op in op_db if op.name == "nn.functional.conv2d")
+(MODULE,) = (info for info in module_db if info.module_cls is nn.Conv2d)
 DTYPES = [torch.float32, torch.float64]
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -27,7 +28,16 @@ def close(got, expected):
 
 def gradients(y, tensors):
     wanted = [t for t in tensors if isinstance(t, torch.Tensor) and t.requires_grad]
-    return torch.autograd.grad((y * torch.linspace(-1, 1, y.numel(), dtype=y.dtype, device=y.device).view(y.shape)).sum(), wanted) if wanted else ()
+    return (
+        torch.autograd.grad(
+            (
+                y * torch.linspace(-1, 1, y.numel(), dtype=y.dtype, device=y.device).view(y.shape)
+            ).sum(),
+            wanted,
+        )
+        if wanted
+        else ()
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -58,18 +68,28 @@ def test_samples_that_must_raise(backend, device):
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_module_cases(dtype, training, backend, device):
-    """Constructor, forward (batched and not, every padding and padding mode), and the case's own reference where it has one."""
+    """Constructor, forward (batched and not, every padding and padding mode), and the case's own
+    reference where it has one."""
     count = 0
-    for case in MODULE.module_inputs_func(MODULE, device=device, dtype=dtype, requires_grad=True, training=training):
+    for case in MODULE.module_inputs_func(
+        MODULE, device=device, dtype=dtype, requires_grad=True, training=training
+    ):
         build, call = case.constructor_input, case.forward_input
         kwargs = dict(build.kwargs) | dict(device=device, dtype=dtype)
-        plain, ours = nn.Conv2d(*build.args, **kwargs).train(training), DilatedConv2d(*build.args, **kwargs, backend=backend).train(training)
+        plain, ours = (
+            nn.Conv2d(*build.args, **kwargs).train(training),
+            DilatedConv2d(*build.args, **kwargs, backend=backend).train(training),
+        )
         ours.load_state_dict(plain.state_dict())
         expected, got = plain(*call.args, **call.kwargs), ours(*call.args, **call.kwargs)
         close(got, expected)
         if case.reference_fn is not None:
             close(got, case.reference_fn(ours, *call.args, **call.kwargs))
-        for a, b in zip(gradients(got, (*call.args, *ours.parameters())), gradients(expected, (*call.args, *plain.parameters())), strict=True):
+        for a, b in zip(
+            gradients(got, (*call.args, *ours.parameters())),
+            gradients(expected, (*call.args, *plain.parameters())),
+            strict=True,
+        ):
             close(a, b)
         count += 1
     assert count >= 4

@@ -4,6 +4,7 @@
 in the loop: `prev = stage` before it and `prev = stage` again inside leave prev at its first value. 3.6 waits for each product of fprop's tma tiles
 with 8 warps on sm_90 before it begins the next.
 """
+
 import ast
 import json
 import os
@@ -19,8 +20,8 @@ from tridil.families import tma
 from tridil.problem import PASSES, Problem
 
 P = Problem(4, 256, 64, 64, 256, 3, 3, padding=((2, 2), (2, 2)), dilation=(2, 2))
-# watches the code generator's search for carried variables: what is assigned in a loop, not carried, and entered it as the same value as a variable
-# that is carried
+# watches the code generator's search for carried variables: what is assigned in a loop, not
+# carried, and entered it as the same value as a variable that is carried
 WATCH = """
 import ast, json, sys
 from triton.compiler import code_generator
@@ -40,7 +41,9 @@ def watched(self, node, liveins, *args, **kwargs):
 
 code_generator.CodeGenerator._find_carries = watched
 """
-EVERY_KERNEL = WATCH + """
+EVERY_KERNEL = (
+    WATCH
+    + """
 from dataclasses import replace
 from tridil import aot, config, families
 from tridil.families import hopper
@@ -61,6 +64,7 @@ for p, target in ((even, "cuda:90"), (replace(even, c=136, layout="nchw"), "cuda
                 seen |= set(names)
 print(json.dumps(dict(found=found, loops=loops, kernels=sorted({name for name, *_ in seen}), lacks=hopper.unavailable("cuda:90"))))
 """
+)
 LOST = """
 import triton, triton.language as tl
 
@@ -82,7 +86,9 @@ def kept(out, n):
         prev = stage
         stage += 1
 """
-BAD = WATCH + """
+BAD = (
+    WATCH
+    + """
 import bad
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
@@ -91,10 +97,13 @@ assert not found and loops == 1
 compile(ASTSource(bad.lost, {"out": "*i32", "n": "i32"}), target=GPUTarget("cuda", 90, 32))
 print(json.dumps(found))
 """
+)
 
 
 def run(code, path=None):
-    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_ALWAYS_COMPILE": "1"}
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {
+        "TRITON_ALWAYS_COMPILE": "1"
+    }
     env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(path or ""), *sys.path]))
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
     assert out.returncode == 0, out.stderr
@@ -104,7 +113,16 @@ def run(code, path=None):
 def test_no_kernel_loses_a_variable():
     row = run(EVERY_KERNEL)
     assert not row["found"] and row["loops"] > 50
-    wanted = {"correlate", "correlate_flat", "wgrad", "correlate_tma", "wgrad_tma", "sum_splits", "correlate_depthwise", "wgrad_depthwise"}
+    wanted = {
+        "correlate",
+        "correlate_flat",
+        "wgrad",
+        "correlate_tma",
+        "wgrad_tma",
+        "sum_splits",
+        "correlate_depthwise",
+        "wgrad_depthwise",
+    }
     hopper = {"correlate_hopper", "wgrad_hopper", "add_correlate", "add_wgrad"}
     assert set(row["kernels"]) >= wanted | (hopper if row["lacks"] is None else set())
 
@@ -117,13 +135,17 @@ def test_the_watch_sees_it(tmp_path):
 def test_no_tile_of_eight_warps_where_it_is_serialised(monkeypatch):
     def warps(pass_, target="cuda:90"):
         return {cfg.num_warps for cfg in config.candidates(P, pass_, target) if cfg.kernel == "tma"}
+
     for version, fprop in (((3, 6), {4}), ((3, 7), {4, 8}), ((), {4, 8})):
         monkeypatch.setattr(tma, "triton_version", lambda version=version: version)
-        assert warps("fprop") == fprop and warps("dgrad") == warps("wgrad") == warps("fprop", "cuda:100") == {4, 8}
+        assert warps("fprop") == fprop and warps("dgrad") == warps("wgrad") == warps(
+            "fprop", "cuda:100"
+        ) == {4, 8}
 
 
 def test_products_of_offered_tiles_overlap():
-    """Each large tma tile of sm_90 has one product in flight while the next boxes arrive, in this version of Triton."""
+    """Each large tma tile of sm_90 has one product in flight while the next boxes arrive, in this
+    version of Triton."""
     rows = run("""
 import json
 from tridil import aot, config, sass

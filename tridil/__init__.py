@@ -1,4 +1,6 @@
-"""Triton kernels for dilated (atrous) convolution: `dilated_conv2d` is `F.conv2d`, `DilatedConv2d` is `nn.Conv2d`, `convert` a whole model."""
+"""Triton kernels for dilated (atrous) convolution: `dilated_conv2d` is `F.conv2d`, `DilatedConv2d`
+is `nn.Conv2d`, `convert` a whole model."""
+
 from .convert import convert, revert, scan
 from .functional import dilated_conv1d, dilated_conv2d
 from .module import DilatedConv1d, DilatedConv2d
@@ -7,4 +9,15 @@ from .tuner import tune
 from .verdict import explain
 
 __version__ = "0.1.0"
-__all__ = ["DilatedConv1d", "DilatedConv2d", "Problem", "convert", "dilated_conv1d", "dilated_conv2d", "explain", "revert", "scan", "tune"]
+__all__ = [
+    "DilatedConv1d",
+    "DilatedConv2d",
+    "Problem",
+    "convert",
+    "dilated_conv1d",
+    "dilated_conv2d",
+    "explain",
+    "revert",
+    "scan",
+    "tune",
+]

@@ -1,4 +1,6 @@
-"""The command line: `python -m tridil info | explain | aot | tune | cache` (also the console script `tridil`)."""
+"""The command line: `python -m tridil info | explain | aot | tune | cache` (also the console script
+`tridil`)."""
+
 from __future__ import annotations
 
 import argparse
@@ -23,16 +25,28 @@ def info(args) -> int:
     """Versions, devices, target and backends."""
     try:
         import triton
+
         triton_version = triton.__version__
     except ImportError:
         triton_version = "not installed"
     small = Problem(1, 16, 8, 8, 16, 3, 3, dilation=(2, 2))
-    print(f"tridil {__version__}  python {platform.python_version()}  torch {torch.__version__}  triton {triton_version}")
+    print(
+        f"tridil {__version__}  python {platform.python_version()}  torch {torch.__version__}  triton {triton_version}"
+    )
     print(f"target {drivers.target()}{' (interpreted)' if drivers.interpreted() else ''}")
-    devices = [torch.device("cpu"), *(torch.device("cuda", i) for i in range(torch.cuda.device_count()))]
+    devices = [
+        torch.device("cpu"),
+        *(torch.device("cuda", i) for i in range(torch.cuda.device_count())),
+    ]
     for device in devices:
-        name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-        print(f"{str(device):8} {name}: auto runs {drivers.choose(small, device)}; triton {drivers.can_run(small, device) or 'can run'}")
+        name = (
+            torch.cuda.get_device_name(device)
+            if device.type == "cuda"
+            else platform.processor() or platform.machine()
+        )
+        print(
+            f"{str(device):8} {name}: auto runs {drivers.choose(small, device)}; triton {drivers.can_run(small, device) or 'can run'}"
+        )
         if device.type == "cuda":
             print(f"         {measured_on(name)}")
     return 0
@@ -41,18 +55,35 @@ def info(args) -> int:
 def measured_on(name: str) -> str:
     """What was measured on a GPU of that name, and what to run next."""
     target, counts = drivers.target(), []
-    for table, entries in (("your cache", cache.user(target)), ("the shipped table", cache.shipped(target))):
+    for table, entries in (
+        ("your cache", cache.user(target)),
+        ("the shipped table", cache.shipped(target)),
+    ):
         records = [records[name] for records in entries.values() if name in records]
         fresh = sum(map(cache.is_fresh, records))
-        counts += [(f"{fresh} passes in {table}" + (f" and {len(records) - fresh} by other sources, which are hints" if fresh < len(records) else ""), fresh)]
+        counts += [
+            (
+                f"{fresh} passes in {table}"
+                + (
+                    f" and {len(records) - fresh} by other sources, which are hints"
+                    if fresh < len(records)
+                    else ""
+                ),
+                fresh,
+            )
+        ]
     known = sum(fresh for _, fresh in counts)
-    advice = "" if known else "; until then tiles and backend are predicted. To measure: python -m tridil tune --suite deeplab, or --model package.module:factory"
+    advice = (
+        ""
+        if known
+        else "; until then tiles and backend are predicted. To measure: python -m tridil tune --suite deeplab, or --model package.module:factory"
+    )
     return f"measured: {', '.join(text for text, _ in counts)} ({cache.path(target)}){advice}"
 
 
 def parse_shape(text: str, dtype: str = "float16", layout: str = "nhwc") -> Problem:
-    """Problem of e.g. "n=4 c=256 h=60 w=60 k=256 r=3 d=12": also s, stride, pad, g; pairs as "d=12,6"; pad defaults to d*(r-1)//2, of four numbers
-    they are top, bottom, left, right.
+    """Problem of e.g. "n=4 c=256 h=60 w=60 k=256 r=3 d=12": also s, stride, pad, g; pairs as
+    "d=12,6"; pad defaults to d*(r-1)//2, of four numbers they are top, bottom, left, right.
 
     Raises ValueError for unknown or missing names.
     """
@@ -66,8 +97,13 @@ def parse_shape(text: str, dtype: str = "float16", layout: str = "nhwc") -> Prob
     unknown = set(values) - set("n c h w k r s d g stride pad".split())
     missing = set("c h w k".split()) - set(values)
     if unknown or missing:
-        raise ValueError(f"shape {text!r} has unknown names {sorted(unknown)} and lacks {sorted(missing)}: use n c h w k r s d g stride pad")
-    one = {name: values.get(name, (default,))[0] for name, default in (("n", 1), ("c", 0), ("h", 0), ("w", 0), ("k", 0), ("r", 3), ("g", 1))}
+        raise ValueError(
+            f"shape {text!r} has unknown names {sorted(unknown)} and lacks {sorted(missing)}: use n c h w k r s d g stride pad"
+        )
+    one = {
+        name: values.get(name, (default,))[0]
+        for name, default in (("n", 1), ("c", 0), ("h", 0), ("w", 0), ("k", 0), ("r", 3), ("g", 1))
+    }
     s = values.get("s", (one["r"],))[0]
     dilation, stride = values.get("d", (1,)), values.get("stride", (1,))
     d_h, d_w = dilation[0], dilation[-1]
@@ -75,20 +111,37 @@ def parse_shape(text: str, dtype: str = "float16", layout: str = "nhwc") -> Prob
     if one["g"] < 1 or one["c"] % one["g"]:
         raise ValueError(f"c (={one['c']}) must be a multiple of g (={one['g']})")
     four = len(pad) == 4
-    problem = problem_of((one["n"], one["c"], one["h"] + four * sum(pad[:2]), one["w"] + four * sum(pad[2:])),
-                         (one["k"], one["c"] // one["g"], one["r"], s), None, stride, 0 if four else pad, dilation, one["g"], dtype, layout)
+    problem = problem_of(
+        (one["n"], one["c"], one["h"] + four * sum(pad[:2]), one["w"] + four * sum(pad[2:])),
+        (one["k"], one["c"] // one["g"], one["r"], s),
+        None,
+        stride,
+        0 if four else pad,
+        dilation,
+        one["g"],
+        dtype,
+        layout,
+    )
     return replace(problem, h=one["h"], w=one["w"], padding=(pad[:2], pad[2:])) if four else problem
 
 
 def explain(args) -> int:
     """What runs for one layer, and why."""
     problem = parse_shape(args.shape, args.dtype, args.layout)
-    print(verdict.text_of(problem, torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu")), args.backend, args.target))
+    print(
+        verdict.text_of(
+            problem,
+            torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu")),
+            args.backend,
+            args.target,
+        )
+    )
     return 0
 
 
 def tune(args) -> int:
-    """Measures the fastest configs of a suite, a layer or a model on this GPU and keeps them; under torchrun each rank measures its part."""
+    """Measures the fastest configs of a suite, a layer or a model on this GPU and keeps them; under
+    torchrun each rank measures its part."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     if args.model:
@@ -96,26 +149,45 @@ def tune(args) -> int:
         sys.path.insert(0, os.getcwd())
         factory = getattr(importlib.import_module(module), name, None) if name else None
         if not callable(factory):
-            raise ValueError(f"--model takes package.module:factory, a function that returns (module, inputs), got {args.model!r}")
+            raise ValueError(
+                f"--model takes package.module:factory, a function that returns (module, inputs), got {args.model!r}"
+            )
         subject = factory()
         if not isinstance(subject, tuple) or len(subject) != 2:
-            raise ValueError(f"{args.model} must return (module, inputs), got {type(subject).__name__}")
-        subject = (subject[0], *(subject[1] if isinstance(subject[1], (tuple, list)) else [subject[1]]))
+            raise ValueError(
+                f"{args.model} must return (module, inputs), got {type(subject).__name__}"
+            )
+        subject = (
+            subject[0],
+            *(subject[1] if isinstance(subject[1], (tuple, list)) else [subject[1]]),
+        )
     elif args.shape:
         subject = ([parse_shape(args.shape, args.dtype, args.layout)],)
     else:
         subject = ([w.problem for w in workloads.suite(args.suite, args.dtype, args.layout)],)
     try:
-        rows = tuner.tune(*subject, passes=args.passes.split(","), top=args.top, budget=args.budget, force=args.force)
+        rows = tuner.tune(
+            *subject,
+            passes=args.passes.split(","),
+            top=args.top,
+            budget=args.budget,
+            force=args.force,
+        )
     except RuntimeError as e:
         print(f"tridil tune: {e}", file=sys.stderr)
         return 1
     rows = tuner.rows_of_all_ranks(rows)
     if int(os.environ.get("RANK", 0)) == 0:
         for row in rows:
-            result = "every candidate was rejected" if row["config"] is None else f"{row['ms']:.4f} ms {cfg.describe(row['config'])}"
-            print(f"{row['problem'].key()} | {row['pass']}: {result}; ATen {row['aten_ms'] or float('nan'):.4f} ms; {row['tried']} tried, "
-                  f"{len(row['rejected'])} rejected")
+            result = (
+                "every candidate was rejected"
+                if row["config"] is None
+                else f"{row['ms']:.4f} ms {cfg.describe(row['config'])}"
+            )
+            print(
+                f"{row['problem'].key()} | {row['pass']}: {result}; ATen {row['aten_ms'] or float('nan'):.4f} ms; {row['tried']} tried, "
+                f"{len(row['rejected'])} rejected"
+            )
         print(f"{len(rows)} measured, kept in {cache.path(drivers.target())}")
     return int(any(row["config"] is None for row in rows))
 
@@ -128,7 +200,9 @@ def show_cache(args) -> int:
                 raise ValueError(f"there is no file {file}")
             target, entries = cache.load(file)
             kept = cache.add(target, entries)
-            print(f"{file}: {len(entries)} entries for {target} {'merged into' if kept else 'could not be written to'} {cache.path(target)}")
+            print(
+                f"{file}: {len(entries)} entries for {target} {'merged into' if kept else 'could not be written to'} {cache.path(target)}"
+            )
             if not kept:
                 return 1
         return 0
@@ -142,8 +216,10 @@ def show_cache(args) -> int:
         return 0
     for key, records in entries.items():
         for device, r in records.items():
-            print(f"{key} | {device}: {r['ms']:.4f} ms, ATen {r.get('aten_ms') or float('nan'):.4f} ms | {written(r['config'])} | {r['date'][:10]}"
-                  f"{'' if cache.is_fresh(r) else ' (stale: a hint only)'}")
+            print(
+                f"{key} | {device}: {r['ms']:.4f} ms, ATen {r.get('aten_ms') or float('nan'):.4f} ms | {written(r['config'])} | {r['date'][:10]}"
+                f"{'' if cache.is_fresh(r) else ' (stale: a hint only)'}"
+            )
     print(f"{len(entries)} entries for {target} in {cache.path(target)} and the shipped table")
     return 0
 
@@ -151,7 +227,9 @@ def show_cache(args) -> int:
 def written(config: dict) -> str:
     """`config.describe` of a config as files have it."""
     try:
-        return cfg.describe(cfg.from_json(config, "wgrad" if "BLOCK_M" in config or "ROWS" in config else "fprop"))
+        return cfg.describe(
+            cfg.from_json(config, "wgrad" if "BLOCK_M" in config or "ROWS" in config else "fprop")
+        )
     except ValueError as e:
         return f"not of this version ({e})"
 
@@ -169,61 +247,151 @@ def seconds(text: str) -> float:
 
 
 def aot(args) -> int:
-    """Compiles the default kernels of a suite or a shape for a target and reads the machine code; status 1 when one spills or exceeds a limit."""
+    """Compiles the default kernels of a suite or a shape for a target and reads the machine code;
+    status 1 when one spills or exceeds a limit."""
     import pandas as pd
 
     target = args.target or drivers.target()
-    layers = [(args.shape, parse_shape(args.shape, args.dtype))] if args.shape else \
-        [(w.name, w.problem) for w in workloads.suite(args.suite, args.dtype)]
+    layers = (
+        [(args.shape, parse_shape(args.shape, args.dtype))]
+        if args.shape
+        else [(w.name, w.problem) for w in workloads.suite(args.suite, args.dtype)]
+    )
     if args.save:
         Path(args.save).mkdir(parents=True, exist_ok=True)
-    # the format of the results as layers give it: dw that of nn.Conv2d's weight, which with one channel per group is that of x
-    jobs = [(name, replace(p, layout="nchw" if pass_ == "wgrad" and p.c > p.groups else "nhwc"), pass_)
-            for name, p in layers for pass_ in args.passes.split(",")]
+    # the format of the results as layers give it: dw that of nn.Conv2d's weight, which with one
+    # channel per group is that of x
+    jobs = [
+        (name, replace(p, layout="nchw" if pass_ == "wgrad" and p.c > p.groups else "nhwc"), pass_)
+        for name, p in layers
+        for pass_ in args.passes.split(",")
+    ]
     rows = report(jobs, target, args.save)
     if args.json:
         Path(args.json).write_text(json.dumps(rows, indent=1))
-    bad = [row for row in rows if row.get("failure") or row["spills"] or row["shared_bytes"] > devices.of_target(target).limits[1]]
-    frame = pd.DataFrame([dict(row, layer=row["layer"][:40], config=written(row["config"]) if row.get("config") else "", loads=str(row.get("loads")),
-                               **{"executed/useful": round(row.get("executed_macs", 0) / row["useful_macs"], 3)}) for row in rows])
-    columns = ("layer", "pass", "kernel", "config", "registers", "spills", "shared_bytes", "ctas_per_sm", "mma", "loop_instructions", "per_fma",
-               "overhead", "cutlass", "bound", "limiter", "l2_bytes_per_fma", "loads", "executed/useful", "failure")
-    with pd.option_context("display.width", None, "display.max_columns", None, "display.max_rows", None, "display.max_colwidth", 90):
-        print(frame[[name for name in columns if name in frame]].astype(object).fillna("").to_string(index=False))
-    print(f"{len(rows)} kernels for {target}, {len(bad)} that spill, exceed a limit or fail\noverhead: warp instructions of the main loop that are "
-          "not products, per 2048 FMA; cutlass: the same of CUTLASS 4.2. All figures are static, none is a time")
+    bad = [
+        row
+        for row in rows
+        if row.get("failure")
+        or row["spills"]
+        or row["shared_bytes"] > devices.of_target(target).limits[1]
+    ]
+    frame = pd.DataFrame(
+        [
+            dict(
+                row,
+                layer=row["layer"][:40],
+                config=written(row["config"]) if row.get("config") else "",
+                loads=str(row.get("loads")),
+                **{"executed/useful": round(row.get("executed_macs", 0) / row["useful_macs"], 3)},
+            )
+            for row in rows
+        ]
+    )
+    columns = (
+        "layer",
+        "pass",
+        "kernel",
+        "config",
+        "registers",
+        "spills",
+        "shared_bytes",
+        "ctas_per_sm",
+        "mma",
+        "loop_instructions",
+        "per_fma",
+        "overhead",
+        "cutlass",
+        "bound",
+        "limiter",
+        "l2_bytes_per_fma",
+        "loads",
+        "executed/useful",
+        "failure",
+    )
+    with pd.option_context(
+        "display.width",
+        None,
+        "display.max_columns",
+        None,
+        "display.max_rows",
+        None,
+        "display.max_colwidth",
+        90,
+    ):
+        print(
+            frame[[name for name in columns if name in frame]]
+            .astype(object)
+            .fillna("")
+            .to_string(index=False)
+        )
+    print(
+        f"{len(rows)} kernels for {target}, {len(bad)} that spill, exceed a limit or fail\noverhead: warp instructions of the main loop that are "
+        "not products, per 2048 FMA; cutlass: the same of CUTLASS 4.2. All figures are static, none is a time"
+    )
     return int(len(bad) > 0)
 
 
 def main(argv=None) -> int:
-    parser = argparse.ArgumentParser(prog="tridil", description="Triton kernels for dilated convolution")
+    parser = argparse.ArgumentParser(
+        prog="tridil", description="Triton kernels for dilated convolution"
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("info", help=info.__doc__).set_defaults(run=info)
     for name, run in (("explain", explain), ("aot", aot), ("tune", tune)):
         sub = commands.add_parser(name, help=run.__doc__)
         sub.set_defaults(run=run)
-        sub.add_argument("--shape", required=name == "explain", help='e.g. "n=4 c=256 h=60 w=60 k=256 r=3 d=12"; also s, stride, pad, g')
-        sub.add_argument("--dtype", default="float16", choices=("float16", "bfloat16", "float32", "float64"))
+        sub.add_argument(
+            "--shape",
+            required=name == "explain",
+            help='e.g. "n=4 c=256 h=60 w=60 k=256 r=3 d=12"; also s, stride, pad, g',
+        )
+        sub.add_argument(
+            "--dtype", default="float16", choices=("float16", "bfloat16", "float32", "float64")
+        )
         if name != "aot":
-            sub.add_argument("--layout", default="nhwc", choices=("nhwc", "nchw"), help="memory format of the results")
+            sub.add_argument(
+                "--layout",
+                default="nhwc",
+                choices=("nhwc", "nchw"),
+                help="memory format of the results",
+            )
         if name != "tune":
-            sub.add_argument("--target", help="like cuda:80, cuda:90, hip:gfx942 (default: the active driver's, or TRIDIL_TARGET)")
+            sub.add_argument(
+                "--target",
+                help="like cuda:80, cuda:90, hip:gfx942 (default: the active driver's, or TRIDIL_TARGET)",
+            )
         if name != "explain":
-            sub.add_argument("--suite", default="quick", help="suite of tridil.workloads: " + ", ".join(SUITES))
+            sub.add_argument(
+                "--suite", default="quick", help="suite of tridil.workloads: " + ", ".join(SUITES)
+            )
             sub.add_argument("--passes", default=",".join(PASSES))
     commands.choices["explain"].add_argument("--backend", default="auto", choices=drivers.BACKENDS)
-    commands.choices["explain"].add_argument("--device", help="torch device of the tensors (default: cuda if there is one)")
+    commands.choices["explain"].add_argument(
+        "--device", help="torch device of the tensors (default: cuda if there is one)"
+    )
     commands.choices["aot"].add_argument("--json", help="write the rows to this file")
     commands.choices["aot"].add_argument("--save", help="keep PTX and SASS in this folder")
     sub = commands.choices["tune"]
-    sub.add_argument("--model", help="package.module:factory, a function that returns (module, inputs): its convolutions are measured")
+    sub.add_argument(
+        "--model",
+        help="package.module:factory, a function that returns (module, inputs): its convolutions are measured",
+    )
     sub.add_argument("--top", type=int, default=8, help="candidates a pass, the cost model's best")
-    sub.add_argument("--budget", type=seconds, help="stop after this time, e.g. 60s or 10m; the same command goes on from there")
+    sub.add_argument(
+        "--budget",
+        type=seconds,
+        help="stop after this time, e.g. 60s or 10m; the same command goes on from there",
+    )
     sub.add_argument("--force", action="store_true", help="measure again what was measured")
     sub = commands.add_parser("cache", help=show_cache.__doc__)
     sub.set_defaults(run=show_cache)
     sub.add_argument("action", nargs="?", default="show", choices=("show", "merge", "export"))
-    sub.add_argument("files", nargs="*", help="merge: tables to merge into this user's; export: the file to write")
+    sub.add_argument(
+        "files",
+        nargs="*",
+        help="merge: tables to merge into this user's; export: the file to write",
+    )
     sub.add_argument("--target", help="like cuda:90 (default: the active driver's)")
     args = parser.parse_args(argv)
     try:

@@ -1,4 +1,6 @@
-"""Ahead-of-time evidence: compile the kernels of a pass for any target, without a GPU, and read what came out."""
+"""Ahead-of-time evidence: compile the kernels of a pass for any target, without a GPU, and read
+what came out."""
+
 from __future__ import annotations
 
 import multiprocessing
@@ -18,23 +20,52 @@ from . import cost_model, drivers, families, sass
 from .families import Config
 from .problem import DTYPE_BYTES, Problem
 
-# overhead of CUTLASS 4.2's implicit GEMM convolution (BSD-3, compiled with nvcc; 3x3, fp16, C = 256), best of its tiles, counted the same way
-CUTLASS = {("fprop", "cuda:80"): 1.62, ("dgrad", "cuda:80"): 1.61, ("wgrad", "cuda:80"): 2.64, ("fprop", "cuda:90"): 0.45, ("dgrad", "cuda:90"): 0.45,
-           ("fprop", "cuda:100"): 0.05, ("dgrad", "cuda:100"): 0.05, ("wgrad", "cuda:100"): 0.05}
-LOOP = ("loop_instructions", "overhead", "loop_ldsm", "bound", "limiter", "l2_bytes_per_fma", "per_fma")
+# overhead of CUTLASS 4.2's implicit GEMM convolution (BSD-3, compiled with nvcc; 3x3, fp16, C =
+# 256), best of its tiles, counted the same way
+CUTLASS = {
+    ("fprop", "cuda:80"): 1.62,
+    ("dgrad", "cuda:80"): 1.61,
+    ("wgrad", "cuda:80"): 2.64,
+    ("fprop", "cuda:90"): 0.45,
+    ("dgrad", "cuda:90"): 0.45,
+    ("fprop", "cuda:100"): 0.05,
+    ("dgrad", "cuda:100"): 0.05,
+    ("wgrad", "cuda:100"): 0.05,
+}
+LOOP = (
+    "loop_instructions",
+    "overhead",
+    "loop_ldsm",
+    "bound",
+    "limiter",
+    "l2_bytes_per_fma",
+    "per_fma",
+)
 _TYPES = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32", "float64": "fp64"}
 
 
-def sources(problem: Problem, pass_: str, config: Config, target: str, precision: str = "tf32", has_bias: bool = False) -> list:
-    """[(Launch, triton's ASTSource)] of one pass, specialised as the JIT specialises it; pointers are taken as 16-byte aligned.
+def sources(
+    problem: Problem,
+    pass_: str,
+    config: Config,
+    target: str,
+    precision: str = "tf32",
+    has_bias: bool = False,
+) -> list:
+    """[(Launch, triton's ASTSource)] of one pass, specialised as the JIT specialises it; pointers
+    are taken as 16-byte aligned.
 
-    Raises ValueError when config does not fit, RuntimeError when Triton interprets kernels in this process.
+    Raises ValueError when config does not fit, RuntimeError when Triton interprets kernels in this
+    process.
     """
     from triton.compiler import ASTSource
 
     from . import launch  # imports Triton
+
     if drivers.interpreted():
-        raise RuntimeError("kernels cannot be compiled in a process that interprets them: unset TRITON_INTERPRET")
+        raise RuntimeError(
+            "kernels cannot be compiled in a process that interprets them: unset TRITON_INTERPRET"
+        )
     reason = cfg.fits(config, problem, pass_, target)
     if reason:
         raise ValueError(f"config {config} does not fit {pass_} of {problem.key()}: {reason}")
@@ -42,9 +73,17 @@ def sources(problem: Problem, pass_: str, config: Config, target: str, precision
     element, partial = _TYPES[problem.dtype], "fp64" if problem.dtype == "float64" else "fp32"
     out = []
     for item in launch.plan(problem, pass_, config, precision, has_bias):
-        fn, scalars, constants = launch.kernel_of(item), dict(item.scalars), dict(launch.constexprs(item.constexprs))
-        tensors = {name: (partial if role == "partials" else element, box) for name, role, box in item.tensors}
-        signature, attrs = {}, {}                              # written as the JIT writes them: Triton's cache is keyed by their text
+        fn, scalars, constants = (
+            launch.kernel_of(item),
+            dict(item.scalars),
+            dict(launch.constexprs(item.constexprs)),
+        )
+        tensors = {
+            name: (partial if role == "partials" else element, box)
+            for name, role, box in item.tensors
+        }
+        # written as the JIT writes them: Triton's cache is keyed by their text
+        signature, attrs = {}, {}
         for i, (name, parameter) in enumerate(zip(fn.arg_names, fn.params)):
             if name in constants:
                 signature[name], attrs[(i,)] = "constexpr", []
@@ -55,78 +94,125 @@ def sources(problem: Problem, pass_: str, config: Config, target: str, precision
                 elif box.swizzle is None:
                     signature[name] = f"tensordesc<{type_}[{', '.join(map(str, box.block))}]>"
                 else:
-                    signature[name] = f"tensordesc<{type_}[{','.join(map(str, box.block))}],{launch.shared_layout(box, int(type_[2:]))!r}>"
+                    signature[name] = (
+                        f"tensordesc<{type_}[{','.join(map(str, box.block))}],{launch.shared_layout(box, int(type_[2:]))!r}>"
+                    )
                 if not box:
                     attrs[(i,)] = [["tt.divisibility", 16]]
             elif scalars[name] == 1 and not parameter.do_not_specialize:
                 signature[name], constants[name], attrs[(i,)] = "constexpr", 1, []
             else:
-                signature[name] = "i32" if -2**31 <= scalars[name] < 2**31 else "i64"
+                signature[name] = "i32" if -(2**31) <= scalars[name] < 2**31 else "i64"
                 if not parameter.do_not_specialize:
-                    divisible = scalars[name] % 16 == 0 and not parameter.do_not_specialize_on_alignment
+                    divisible = (
+                        scalars[name] % 16 == 0 and not parameter.do_not_specialize_on_alignment
+                    )
                     attrs[(i,)] = [["tt.divisibility", 16]] if divisible else []
         constexprs = {(fn.arg_names.index(name),): value for name, value in constants.items()}
-        out.append((item, (gluon_source() if fn.is_gluon() else ASTSource)(fn, signature, constexprs=constexprs, attrs=attrs)))
+        out.append(
+            (
+                item,
+                (gluon_source() if fn.is_gluon() else ASTSource)(
+                    fn, signature, constexprs=constexprs, attrs=attrs
+                ),
+            )
+        )
     return out
 
 
 def gluon_source() -> type:
     from triton.experimental.gluon._runtime import GluonASTSource
+
     return GluonASTSource
 
 
 def compile_source(source, options, target: str):
-    """triton's CompiledKernel of an ASTSource for `target`, like "cuda:90" or "hip:gfx942"; from Triton's cache when it was compiled before."""
+    """triton's CompiledKernel of an ASTSource for `target`, like "cuda:90" or "hip:gfx942"; from
+    Triton's cache when it was compiled before."""
     import triton
     from triton.backends.compiler import GPUTarget
+
     backend, _, arch = target.partition(":")
-    gpu = GPUTarget(backend, int(arch) if backend == "cuda" else arch, 32 if re.match(r"cuda|hip:gfx1[0-2]", target) else 64)
+    gpu = GPUTarget(
+        backend,
+        int(arch) if backend == "cuda" else arch,
+        32 if re.match(r"cuda|hip:gfx1[0-2]", target) else 64,
+    )
     return triton.compile(source, target=gpu, options=dict(options))
 
 
-def compile_pass(problem: Problem, pass_: str, config: Config, target: str, precision: str = "tf32") -> list:
+def compile_pass(
+    problem: Problem, pass_: str, config: Config, target: str, precision: str = "tf32"
+) -> list:
     """[(Launch, triton's CompiledKernel)] of one pass, fprop with a bias. Errors as in `sources`."""
     found = sources(problem, pass_, config, target, precision, has_bias=pass_ == "fprop")
     return [(item, compile_source(source, item.options, target)) for item, source in found]
 
 
-def resources(problem: Problem, pass_: str, config: Config | None = None, target: str = "cuda:90", precision: str = "tf32",
-              save: Path | None = None, name: str = "") -> list[dict]:
+def resources(
+    problem: Problem,
+    pass_: str,
+    config: Config | None = None,
+    target: str = "cuda:90",
+    precision: str = "tf32",
+    save: Path | None = None,
+    name: str = "",
+) -> list[dict]:
     """One row per compiled kernel of a pass.
 
-    kernel, target, config; registers per thread, spills (instructions; on AMD counted by the compiler), shared_bytes per program and ctas_per_sm; mma
-    (the tensor-core opcode, or "none"), loads (global loads by opcode and width in bits). Of the main loop: loop_instructions, overhead, bound,
-    limiter and l2_bytes_per_fma as `sass.measure` defines them, loop_ldsm (ldmatrix instructions), and CUTLASS's overhead beside it; None where there
-    is no such loop, and on AMD. Of a direct kernel: per_fma, see `sass.per_fma`.
-    save: a folder that keeps PTX and SASS as name-pass-kernel.*. Errors as in `compile_pass`.
+    kernel, target, config; registers per thread, spills (instructions; on AMD counted by the
+    compiler), shared_bytes per program and ctas_per_sm; mma (the tensor-core opcode, or "none"),
+    loads (global loads by opcode and width in bits). Of the main loop: loop_instructions, overhead,
+    bound, limiter and l2_bytes_per_fma as `sass.measure` defines them, loop_ldsm (ldmatrix
+    instructions), and CUTLASS's overhead beside it; None where there is no such loop, and on AMD.
+    Of a direct kernel: per_fma, see `sass.per_fma`. save: a folder that keeps PTX and SASS as
+    name-pass-kernel.*. Errors as in `compile_pass`.
     """
     config = config or cost_model.best(problem, pass_, target, precision)
     rows = []
     for i, (item, kernel) in enumerate(compile_pass(problem, pass_, config, target, precision)):
         if target.startswith("cuda"):
             tile = families.of(config.kernel).tile(config, pass_)
-            found = _read_cubin(kernel, int(target[5:]), tile, config.num_warps, DTYPE_BYTES[problem.dtype])
+            found = _read_cubin(
+                kernel, int(target[5:]), tile, config.num_warps, DTYPE_BYTES[problem.dtype]
+            )
         else:
             found = _read_amdgcn(kernel.asm["amdgcn"])
         if save:
             stem = re.sub(r"[^\w.-]+", "_", f"{name}-{pass_}-{item.name}-{i}").strip("_")
-            Path(save, f"{stem}.ptx" if "ptx" in kernel.asm else f"{stem}.amdgcn").write_text(kernel.asm["ptx" if "ptx" in kernel.asm else "amdgcn"])
+            Path(save, f"{stem}.ptx" if "ptx" in kernel.asm else f"{stem}.amdgcn").write_text(
+                kernel.asm["ptx" if "ptx" in kernel.asm else "amdgcn"]
+            )
             if "sass" in found:
                 Path(save, f"{stem}.sass").write_text(found["sass"])
         found.pop("sass", None)
-        yardstick = CUTLASS.get((pass_, target)) if found["overhead"] is not None and problem.dtype == "float16" else None
-        rows.append(dict(kernel=item.name, target=target, config=cfg.to_json(config), **found, shared_bytes=kernel.metadata.shared, cutlass=yardstick))
+        yardstick = (
+            CUTLASS.get((pass_, target))
+            if found["overhead"] is not None and problem.dtype == "float16"
+            else None
+        )
+        rows.append(
+            dict(
+                kernel=item.name,
+                target=target,
+                config=cfg.to_json(config),
+                **found,
+                shared_bytes=kernel.metadata.shared,
+                cutlass=yardstick,
+            )
+        )
     return rows
 
 
 def report(jobs, target: str, save: Path | None = None) -> list[dict]:
-    """Rows of `resources` of the default kernels of (name, problem, pass) jobs, with layer, pass and MACs; many are compiled on all cores.
+    """Rows of `resources` of the default kernels of (name, problem, pass) jobs, with layer, pass
+    and MACs; many are compiled on all cores.
 
     A kernel that does not compile has a row with `failure`.
     """
     jobs = [(*job, target, save) for job in jobs]
     workers = _workers(jobs)
-    if workers < 2 or len(jobs) < 9:                            # a worker takes seconds to start
+    if workers < 2 or len(jobs) < 9:  # a worker takes seconds to start
         return [row for job in jobs for row in _rows(job)]
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
         return [row for rows in pool.map(_rows, jobs) for row in rows]
@@ -134,17 +220,26 @@ def report(jobs, target: str, save: Path | None = None) -> list[dict]:
 
 @contextmanager
 def compiling(jobs: list, target: str):
-    """Fills Triton's cache with the kernels of (problem, pass, precision, config) jobs, without bias, in their order, in threads of this process.
+    """Fills Triton's cache with the kernels of (problem, pass, precision, config) jobs, without
+    bias, in their order, in threads of this process.
 
-    Gives `compiled(problem, pass_, precision, config, timeout=None)`: waits for a job for at most `timeout` seconds and says whether it is done, also
-    of a job that it was not given. What fails here fails again where it is launched. At the end of the context what was not begun is dropped.
+    Gives `compiled(problem, pass_, precision, config, timeout=None)`: waits for a job for at most
+    `timeout` seconds and says whether it is done, also of a job that it was not given. What fails
+    here fails again where it is launched. At the end of the context what was not begun is dropped.
     """
-    pool = ThreadPoolExecutor(_workers(jobs))                        # Triton and ptxas work outside of Python's lock
+    # Triton and ptxas work outside of Python's lock
+    pool = ThreadPoolExecutor(_workers(jobs))
     futures = {tuple(job): pool.submit(_try_to_compile, (*job, target)) for job in jobs}
 
     def compiled(problem, pass_, precision, config, timeout: float | None = None) -> bool:
         future = futures.get((problem, pass_, precision, config))
-        return future is None or not wait([future], None if timeout is None else min(max(timeout, 0), TIMEOUT_MAX)).not_done
+        return (
+            future is None
+            or not wait(
+                [future], None if timeout is None else min(max(timeout, 0), TIMEOUT_MAX)
+            ).not_done
+        )
+
     try:
         yield compiled
     finally:
@@ -159,7 +254,15 @@ def _try_to_compile(job) -> None:
 
 
 def _workers(jobs: list) -> int:
-    return max(1, min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, len(jobs)))
+    return max(
+        1,
+        min(
+            len(os.sched_getaffinity(0))
+            if hasattr(os, "sched_getaffinity")
+            else os.cpu_count() or 1,
+            len(jobs),
+        ),
+    )
 
 
 def _rows(job) -> list[dict]:
@@ -170,40 +273,68 @@ def _rows(job) -> list[dict]:
         precision = drivers.fp32_precision(target)
         config = cost_model.best(problem, pass_, target, precision)
         rows = resources(problem, pass_, config, target, precision, save, name)
-    except Exception as e:                                      # ptxas and LLVM fail in many ways; the row says how
-        return [head | {"kernel": None, "target": target, "failure": f"{type(e).__name__}: {e}".replace("\n", " ")[:300]} | tail]
-    return [head | row | tail | {"executed_macs": cfg.executed_macs(problem, pass_, config)} for row in rows]
+    # ptxas and LLVM fail in many ways; the row says how
+    except Exception as e:
+        return [
+            head
+            | {
+                "kernel": None,
+                "target": target,
+                "failure": f"{type(e).__name__}: {e}".replace("\n", " ")[:300],
+            }
+            | tail
+        ]
+    return [
+        head | row | tail | {"executed_macs": cfg.executed_macs(problem, pass_, config)}
+        for row in rows
+    ]
 
 
 def _read_cubin(kernel, arch: int, tile, warps: int, nbytes: int) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "kernel.cubin")
         path.write_bytes(kernel.asm["cubin"])
-        usage, text = (subprocess.run([_tool("cuobjdump"), flag, path], capture_output=True, text=True, check=True).stdout
-                       for flag in ("-res-usage", "-sass"))
-    threads = re.search(r"\.reqntid (\d+)", kernel.asm["ptx"])      # warps of their own for loads and products included
+        usage, text = (
+            subprocess.run(
+                [_tool("cuobjdump"), flag, path], capture_output=True, text=True, check=True
+            ).stdout
+            for flag in ("-res-usage", "-sass")
+        )
+    # warps of their own for loads and products included
+    threads = re.search(r"\.reqntid (\d+)", kernel.asm["ptx"])
     row = dict.fromkeys(LOOP) | sass.measure(text, arch, tile, warps, nbytes)
     row["registers"] = int(re.search(r"REG:(\d+)", usage)[1])
-    row["ctas_per_sm"] = sass.programs_per_sm(arch, row["registers"], int(threads[1]) if threads else 32 * warps, kernel.metadata.shared)
+    row["ctas_per_sm"] = sass.programs_per_sm(
+        arch, row["registers"], int(threads[1]) if threads else 32 * warps, kernel.metadata.shared
+    )
     return row | {"sass": text}
 
 
 def _read_amdgcn(text: str) -> dict:
     mma = Counter(re.findall(r"\b(v_mfma_\w+)", text))
-    number = {key: int(re.search(rf"\.{key}:\s*(\d+)", text)[1]) for key in ("vgpr_count", "vgpr_spill_count", "sgpr_spill_count")}
+    number = {
+        key: int(re.search(rf"\.{key}:\s*(\d+)", text)[1])
+        for key in ("vgpr_count", "vgpr_spill_count", "sgpr_spill_count")
+    }
     return dict.fromkeys((*LOOP, "ctas_per_sm")) | dict(
-        registers=number["vgpr_count"], spills=number["vgpr_spill_count"] + number["sgpr_spill_count"],
-        mma=mma.most_common(1)[0][0] if mma else "none", loads=dict(Counter(re.findall(r"\b((?:global|buffer)_load_\w+)", text))))
+        registers=number["vgpr_count"],
+        spills=number["vgpr_spill_count"] + number["sgpr_spill_count"],
+        mma=mma.most_common(1)[0][0] if mma else "none",
+        loads=dict(Counter(re.findall(r"\b((?:global|buffer)_load_\w+)", text))),
+    )
 
 
 @lru_cache
 def _tool(name: str) -> str:
     """A CUDA binary utility: from $CUDA_HOME, or the one that comes with Triton."""
     import triton
+
     home = os.environ.get("CUDA_HOME")
     options = [Path(home, "bin", name)] if home else []
     options.append(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
     for path in options:
         if path.exists():
             return str(path)
-    raise FileNotFoundError(f"{name} was found neither in $CUDA_HOME/bin nor in Triton's package ({options[-1]}): install the CUDA toolkit")
+    raise FileNotFoundError(
+        f"{name} was found neither in $CUDA_HOME/bin nor in Triton's package ({options[-1]}): install the CUDA toolkit"
+    )

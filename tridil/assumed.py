@@ -1,46 +1,90 @@
-"""Everything that the cost model assumes about machines, one table. Only the figures of ATen were fitted to measurements of time."""
-# warp instructions of one step that are not products: (fixed, per 16-byte copy of a thread); least squares over the machine code of all tiles (sm_80,
-# sm_90, sm_100; 3x3, 256 channels), within 30%
-LOOP = {("gather", "fprop"): (50, 8), ("gather", "dgrad"): (50, 9), ("gather", "wgrad"): (68, 11.5), ("tma", "fprop"): (90, 0),
-        ("tma", "dgrad"): (90, 0), ("tma", "wgrad"): (100, 0)}
-SPECIALIZED = 45            # the same for one warp of a warp-specialised loop
-SCATTERED = 12              # instructions for an operand element that is addressed and loaded alone
-FLAT = 14                   # the same for a run of channels of one tap, at most 16 bytes, where the reduction is flattened (counted: 10 to 20)
-ATTAINED = 0.85             # share of its busiest unit's peak that a loop reaches with enough programs on the SM
-ALONE = 0.6                 # share of that which one program of four warps reaches; grows with the root of its warps
+"""Everything that the cost model assumes about machines, one table. Only the figures of ATen were
+fitted to measurements of time."""
+
+# warp instructions of one step that are not products: (fixed, per 16-byte copy of a thread); least
+# squares over the machine code of all tiles (sm_80, sm_90, sm_100; 3x3, 256 channels), within 30%
+LOOP = {
+    ("gather", "fprop"): (50, 8),
+    ("gather", "dgrad"): (50, 9),
+    ("gather", "wgrad"): (68, 11.5),
+    ("tma", "fprop"): (90, 0),
+    ("tma", "dgrad"): (90, 0),
+    ("tma", "wgrad"): (100, 0),
+}
+SPECIALIZED = 45  # the same for one warp of a warp-specialised loop
+SCATTERED = 12  # instructions for an operand element that is addressed and loaded alone
+# the same for a run of channels of one tap, at most 16 bytes, where the reduction is flattened
+# (counted: 10 to 20)
+FLAT = 14
+# share of its busiest unit's peak that a loop reaches with enough programs on the SM
+ATTAINED = 0.85
+# share of that which one program of four warps reaches; grows with the root of its warps
+ALONE = 0.6
 ALONE_SPECIALIZED = 0.9
-PROGRAM = 2000              # clocks of a program before its first product and after its last
-DRAM, L2 = 0.85, 0.7        # share of peak bandwidth that is reached
-LAUNCH = 2.5e-6             # seconds from one kernel of a pass to the next, and of the first one
-# ATen (cudnn.py). Each figure makes the fastest row of its fit come out at about its time, then the sum is divided by FAVOUR. Rows are published
-# (KernelBench's problems on H100 SXM: fp32 with tf32, NCHW) or measured (cuDNN 9.19 on our H200: fp16); perf/published.py names and judges them
+PROGRAM = 2000  # clocks of a program before its first product and after its last
+DRAM, L2 = 0.85, 0.7  # share of peak bandwidth that is reached
+LAUNCH = 2.5e-6  # seconds from one kernel of a pass to the next, and of the first one
+# ATen (cudnn.py). Each figure makes the fastest row of its fit come out at about its time, then the
+# sum is divided by FAVOUR. Rows are published (KernelBench's problems on H100 SXM: fp32 with tf32,
+# NCHW) or measured (cuDNN 9.19 on our H200: fp16); perf/published.py names and judges them
 FAVOUR = 1.15
-CUDNN = {"fprop": 0.75, "dgrad": 0.75, "wgrad": 0.65}    # share of peak on dense MACs (measured: 3x3, 512 channels, d=4; published: 55, 67, 69)
-CUDNN_FAR = {"cuda:90": 0.67}                            # times that at dilation 12 and more (measured: 2048 to 256 channels, d=12); others: no row
-CUDNN_STRIDED = 0.2                                      # share of peak of a strided dgrad, on all taps of every pixel of dx (published: 81)
-CUDNN_TRAFFIC = {"nhwc": 1.2, "nchw": 2}                 # compulsory bytes at peak bandwidth, times this (published: 55, 67, 69; nhwc: 1 / DRAM)
-CUDNN_NARROW = 15                                        # the same of at most 16 channels that are no multiple of 16 bytes (measured: 12 channels)
-# of a depthwise layer: (for a pixel of y or, in dgrad, dx; for each of its taps) (measured: 3x3, 2048 channels, d=24; 7x7, 320 channels, d=3)
-DEPTHWISE_INSTRUCTIONS = {("nchw", "fprop"): (155, 13.5), ("nchw", "dgrad"): (350, 20), ("nchw", "wgrad"): (0, 46),
-                          ("nhwc", "fprop"): (400, 56), ("nhwc", "dgrad"): (70, 25), ("nhwc", "wgrad"): (410, 51)}
-MARGIN = 1.1                # how much faster than the estimate of cuDNN the prediction must be before "auto" relies on it
+# share of peak on dense MACs (measured: 3x3, 512 channels, d=4; published: 55, 67, 69)
+CUDNN = {"fprop": 0.75, "dgrad": 0.75, "wgrad": 0.65}
+# times that at dilation 12 and more (measured: 2048 to 256 channels, d=12); others: no row
+CUDNN_FAR = {"cuda:90": 0.67}
+# share of peak of a strided dgrad, on all taps of every pixel of dx (published: 81)
+CUDNN_STRIDED = 0.2
+# compulsory bytes at peak bandwidth, times this (published: 55, 67, 69; nhwc: 1 / DRAM)
+CUDNN_TRAFFIC = {"nhwc": 1.2, "nchw": 2}
+# the same of at most 16 channels that are no multiple of 16 bytes (measured: 12 channels)
+CUDNN_NARROW = 15
+# of a depthwise layer: (for a pixel of y or, in dgrad, dx; for each of its taps) (measured: 3x3,
+# 2048 channels, d=24; 7x7, 320 channels, d=3)
+DEPTHWISE_INSTRUCTIONS = {
+    ("nchw", "fprop"): (155, 13.5),
+    ("nchw", "dgrad"): (350, 20),
+    ("nchw", "wgrad"): (0, 46),
+    ("nhwc", "fprop"): (400, 56),
+    ("nhwc", "dgrad"): (70, 25),
+    ("nhwc", "wgrad"): (410, 51),
+}
+# how much faster than the estimate of cuDNN the prediction must be before "auto" relies on it
+MARGIN = 1.1
 
-# family hopper (measured on an H200, fp16: 700 ns a step of 128x256x64 at the power limit, 6 us beside the steps; with these figures 35 of 43 times of
-# the quick suite come out within 15%)
-HOPPER_SUMS = 2             # times that the sums of shared tiles take of what their bytes would (measured: 8 to 30 us more, of 15 shared configs)
-HOPPER_STEP = 360           # warp instructions of a step that are not products, all consumers and the producer together (static counts: 330 to 430)
-HOPPER_TILE = (1500, 300)   # clocks that storing a tile keeps the tensor cores from working, cooperative and ping-pong (assumed)
+# family hopper (measured on an H200, fp16: 700 ns a step of 128x256x64 at the power limit, 6 us
+# beside the steps; with these figures 35 of 43 times of the quick suite come out within 15%)
+# times that the sums of shared tiles take of what their bytes would (measured: 8 to 30 us more, of
+# 15 shared configs)
+HOPPER_SUMS = 2
+# warp instructions of a step that are not products, all consumers and the producer together (static
+# counts: 330 to 430)
+HOPPER_STEP = 360
+# clocks that storing a tile keeps the tensor cores from working, cooperative and ping-pong
+# (assumed)
+HOPPER_TILE = (1500, 300)
 
-GEMM_REGISTERS = 90         # registers of a thread beside the accumulator: addresses, masks and the copies in flight (static counts: 70 to 110)
+# registers of a thread beside the accumulator: addresses, masks and the copies in flight (static
+# counts: 70 to 110)
+GEMM_REGISTERS = 90
 
-# direct kernels: instructions of a lane's element (to load and convert a column, a weight), of a column's address and masks, of an iteration, of a
-# program; of wgrad, to add up a sum over the lanes of a warp and to store it. Static counts (fp16, 3x3 to 7x7, sm_80 and sm_90)
-DIRECT_COLUMN, DIRECT_ADDRESS, DIRECT_WEIGHT, DIRECT_ITERATION, DIRECT_WGRAD_ITERATION, DIRECT_PROGRAM = 1, 6, 2.7, 40, 160, 250
+# direct kernels: instructions of a lane's element (to load and convert a column, a weight), of a
+# column's address and masks, of an iteration, of a program; of wgrad, to add up a sum over the
+# lanes of a warp and to store it. Static counts (fp16, 3x3 to 7x7, sm_80 and sm_90)
+(
+    DIRECT_COLUMN,
+    DIRECT_ADDRESS,
+    DIRECT_WEIGHT,
+    DIRECT_ITERATION,
+    DIRECT_WGRAD_ITERATION,
+    DIRECT_PROGRAM,
+) = 1, 6, 2.7, 40, 160, 250
 DIRECT_COLUMN_MASK, DIRECT_SUM, DIRECT_SUM_STORE = 6, 12, 20
-DIRECT_REGISTERS = 50       # registers of a thread beside sums, weights and columns (static counts: 35 to 60)
-DIRECT_L2 = 0.5             # share of L2's peak bandwidth that they reach
-DIRECT_LEAST = 1500         # clocks of a launch, at least
-BUSY_WARPS = 12             # warps of an SM that keep memory busy
-ISSUED = 0.8                # share of its issue slots that a scheduler fills
-OVERLAP = 0.2               # share of the shorter of waves and memory that the longer does not hide
-FIRST_USE = 2.0             # seconds that measuring one pass may take when a convolution is used for the first time
+# registers of a thread beside sums, weights and columns (static counts: 35 to 60)
+DIRECT_REGISTERS = 50
+DIRECT_L2 = 0.5  # share of L2's peak bandwidth that they reach
+DIRECT_LEAST = 1500  # clocks of a launch, at least
+BUSY_WARPS = 12  # warps of an SM that keep memory busy
+ISSUED = 0.8  # share of its issue slots that a scheduler fills
+OVERLAP = 0.2  # share of the shorter of waves and memory that the longer does not hide
+# seconds that measuring one pass may take when a convolution is used for the first time
+FIRST_USE = 2.0

@@ -1,10 +1,14 @@
-"""Measured configs on disk: one readable JSON per target, in the user's cache folder and (shipped) in tridil/configs.
+"""Measured configs on disk: one readable JSON per target, in the user's cache folder and (shipped)
+in tridil/configs.
 
-    {"format": 1, "target": "cuda:90", "entries": {"<problem> | fprop": {"NVIDIA H100 80GB HBM3": {"config": {...}, "ms": 0.1, ...}}}}
+    {"format": 1, "target": "cuda:90", "entries": {"<problem> | fprop": {"NVIDIA H100 80GB HBM3":
+    {"config": {...}, "ms": 0.1, ...}}}}
 
-A record is fresh when its launches, their kernels' sources ("code") and Triton's version are those it was measured with; a stale one is a hint. Files are
-replaced atomically and merged under a lock, so that processes that tune at once lose nothing.
+A record is fresh when its launches, their kernels' sources ("code") and Triton's version are those
+it was measured with; a stale one is a hint. Files are replaced atomically and merged under a lock,
+so that processes that tune at once lose nothing.
 """
+
 from __future__ import annotations
 
 import hashlib
@@ -26,8 +30,8 @@ from .problem import Problem
 
 FORMAT = 1
 log = logging.getLogger("tridil")
-_memory: dict[str, dict] = {}          # target -> entries of this process that no file took
-_read_files: dict = {}                 # path -> (mtime, size, entries)
+_memory: dict[str, dict] = {}  # target -> entries of this process that no file took
+_read_files: dict = {}  # path -> (mtime, size, entries)
 
 
 def folder() -> Path:
@@ -45,15 +49,21 @@ def path(target: str) -> Path:
 
 
 def key(problem: Problem, pass_: str, precision: str = "ieee") -> str:
-    """Identity of a measurement: the problem, dilation included, and the pass; of float32 also the precision of its products."""
+    """Identity of a measurement: the problem, dilation included, and the pass; of float32 also the
+    precision of its products."""
     return f"{problem.key()} | {pass_}" + (f" {precision}" if problem.dtype == "float32" else "")
 
 
 def code(launches: Iterable[Launch]) -> str:
-    """Hash of what a measurement of these launches depends on: they and the sources of their kernels."""
+    """Hash of what a measurement of these launches depends on: they and the sources of their
+    kernels."""
     launches = list(launches)
-    modules = sorted({launch.kernel.partition(":")[0] for launch in launches} | {"tridil.kernels.common"})
-    return hashlib.sha256("".join([repr(launches), *map(_source, modules)]).encode()).hexdigest()[:12]
+    modules = sorted(
+        {launch.kernel.partition(":")[0] for launch in launches} | {"tridil.kernels.common"}
+    )
+    return hashlib.sha256("".join([repr(launches), *map(_source, modules)]).encode()).hexdigest()[
+        :12
+    ]
 
 
 @lru_cache
@@ -66,7 +76,7 @@ def triton() -> str:
     """The version of Triton."""
     try:
         return version("triton")
-    except PackageNotFoundError:                           # wheels of other names
+    except PackageNotFoundError:  # wheels of other names
         return "unknown"
 
 
@@ -76,7 +86,8 @@ def is_fresh(record: dict) -> bool:
 
 
 def read(file: Path, locked: bool = False) -> dict:
-    """Entries of one file; {} where there is none. A file that cannot be read as one is set aside with a warning, never overwritten.
+    """Entries of one file; {} where there is none. A file that cannot be read as one is set aside
+    with a warning, never overwritten.
 
     locked: whether the caller holds the file's lock.
     """
@@ -101,9 +112,13 @@ def read(file: Path, locked: bool = False) -> dict:
 def _set_aside(file: Path, reason: ValueError, locked: bool) -> None:
     with suppress(OSError, TimeoutError), nullcontext() if locked else _lock(file):
         try:
-            load(file)                                     # another process may have mended it
+            load(file)  # another process may have mended it
         except ValueError:
-            aside = next(p for i in range(10**6) if not (p := file.with_name(f"{file.name}.corrupt-{i}")).exists())
+            aside = next(
+                p
+                for i in range(10**6)
+                if not (p := file.with_name(f"{file.name}.corrupt-{i}")).exists()
+            )
             os.replace(file, aside)
             log.warning("tridil: %s: set aside as %s", reason, aside.name)
             return
@@ -112,6 +127,7 @@ def _set_aside(file: Path, reason: ValueError, locked: bool) -> None:
 
 def _lock(file: Path):
     from filelock import FileLock  # comes with torch
+
     return FileLock(f"{file}.lock", timeout=60)
 
 
@@ -121,13 +137,19 @@ def load(file: Path) -> tuple[str, dict]:
         content = json.loads(file.read_text(encoding="utf-8"))
         entries = content["entries"]
         for record in (record for records in entries.values() for record in records.values()):
-            if not (isinstance(record["config"], dict) and isinstance(record["ms"], (int, float)) and isinstance(record["date"], str)):
+            if not (
+                isinstance(record["config"], dict)
+                and isinstance(record["ms"], (int, float))
+                and isinstance(record["date"], str)
+            ):
                 raise TypeError(f"record {record}")
         if content["format"] != FORMAT:
             raise ValueError(f"its format is {content['format']}, expected {FORMAT}")
         return content["target"], entries
     except (KeyError, TypeError, AttributeError, ValueError) as e:
-        raise ValueError(f"{file} is not a table of measured configs ({type(e).__name__}: {e})") from None
+        raise ValueError(
+            f"{file} is not a table of measured configs ({type(e).__name__}: {e})"
+        ) from None
 
 
 def merge(*tables: dict) -> dict:
@@ -137,7 +159,10 @@ def merge(*tables: dict) -> dict:
         for name, records in table.items():
             for device, record in records.items():
                 known = out.setdefault(name, {}).get(device)
-                if known is None or (is_fresh(record), record["date"]) >= (is_fresh(known), known["date"]):
+                if known is None or (is_fresh(record), record["date"]) >= (
+                    is_fresh(known),
+                    known["date"],
+                ):
                     out[name][device] = record
     return out
 
@@ -151,21 +176,28 @@ def user(target: str) -> dict:
 @lru_cache(maxsize=64)
 def shipped(target: str) -> dict:
     """Entries that come with the package."""
-    return read(Path(str(files(__package__).joinpath("configs", target.replace(":", "-") + ".json"))))
+    return read(
+        Path(str(files(__package__).joinpath("configs", target.replace(":", "-") + ".json")))
+    )
 
 
 def add(target: str, entries: dict) -> bool:
-    """Merges entries into the user's file; False (with one warning) where it cannot be written: then this process keeps them."""
+    """Merges entries into the user's file; False (with one warning) where it cannot be written:
+    then this process keeps them."""
     file = path(target)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with _lock(file):
             write(file, target, merge(read(file, locked=True), entries))
         return True
-    except (OSError, TimeoutError) as e:                   # filelock.Timeout is a TimeoutError
+    except (OSError, TimeoutError) as e:  # filelock.Timeout is a TimeoutError
         if target not in _memory:
-            log.warning("tridil: cannot write %s (%s): measured configs last as long as this process; set TRIDIL_CACHE to a folder that can be "
-                        "written", file, e)
+            log.warning(
+                "tridil: cannot write %s (%s): measured configs last as long as this process; set TRIDIL_CACHE to a folder that can be "
+                "written",
+                file,
+                e,
+            )
         _memory[target] = merge(_memory.get(target, {}), entries)
         return False
 
@@ -187,7 +219,13 @@ def write(file: Path, target: str, entries: dict) -> None:
 
 def _dumps(content: dict) -> str:
     """JSON with a key or a record a line: what people read and compare."""
-    lines = [f"  {json.dumps(name)}: {{\n" + ",\n".join(f"    {json.dumps(d)}: {json.dumps(r)}" for d, r in sorted(records.items())) + "}"
-             for name, records in content["entries"].items()]
-    head = ", ".join(f"{json.dumps(name)}: {json.dumps(content[name])}" for name in ("format", "target"))
+    lines = [
+        f"  {json.dumps(name)}: {{\n"
+        + ",\n".join(f"    {json.dumps(d)}: {json.dumps(r)}" for d, r in sorted(records.items()))
+        + "}"
+        for name, records in content["entries"].items()
+    ]
+    head = ", ".join(
+        f"{json.dumps(name)}: {json.dumps(content[name])}" for name in ("format", "target")
+    )
     return "{" + head + ', "entries": {\n' + ",\n".join(lines) + "\n}}\n"

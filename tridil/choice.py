@@ -1,8 +1,11 @@
-"""Which config runs a pass of a problem, and whether the kernels or ATen run it. Reads only: tuner.py measures.
+"""Which config runs a pass of a problem, and whether the kernels or ATen run it. Reads only:
+tuner.py measures.
 
-A pass runs the config of `override`, else the one measured on this GPU (user's cache, then the shipped table), else a hint (measured with other
-sources, on another GPU of the target, in the other memory format or at another batch size), else the pick of the cost model.
+A pass runs the config of `override`, else the one measured on this GPU (user's cache, then the
+shipped table), else a hint (measured with other sources, on another GPU of the target, in the other
+memory format or at another batch size), else the pick of the cost model.
 """
+
 from __future__ import annotations
 
 import logging
@@ -19,10 +22,11 @@ from .families import Config
 from .problem import PASSES, Problem
 
 log = logging.getLogger("tridil")
-# called with no arguments whenever an answer of `resolve` may have changed: those who keep answers forget them
+# called with no arguments whenever an answer of `resolve` may have changed: those who keep answers
+# forget them
 listeners: list = []
-# measures one pass of a problem, (problem, pass, precision, torch.device) -> whether there is an answer now: what climbs from a convolution to the tuner,
-# which sets it
+# measures one pass of a problem, (problem, pass, precision, torch.device) -> whether there is an
+# answer now: what climbs from a convolution to the tuner, which sets it
 first_use: Callable[[Problem, str, str, torch.device], bool] | None = None
 _overrides: dict[str, Config] = {}
 _told: set[tuple] = set()
@@ -36,13 +40,16 @@ def changed():
 
 @contextmanager
 def override(**configs: Config | Mapping):
-    """Within the context the passes named (fprop=, dgrad=, wgrad=) run the given configs, as objects or as they are written in files, whatever was
-    measured; for tests and experiments."""
+    """Within the context the passes named (fprop=, dgrad=, wgrad=) run the given configs, as
+    objects or as they are written in files, whatever was measured; for tests and experiments."""
     global _overrides
     unknown = set(configs) - set(PASSES)
     if unknown:
         raise ValueError(f"unknown passes {sorted(unknown)}: use {', '.join(PASSES)}")
-    given = {pass_: c if isinstance(c, Config) else cfg.from_json(c, pass_) for pass_, c in configs.items()}
+    given = {
+        pass_: c if isinstance(c, Config) else cfg.from_json(c, pass_)
+        for pass_, c in configs.items()
+    }
     before, _overrides = _overrides, _overrides | given
     changed()
     try:
@@ -54,10 +61,13 @@ def override(**configs: Config | Mapping):
 
 @dataclass(frozen=True)
 class Choice:
-    """What runs one pass: the config of the kernels, where it came from, and whether "auto" runs the kernels or ATen, and why.
+    """What runs one pass: the config of the kernels, where it came from, and whether "auto" runs
+    the kernels or ATen, and why.
 
-    record is the measurement behind the config, None where there is none; prediction is the cost model's of config.
+    record is the measurement behind the config, None where there is none; prediction is the cost
+    model's of config.
     """
+
     config: Config
     source: str
     backend: str
@@ -68,23 +78,33 @@ class Choice:
 
 
 def device_spec(target: str, device=None) -> tuple[devices.Device, str]:
-    """(spec, name) of a torch.device, as its driver describes it, or of the GPU that stands for the target where there is no such device."""
-    if device is not None and getattr(device, "type", "cpu") == "cuda" and torch.cuda.is_available():
+    """(spec, name) of a torch.device, as its driver describes it, or of the GPU that stands for the
+    target where there is no such device."""
+    if (
+        device is not None
+        and getattr(device, "type", "cpu") == "cuda"
+        and torch.cuda.is_available()
+    ):
         properties = torch.cuda.get_device_properties(device)
         return devices.of_properties(properties, target), properties.name
     spec = devices.of_target(target)
     return spec, spec.name
 
 
-def lookup(problem: Problem, pass_: str, target: str, precision: str, spec: devices.Device, name: str) -> tuple[Config, str, dict | None]:
-    """(config, source, record): the record only of a fresh measurement of this very problem on this GPU."""
+def lookup(
+    problem: Problem, pass_: str, target: str, precision: str, spec: devices.Device, name: str
+) -> tuple[Config, str, dict | None]:
+    """(config, source, record): the record only of a fresh measurement of this very problem on this
+    GPU."""
+
     def legal(record):
         """The config of a record, if it is one for this pass."""
         try:
             config = cfg.from_json(record["config"], pass_)
-        except ValueError:                                  # of another version
+        except ValueError:  # of another version
             return None
         return config if cfg.fits(config, problem, pass_, target) is None else None
+
     if pass_ in _overrides:
         return _overrides[pass_], "override", None
     tables = [("user's cache", cache.user(target)), ("shipped table", cache.shipped(target))]
@@ -109,21 +129,38 @@ def code_of(problem: Problem, pass_: str, config: Config, precision: str) -> str
 def _hints(problem, pass_, precision, entries, name):
     """(what it is, record) of measurements that are not this one but near it, the nearest first."""
     other_layout = replace(problem, layout="nchw" if problem.layout == "nhwc" else "nhwc")
-    batches = sorted((abs(n.bit_length() - problem.n.bit_length()), n) for n in {2**e for e in range(11)} | {3, 6, 12, 24} if n != problem.n)
-    near = [(problem, "measured with other sources or another Triton"), (other_layout, "measured in the other memory format"),
-            *((replace(problem, n=n), f"measured at batch size {n}") for distance, n in batches if distance <= 2)]
+    batches = sorted(
+        (abs(n.bit_length() - problem.n.bit_length()), n)
+        for n in {2**e for e in range(11)} | {3, 6, 12, 24}
+        if n != problem.n
+    )
+    near = [
+        (problem, "measured with other sources or another Triton"),
+        (other_layout, "measured in the other memory format"),
+        *(
+            (replace(problem, n=n), f"measured at batch size {n}")
+            for distance, n in batches
+            if distance <= 2
+        ),
+    ]
     for p, what in near:
         records = entries.get(cache.key(p, pass_, precision), {})
         for device in sorted(records, key=lambda d: (d != name, d)):
             yield what + (f" on {device}" if device != name else ""), records[device]
 
 
-def decide(problem: Problem, pass_: str, target: str, precision: str = "tf32", device=None) -> Choice:
-    """The config of a pass and the backend that "auto" runs: of two measured times the shorter; else the kernels where they are predicted to be
-    `assumed.MARGIN` times as fast as the estimate of cuDNN."""
+def decide(
+    problem: Problem, pass_: str, target: str, precision: str = "tf32", device=None
+) -> Choice:
+    """The config of a pass and the backend that "auto" runs: of two measured times the shorter;
+    else the kernels where they are predicted to be `assumed.MARGIN` times as fast as the estimate
+    of cuDNN."""
     spec, name = device_spec(target, device)
     config, source, record = lookup(problem, pass_, target, precision, spec, name)
-    prediction, estimate = cost_model.predict(problem, pass_, config, spec, precision), cost_model.cudnn(problem, pass_, spec, precision)
+    prediction, estimate = (
+        cost_model.predict(problem, pass_, config, spec, precision),
+        cost_model.cudnn(problem, pass_, spec, precision),
+    )
     if record and (known := aten_ms(record)):
         faster = record["ms"] <= known[0]
         why = f"measured: {record['ms']:.4g} ms, ATen {known[0]:.4g} ms with {known[1]}"
@@ -133,38 +170,57 @@ def decide(problem: Problem, pass_: str, target: str, precision: str = "tf32", d
         faster, why = True, "override"
     else:
         faster = prediction.seconds * assumed.MARGIN <= estimate
-        why = (f"predicted: {1e3 * prediction.seconds:.4g} ms, cuDNN estimated at {1e3 * estimate:.4g} ms; "
-               f"the kernels need a factor of {assumed.MARGIN}")
+        why = (
+            f"predicted: {1e3 * prediction.seconds:.4g} ms, cuDNN estimated at {1e3 * estimate:.4g} ms; "
+            f"the kernels need a factor of {assumed.MARGIN}"
+        )
     return Choice(config, source, "triton" if faster else "aten", why, record, prediction, estimate)
 
 
-# how ATen is measured: with the algorithms that cuDNN's heuristics choose, and with those that its search finds (torch.backends.cudnn.benchmark)
+# how ATen is measured: with the algorithms that cuDNN's heuristics choose, and with those that its
+# search finds (torch.backends.cudnn.benchmark)
 ATEN = {"aten_ms": False, "aten_benchmark_ms": True}
 
 
 def aten_ms(record: dict) -> tuple[float, str] | None:
-    """(milliseconds, how) of ATen in a record of the cache: as it runs under the present torch.backends.cudnn.benchmark, else as it was measured."""
+    """(milliseconds, how) of ATen in a record of the cache: as it runs under the present
+    torch.backends.cudnn.benchmark, else as it was measured."""
     for name in sorted(ATEN, key=lambda name: ATEN[name] != torch.backends.cudnn.benchmark):
         if record.get(name):
             return record[name], f"cudnn.benchmark {'on' if ATEN[name] else 'off'}"
     return None
 
 
-def resolve(problem: Problem, pass_: str, target: str, precision: str, device=None, allow_aten: bool = False) -> Config | None:
-    """The config that runs one pass, or None where ATen is known to be faster (only with allow_aten).
+def resolve(
+    problem: Problem, pass_: str, target: str, precision: str, device=None, allow_aten: bool = False
+) -> Config | None:
+    """The config that runs one pass, or None where ATen is known to be faster (only with
+    allow_aten).
 
-    device: the tensors' torch.device. Where nothing was measured there, it is measured now if torch.backends.cudnn.benchmark or TRIDIL_TUNE=1 says so
-    (never while a CUDA graph is captured); else the first miss of the process logs how to measure.
+    device: the tensors' torch.device. Where nothing was measured there, it is measured now if
+    torch.backends.cudnn.benchmark or TRIDIL_TUNE=1 says so (never while a CUDA graph is captured);
+    else the first miss of the process logs how to measure.
     """
     choice = decide(problem, pass_, target, precision, device)
-    if choice.record is None and choice.source != "override" and device is not None and device.type == "cuda":
+    if (
+        choice.record is None
+        and choice.source != "override"
+        and device is not None
+        and device.type == "cuda"
+    ):
         if first_use and _tunes_on_first_use():
             _tell_of_first_use(problem, pass_, precision, target)
             if first_use(problem, pass_, precision, device):
                 choice = decide(problem, pass_, target, precision, device)
         elif _tells("miss", target):
-            log.warning("tridil: nothing was measured for %s on %s, %s; to measure it: python -m tridil tune --shape \"%s\" --dtype %s",
-                        cache.key(problem, pass_, precision), target, choice.source, problem.shape(), problem.dtype)
+            log.warning(
+                'tridil: nothing was measured for %s on %s, %s; to measure it: python -m tridil tune --shape "%s" --dtype %s',
+                cache.key(problem, pass_, precision),
+                target,
+                choice.source,
+                problem.shape(),
+                problem.dtype,
+            )
     return None if allow_aten and choice.backend == "aten" else choice.config
 
 
@@ -178,9 +234,20 @@ def _tells(*what) -> bool:
 
 def _tell_of_first_use(problem, pass_, precision, target):
     level = logging.WARNING if _tells("first use", target) else logging.INFO
-    why = "TRIDIL_TUNE=1" if os.environ.get("TRIDIL_TUNE") == "1" else "torch.backends.cudnn.benchmark"
-    log.log(level, "tridil: %s: measuring %s, about %g s, as every new convolution and pass from now on; answers are kept in %s (TRIDIL_TUNE=0 "
-            "measures nothing)", why, cache.key(problem, pass_, precision), assumed.FIRST_USE, cache.path(target))
+    why = (
+        "TRIDIL_TUNE=1"
+        if os.environ.get("TRIDIL_TUNE") == "1"
+        else "torch.backends.cudnn.benchmark"
+    )
+    log.log(
+        level,
+        "tridil: %s: measuring %s, about %g s, as every new convolution and pass from now on; answers are kept in %s (TRIDIL_TUNE=0 "
+        "measures nothing)",
+        why,
+        cache.key(problem, pass_, precision),
+        assumed.FIRST_USE,
+        cache.path(target),
+    )
 
 
 def _tunes_on_first_use() -> bool:

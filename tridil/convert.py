@@ -1,4 +1,5 @@
 """Whole models: convert their convolutions to tridil's layers and back, and list what they run."""
+
 from __future__ import annotations
 
 from collections import Counter
@@ -18,48 +19,76 @@ from .module import DilatedConv1d, DilatedConv2d, _Dilated, mark_leaf, run
 from .problem import DTYPE_BYTES, Problem, pair, single, to_int
 
 LAYERS = {nn.Conv2d: DilatedConv2d, nn.Conv1d: DilatedConv1d}
-FUNCTIONS = {nn.Conv2d: (functional.dilated_conv2d, torch.conv2d), nn.Conv1d: (functional.dilated_conv1d, torch.conv1d)}
+FUNCTIONS = {
+    nn.Conv2d: (functional.dilated_conv2d, torch.conv2d),
+    nn.Conv1d: (functional.dilated_conv1d, torch.conv1d),
+}
 
 
 @dataclass
 class Report:
-    """What `convert` did: names of the replaced layers, and for every other convolution layer the reason. print() shows a table."""
+    """What `convert` did: names of the replaced layers, and for every other convolution layer the
+    reason. print() shows a table."""
+
     replaced: list[str] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        rows = [("layer", "tridil"), *((name, "yes") for name in self.replaced), *((name, f"no: {why}") for name, why in self.skipped.items())]
+        rows = [
+            ("layer", "tridil"),
+            *((name, "yes") for name in self.replaced),
+            *((name, f"no: {why}") for name, why in self.skipped.items()),
+        ]
         width = max(len(name) for name, _ in rows)
         return "\n".join(f"{name:{width}}  {what}" for name, what in rows)
 
 
-def convert(model: nn.Module, *, min_dilation: int = 2, predicate: Callable[[str, nn.Module], bool] | None = None, backend: str = "auto") -> Report:
-    """Turn, in place, the `nn.Conv2d` and `nn.Conv1d` layers of `model` (itself included) into `DilatedConv2d` and `DilatedConv1d`.
+def convert(
+    model: nn.Module,
+    *,
+    min_dilation: int = 2,
+    predicate: Callable[[str, nn.Module], bool] | None = None,
+    backend: str = "auto",
+) -> Report:
+    """Turn, in place, the `nn.Conv2d` and `nn.Conv1d` layers of `model` (itself included) into
+    `DilatedConv2d` and `DilatedConv1d`.
 
-    It takes layers with more than one tap whose dilation reaches `min_dilation` along an axis with more than one tap, and for which
-    `predicate(name, module)`, if given, is true. Each stays the same object: parameters, buffers, hooks, parametrisations, train/eval state,
-    optimizers and state_dict keys are untouched; a layer that the model uses several times is reported under its first name.
-    Subclasses of nn.Conv2d and nn.Conv1d stay what they are and become `DilatedConv2d` or `DilatedConv1d` in addition, where their forward comes to
-    the convolution of nn.Conv2d or nn.Conv1d; others are left alone but for those that `predicate` names: they keep their code, whose calls of
-    F.conv2d or F.conv1d run as `dilated_conv2d` or `dilated_conv1d`. backend is that of the layers, also of those converted before.
+    It takes layers with more than one tap whose dilation reaches `min_dilation` along an axis with
+    more than one tap, and for which `predicate(name, module)`, if given, is true. Each stays the
+    same object: parameters, buffers, hooks, parametrisations, train/eval state, optimizers and
+    state_dict keys are untouched; a layer that the model uses several times is reported under its
+    first name. Subclasses of nn.Conv2d and nn.Conv1d stay what they are and become `DilatedConv2d`
+    or `DilatedConv1d` in addition, where their forward comes to the convolution of nn.Conv2d or
+    nn.Conv1d; others are left alone but for those that `predicate` names: they keep their code,
+    whose calls of F.conv2d or F.conv1d run as `dilated_conv2d` or `dilated_conv1d`. backend is that
+    of the layers, also of those converted before.
 
-    Raises TypeError and ValueError for arguments that are none of these, before anything is changed.
+    Raises TypeError and ValueError for arguments that are none of these, before anything is
+    changed.
     """
     _check_model(model)
     if to_int(min_dilation, "min_dilation") < 1:
         raise ValueError(f"min_dilation must be positive, got {min_dilation}")
     if predicate is not None and not callable(predicate):
-        raise TypeError(f"predicate must be a function of a layer's name and the layer, got {predicate!r}")
+        raise TypeError(
+            f"predicate must be a function of a layer's name and the layer, got {predicate!r}"
+        )
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
     report, chosen = Report(), []
     for name, module in model.named_modules():
-        if isinstance(module, nn.modules.conv._ConvNd) or getattr(module, "original_name", None) in ("Conv1d", "Conv2d"):
+        if isinstance(module, nn.modules.conv._ConvNd) or getattr(
+            module, "original_name", None
+        ) in ("Conv1d", "Conv2d"):
             reason = _reason(name, module, min_dilation, predicate)
             if reason is None:
                 chosen.append(module)
                 if "_converted" in module.__dict__:
-                    before = "" if module.backend == backend else f": its backend was {module.backend!r} and is {backend!r} now"
+                    before = (
+                        ""
+                        if module.backend == backend
+                        else f": its backend was {module.backend!r} and is {backend!r} now"
+                    )
                     reason = f"is a {_plain_class(module).__name__} already{before}"
             if reason is None:
                 report.replaced.append(name)
@@ -75,17 +104,25 @@ def convert(model: nn.Module, *, min_dilation: int = 2, predicate: Callable[[str
 
 
 def revert(model: nn.Module) -> list[str]:
-    """Undo `convert`, in place; names of the layers that are plain again. Layers built as DilatedConv2d or DilatedConv1d stay.
+    """Undo `convert`, in place; names of the layers that are plain again. Layers built as
+    DilatedConv2d or DilatedConv1d stay.
 
-    Raises ValueError, before anything is changed, where something derived a class from that of a converted layer (FSDP's fully_shard).
+    Raises ValueError, before anything is changed, where something derived a class from that of a
+    converted layer (FSDP's fully_shard).
     """
     _check_model(model)
     plain = {tridil: plain for plain, tridil in LAYERS.items()}
-    converted = {name: module for name, module in model.named_modules() if "_converted" in module.__dict__}
-    classes = [plain.get(cls) or vars(cls).get("_plain") for cls in map(_plain_class, converted.values())]
+    converted = {
+        name: module for name, module in model.named_modules() if "_converted" in module.__dict__
+    }
+    classes = [
+        plain.get(cls) or vars(cls).get("_plain") for cls in map(_plain_class, converted.values())
+    ]
     for (name, module), cls in zip(converted.items(), classes):
         if cls is None:
-            raise ValueError(f"layer {name} is a {type(module).__name__}: revert before the model is wrapped")
+            raise ValueError(
+                f"layer {name} is a {type(module).__name__}: revert before the model is wrapped"
+            )
     for module, cls in zip(converted.values(), classes):
         for attribute in ("backend", "_converted", "__module__"):
             module.__dict__.pop(attribute, None)
@@ -94,19 +131,24 @@ def revert(model: nn.Module) -> list[str]:
 
 
 def scan(model: Callable, *inputs, **kwargs) -> Counter[Problem]:
-    """The problems that one forward pass of `model` runs, and how often each, in the order of their first call.
+    """The problems that one forward pass of `model` runs, and how often each, in the order of their
+    first call.
 
-    Every call of `F.conv2d`, `F.conv1d`, `dilated_conv2d` and `dilated_conv1d` counts, from layers and functions, converted or not, with the
-    dtype (autocast's) and the layout in which `dilated_conv2d` would run it. The model runs once, without gradients, through ATen and outside
-    of torch.compile; buffers (BatchNorm's averages) keep their values. Tensors may be on the meta device or fake: nothing is then computed.
-    TorchScript hides its convolutions, they are not counted.
+    Every call of `F.conv2d`, `F.conv1d`, `dilated_conv2d` and `dilated_conv1d` counts, from layers
+    and functions, converted or not, with the dtype (autocast's) and the layout in which
+    `dilated_conv2d` would run it. The model runs once, without gradients, through ATen and outside
+    of torch.compile; buffers (BatchNorm's averages) keep their values. Tensors may be on the meta
+    device or fake: nothing is then computed. TorchScript hides its convolutions, they are not
+    counted.
     """
     if not callable(model):
         raise TypeError(f"model must be an nn.Module or a function, got {type(model).__name__}")
     recorder = _Recorder()
     with torch.no_grad(), torch.compiler.set_stance("force_eager"), recorder:
         if isinstance(model, nn.Module):
-            torch.func.functional_call(model, {name: b.clone() for name, b in model.named_buffers()}, inputs, kwargs)
+            torch.func.functional_call(
+                model, {name: b.clone() for name, b in model.named_buffers()}, inputs, kwargs
+            )
         else:
             model(*inputs, **kwargs)
     return recorder.problems
@@ -114,10 +156,25 @@ def scan(model: Callable, *inputs, **kwargs) -> Counter[Problem]:
 
 class _Recorder(TorchFunctionMode):
     """Counts the Problems of convolutions that return."""
+
     knows_tridil = True
     aten = torch.ops.aten
-    functions = {2: (torch.conv2d, aten.conv2d, aten.conv2d.default, aten.conv2d.padding, functional.dilated_conv2d),
-                 1: (torch.conv1d, aten.conv1d, aten.conv1d.default, aten.conv1d.padding, functional.dilated_conv1d)}
+    functions = {
+        2: (
+            torch.conv2d,
+            aten.conv2d,
+            aten.conv2d.default,
+            aten.conv2d.padding,
+            functional.dilated_conv2d,
+        ),
+        1: (
+            torch.conv1d,
+            aten.conv1d,
+            aten.conv1d.default,
+            aten.conv1d.padding,
+            functional.dilated_conv1d,
+        ),
+    }
     dims = {f: d for d, fs in functions.items() for f in fs}
 
     def __init__(self):
@@ -126,9 +183,11 @@ class _Recorder(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs, dim = kwargs or {}, self.dims.get(func)
-        if "backend" in kwargs and dim:                  # ATen has meta and fake tensors, and compiles nothing
+        # ATen has meta and fake tensors, and compiles nothing
+        if "backend" in kwargs and dim:
             kwargs = kwargs | {"backend": "aten"}
-        result = func(*args, **kwargs)                   # the mode is off in here: dilated_conv2d is counted, not its F.conv2d
+        # the mode is off in here: dilated_conv2d is counted, not its F.conv2d
+        result = func(*args, **kwargs)
         if dim:
             problem = _problem_of(dim, *args, **kwargs)
             if problem.dtype in DTYPE_BYTES and not problem.is_empty:
@@ -136,11 +195,25 @@ class _Recorder(TorchFunctionMode):
         return result
 
 
-def _problem_of(dim, input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1, *, causal=False, backend="auto") -> Problem:
+def _problem_of(
+    dim,
+    input,
+    weight,
+    bias=None,
+    stride=1,
+    padding=0,
+    dilation=1,
+    groups=1,
+    *,
+    causal=False,
+    backend="auto",
+) -> Problem:
     if dim == 2:
         return functional.problem_of_tensors(input, weight, bias, stride, padding, dilation, groups)
     dtype, _ = functional._dtype(input, weight, bias)
-    return functional._problem_1d(input, weight, bias, stride, padding, dilation, groups, causal, dtype)
+    return functional._problem_1d(
+        input, weight, bias, stride, padding, dilation, groups, causal, dtype
+    )
 
 
 def _check_model(model):
@@ -149,14 +222,19 @@ def _check_model(model):
 
 
 def _plain_class(module) -> type:
-    """The class of a layer, without the one that torch.nn.utils.parametrize derives from it per object."""
+    """The class of a layer, without the one that torch.nn.utils.parametrize derives from it per
+    object."""
     return type(module).__bases__[0] if parametrize.is_parametrized(module) else type(module)
 
 
 def _become(module, cls):
     """Change the class of a layer, below the class that parametrize derived from it."""
     if parametrize.is_parametrized(module):
-        own = {k: v for k, v in vars(type(module)).items() if k not in ("__dict__", "__weakref__", "__doc__")}
+        own = {
+            k: v
+            for k, v in vars(type(module)).items()
+            if k not in ("__dict__", "__weakref__", "__doc__")
+        }
         cls = type(f"Parametrized{cls.__name__}", (cls,), own)
     module.__class__ = cls
 
@@ -176,8 +254,10 @@ def _reason(name, module, min_dilation, predicate) -> str | None:
     if {"forward", "_conv_forward"} & module.__dict__.keys():
         return "its forward was replaced on the object"
     try:
-        taps, dilations = ((single(value, name),) if base is nn.Conv1d else pair(value, name) for name, value in (
-            ("kernel_size", module.kernel_size), ("dilation", module.dilation)))
+        taps, dilations = (
+            (single(value, name),) if base is nn.Conv1d else pair(value, name)
+            for name, value in (("kernel_size", module.kernel_size), ("dilation", module.dilation))
+        )
     except (TypeError, ValueError) as e:
         return f"PyTorch does not run it: {e}"
     kernel = "x".join(map(str, taps))
@@ -191,7 +271,9 @@ def _reason(name, module, min_dilation, predicate) -> str | None:
         if hasattr(module, "backend"):
             return subclass + "with a backend of its own"
         if predicate is None and not _comes_to_nn_conv(cls):
-            return subclass + "and may compute something else: a predicate that names it converts it"
+            return (
+                subclass + "and may compute something else: a predicate that names it converts it"
+            )
     if predicate is not None and not predicate(name, module):
         return "predicate is false"
     return None
@@ -199,12 +281,22 @@ def _reason(name, module, min_dilation, predicate) -> str | None:
 
 @cache
 def _comes_to_nn_conv(cls) -> bool:
-    """Whether a subclass convolves by nn.Conv's own `_conv_forward`, as far as its code shows: by nn.Conv's forward, or one that calls it."""
+    """Whether a subclass convolves by nn.Conv's own `_conv_forward`, as far as its code shows: by
+    nn.Conv's forward, or one that calls it."""
     base = next(base for base in LAYERS if issubclass(cls, base))
     if cls._conv_forward is not base._conv_forward:
         return False
-    methods = [unwrap(value) for c in cls.__mro__[:cls.__mro__.index(base)] for value in vars(c).values() if callable(value)]
-    return cls.forward is base.forward or any({"forward", "_conv_forward"} & set(m.__code__.co_names) for m in methods if hasattr(m, "__code__"))
+    methods = [
+        unwrap(value)
+        for c in cls.__mro__[: cls.__mro__.index(base)]
+        for value in vars(c).values()
+        if callable(value)
+    ]
+    return cls.forward is base.forward or any(
+        {"forward", "_conv_forward"} & set(m.__code__.co_names)
+        for m in methods
+        if hasattr(m, "__code__")
+    )
 
 
 @cache
@@ -220,12 +312,32 @@ def _tridil_class(cls) -> type:
         with functional.Reroute(function, plain, {"backend": self.backend}):
             return cls.forward(self, *args, **kwargs)
 
-    def conv_forward(self, input, weight, bias):             # a `causal` that the class may have is its own concern
+    # a `causal` that the class may have is its own concern
+    def conv_forward(self, input, weight, bias):
         return run(function, self, input, weight, bias)
-    own = {"_conv_forward": conv_forward} if _comes_to_nn_conv(cls) else {"forward": forward, "_conv_forward": cls._conv_forward}
-    return type(cls)(f"Dilated{cls.__name__}", (LAYERS[base], cls), own | {
-        "_plain": cls, "__module__": cls.__module__, "__doc__": cls.__doc__, "__init__": cls.__init__, "extra_repr": _Dilated.extra_repr,
-        "__reduce_ex__": lambda self, protocol: (_new, (cls,), *super(LAYERS[base], self).__reduce_ex__(protocol)[2:])})
+
+    own = (
+        {"_conv_forward": conv_forward}
+        if _comes_to_nn_conv(cls)
+        else {"forward": forward, "_conv_forward": cls._conv_forward}
+    )
+    return type(cls)(
+        f"Dilated{cls.__name__}",
+        (LAYERS[base], cls),
+        own
+        | {
+            "_plain": cls,
+            "__module__": cls.__module__,
+            "__doc__": cls.__doc__,
+            "__init__": cls.__init__,
+            "extra_repr": _Dilated.extra_repr,
+            "__reduce_ex__": lambda self, protocol: (
+                _new,
+                (cls,),
+                *super(LAYERS[base], self).__reduce_ex__(protocol)[2:],
+            ),
+        },
+    )
 
 
 def _new(cls):

@@ -1,9 +1,11 @@
 """How long ATen takes a pass: an estimate in its favour, for where nothing was measured.
 
-cuDNN multiplies every tap, padding included, and hides little of its memory traffic: both times are added. Depthwise layers cost the instructions of
-kernels without products of matrices. The constants stand in assumed.py with the published and measured rows that they were fitted to;
-`python perf/published.py` judges them by other rows.
+cuDNN multiplies every tap, padding included, and hides little of its memory traffic: both times are
+added. Depthwise layers cost the instructions of kernels without products of matrices. The constants
+stand in assumed.py with the published and measured rows that they were fitted to; `python
+perf/published.py` judges them by other rows.
 """
+
 from __future__ import annotations
 
 from math import prod
@@ -14,8 +16,9 @@ from .problem import DTYPE_BYTES, Problem
 
 
 def kind(problem: Problem, pass_: str) -> str:
-    """What the estimate depends on: "depthwise", "strided dgrad" (dilated, too: both rows are), "grouped", "pointwise" (1x1 taps), "narrow" (a tensor
-    of few, unaligned channels), "far" (dilation 12 or more) or "dense"."""
+    """What the estimate depends on: "depthwise", "strided dgrad" (dilated, too: both rows are),
+    "grouped", "pointwise" (1x1 taps), "narrow" (a tensor of few, unaligned channels), "far"
+    (dilation 12 or more) or "dense"."""
     if problem.groups == problem.c and problem.groups > 1:
         return "depthwise"
     if pass_ == "dgrad" and problem.stride != (1, 1) and problem.dilation != (1, 1):
@@ -30,25 +33,43 @@ def kind(problem: Problem, pass_: str) -> str:
 
 
 def seconds(problem: Problem, pass_: str, device: Device, precision: str = "tf32") -> float:
-    """Seconds of ATen for one pass on tensors in the problem's memory format, its copies included; `assumed.FAVOUR` times as fast as the fit."""
+    """Seconds of ATen for one pass on tensors in the problem's memory format, its copies included;
+    `assumed.FAVOUR` times as fast as the fit."""
     if problem.is_empty:
         return assumed.LAUNCH
     found, hertz = kind(problem, pass_), device.sms * device.clock * 1e9
     shapes = {"x": problem.x_shape, "w": problem.w_shape, "y": problem.y_shape}
-    times = dict.fromkeys(shapes, assumed.CUDNN_TRAFFIC["nhwc" if found in ("depthwise", "pointwise") else problem.layout])
+    times = dict.fromkeys(
+        shapes,
+        assumed.CUDNN_TRAFFIC["nhwc" if found in ("depthwise", "pointwise") else problem.layout],
+    )
     if found == "depthwise":
-        pixels = prod(shapes["x"]) * problem.k // problem.c if pass_ == "dgrad" else prod(shapes["y"])
+        pixels = (
+            prod(shapes["x"]) * problem.k // problem.c if pass_ == "dgrad" else prod(shapes["y"])
+        )
         scalar = device.fma[problem.dtype == "float64"] * assumed.ATTAINED
-        work = max(pixels * _instructions(problem, pass_) / 128, problem.dense_macs / scalar) / hertz
+        work = (
+            max(pixels * _instructions(problem, pass_) / 128, problem.dense_macs / scalar) / hertz
+        )
     else:
-        share = assumed.CUDNN[pass_] * (assumed.CUDNN_FAR.get(device.target, 1) if found == "far" else 1)
+        share = assumed.CUDNN[pass_] * (
+            assumed.CUDNN_FAR.get(device.target, 1) if found == "far" else 1
+        )
         share = assumed.CUDNN_STRIDED if found == "strided dgrad" else share
         work = _macs(problem, pass_) / (device.mma_rate(problem.dtype, precision) * share * hertz)
-        times |= {name: assumed.CUDNN_NARROW for name, c in (("x", problem.c), ("y", problem.k)) if _is_narrow(problem, c)}
-    memory = DTYPE_BYTES[problem.dtype] * sum(times[name] * prod(shape) for name, shape in shapes.items()) / (device.dram * 1e9)
+        times |= {
+            name: assumed.CUDNN_NARROW
+            for name, c in (("x", problem.c), ("y", problem.k))
+            if _is_narrow(problem, c)
+        }
+    memory = (
+        DTYPE_BYTES[problem.dtype]
+        * sum(times[name] * prod(shape) for name, shape in shapes.items())
+        / (device.dram * 1e9)
+    )
     if found in ("depthwise", "pointwise"):
         return (max(work, memory) + assumed.LAUNCH) / assumed.FAVOUR
-    copies = 3 if problem.layout == "nchw" or found == "narrow" else 0   # of x, w and y
+    copies = 3 if problem.layout == "nchw" or found == "narrow" else 0  # of x, w and y
     return (work + memory + (1 + copies) * assumed.LAUNCH) / assumed.FAVOUR
 
 
@@ -57,10 +78,16 @@ def _is_narrow(problem: Problem, channels: int) -> bool:
 
 
 def _macs(problem: Problem, pass_: str) -> float:
-    """Multiply-accumulates that cuDNN executes: all taps, of a strided dgrad at every pixel of dx; channels in whole blocks."""
+    """Multiply-accumulates that cuDNN executes: all taps, of a strided dgrad at every pixel of dx;
+    channels in whole blocks."""
     c, k = problem.c // problem.groups, problem.k // problem.groups
-    macs = problem.dense_macs / (c * k) * (prod(problem.stride) if kind(problem, pass_) == "strided dgrad" else 1)
-    if problem.groups > 1:                                               # groups of fewer than 16 channels share a block
+    macs = (
+        problem.dense_macs
+        / (c * k)
+        * (prod(problem.stride) if kind(problem, pass_) == "strided dgrad" else 1)
+    )
+    # groups of fewer than 16 channels share a block
+    if problem.groups > 1:
         return macs * _up(c, 32) * _up(k, 32) * min(1, max(c, k) / 16)
     reduced, out = (k, c) if pass_ == "dgrad" else (c, k)
     return macs * _up(reduced, 16) * _up(out, 32)
@@ -71,8 +98,9 @@ def _up(size: int, block: int) -> int:
 
 
 def _instructions(problem: Problem, pass_: str) -> float:
-    """Instructions of a depthwise layer per pixel; none, so that memory limits, where cuDNN runs a layer that is not dilated: ATen leaves it those in
-    channels_last and in float16 (`use_cudnn_depthwise`), and no row tells how fast they are."""
+    """Instructions of a depthwise layer per pixel; none, so that memory limits, where cuDNN runs a
+    layer that is not dilated: ATen leaves it those in channels_last and in float16
+    (`use_cudnn_depthwise`), and no row tells how fast they are."""
     if problem.dilation == (1, 1) and (problem.layout == "nhwc" or problem.dtype == "float16"):
         return 0
     pixel, tap = assumed.DEPTHWISE_INSTRUCTIONS[problem.layout, pass_]

@@ -1,4 +1,6 @@
-"""What can run where: the one place that knows Triton's drivers, and the targets that kernels are compiled for."""
+"""What can run where: the one place that knows Triton's drivers, and the targets that kernels are
+compiled for."""
+
 from __future__ import annotations
 
 import os
@@ -11,7 +13,8 @@ import torch
 from .problem import DTYPE_BYTES, Problem
 
 BACKENDS = ("auto", "triton", "aten")
-FORMATS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}         # PyTorch's memory formats by the names of layouts
+# PyTorch's memory formats by the names of layouts
+FORMATS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
 
 
 @lru_cache(maxsize=1)
@@ -20,7 +23,8 @@ def _has_triton() -> bool:
 
 
 def interpreted() -> bool:
-    """Whether Triton interprets kernels on CPU tensors (TRITON_INTERPRET=1 before the first import of tridil's kernels)."""
+    """Whether Triton interprets kernels on CPU tensors (TRITON_INTERPRET=1 before the first import
+    of tridil's kernels)."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
 
 
@@ -28,14 +32,17 @@ def _driver():
     """The active Triton driver, or the reason why there is none."""
     try:
         from triton.runtime import driver
-        driver.active.get_current_target()   # the proxy creates the driver when first used
+
+        driver.active.get_current_target()  # the proxy creates the driver when first used
         return driver.active
-    except Exception as e:                   # Triton raises RuntimeError, drivers whatever their vendor's library raises
+    # Triton raises RuntimeError, drivers whatever their vendor's library raises
+    except Exception as e:
         return f"Triton has no active driver ({e})"
 
 
 def target() -> str:
-    """Target the kernels are compiled for, like "cuda:90": TRIDIL_TARGET, else the active driver's, else (interpreter) "cuda:80".
+    """Target the kernels are compiled for, like "cuda:90": TRIDIL_TARGET, else the active driver's,
+    else (interpreter) "cuda:80".
 
     Raises ValueError when TRIDIL_TARGET is not of that form.
     """
@@ -63,48 +70,71 @@ def _driver_target() -> str:
 
 
 def can_run(problem: Problem, device) -> str | None:
-    """None when the Triton kernels can run `problem` on tensors of `device` (a torch.device), else the reason."""
+    """None when the Triton kernels can run `problem` on tensors of `device` (a torch.device), else
+    the reason."""
     return unfit(problem) or _serves(device.type)
 
 
 def unfit(problem: Problem) -> str | None:
-    """Why the kernels run `problem` nowhere. Under torch.compile sizes may be symbols: the operators ask for the geometry again."""
-    return _unsupported(problem.dtype) or (None if torch.compiler.is_compiling() else problem.beyond_int32)
+    """Why the kernels run `problem` nowhere. Under torch.compile sizes may be symbols: the
+    operators ask for the geometry again."""
+    return _unsupported(problem.dtype) or (
+        None if torch.compiler.is_compiling() else problem.beyond_int32
+    )
 
 
 def _unsupported(dtype: str) -> str | None:
-    return None if dtype in DTYPE_BYTES else f"dtype {dtype} is not supported by the Triton kernels: use one of {', '.join(DTYPE_BYTES)}"
+    return (
+        None
+        if dtype in DTYPE_BYTES
+        else f"dtype {dtype} is not supported by the Triton kernels: use one of {', '.join(DTYPE_BYTES)}"
+    )
 
 
 def _serves(device_type: str) -> str | None:
     if not _has_triton():
         return "Triton is not installed: pip install triton"
     if interpreted():
-        return None if device_type == "cpu" else f"TRITON_INTERPRET=1 runs kernels on CPU tensors, got a tensor on {device_type!r}"
+        return (
+            None
+            if device_type == "cpu"
+            else f"TRITON_INTERPRET=1 runs kernels on CPU tensors, got a tensor on {device_type!r}"
+        )
     driver = _driver()
     if isinstance(driver, str):
         return driver + ": set TRITON_INTERPRET=1 to interpret the kernels on CPU tensors"
     served = driver.get_active_torch_device().type
-    return None if served == device_type else f"the active Triton driver serves {served!r} tensors, got a tensor on {device_type!r}"
+    return (
+        None
+        if served == device_type
+        else f"the active Triton driver serves {served!r} tensors, got a tensor on {device_type!r}"
+    )
 
 
-# torch.compile asks it and does not trace a driver: torch.compiler.assume_constant_result without its import of the compiler
+# torch.compile asks it and does not trace a driver: torch.compiler.assume_constant_result without
+# its import of the compiler
 _serves._dynamo_marked_constant = True
 
 
 def choose(problem: Problem, device, backend: str = "auto") -> str:
-    """"triton" or "aten". "auto" (TRIDIL_BACKEND overrides it) is ATen on CPU tensors and wherever Triton cannot run. On meta tensors ATen says the
-    shapes, whatever is asked for.
+    """ "triton" or "aten". "auto" (TRIDIL_BACKEND overrides it) is ATen on CPU tensors and wherever
+    Triton cannot run. On meta tensors ATen says the shapes, whatever is asked for.
 
-    Raises ValueError for an unknown backend; when "triton" cannot run the problem, TypeError for its dtype, else NotImplementedError, with the
-    reason.
+    Raises ValueError for an unknown backend; when "triton" cannot run the problem, TypeError for
+    its dtype, else NotImplementedError, with the reason.
     """
     if backend == "auto":
         backend = os.environ.get("TRIDIL_BACKEND", "auto")
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
     if backend == "auto":
-        return "aten" if device.type == "cpu" or can_run(problem, device) or too_old(device.type, device.index) else "triton"
+        return (
+            "aten"
+            if device.type == "cpu"
+            or can_run(problem, device)
+            or too_old(device.type, device.index)
+            else "triton"
+        )
     if backend == "triton":
         reason = unfit(problem) if device.type == "meta" else can_run(problem, device)
         if reason:
@@ -114,17 +144,28 @@ def choose(problem: Problem, device, backend: str = "auto") -> str:
 
 
 def too_old(device_type: str, index: int | None) -> str | None:
-    """Why "auto" leaves a GPU to ATen although the kernels run there; index is that of the tensors' device, which need not be the current one."""
+    """Why "auto" leaves a GPU to ATen although the kernels run there; index is that of the tensors'
+    device, which need not be the current one."""
     name = target()
-    if device_type == "cuda" and name.startswith("cuda") and not os.environ.get("TRIDIL_TARGET") and torch.cuda.is_available():
+    if (
+        device_type == "cuda"
+        and name.startswith("cuda")
+        and not os.environ.get("TRIDIL_TARGET")
+        and torch.cuda.is_available()
+    ):
         name = "cuda:{}{}".format(*torch.cuda.get_device_capability(index))
-    return f"{name} has no tensor cores that the kernels use: sm_80 and later do" if name.startswith("cuda") and int(name[5:]) < 80 else None
+    return (
+        f"{name} has no tensor cores that the kernels use: sm_80 and later do"
+        if name.startswith("cuda") and int(name[5:]) < 80
+        else None
+    )
 
 
 too_old._dynamo_marked_constant = True
 
 
 def fp32_precision(target: str) -> str:
-    """"tf32" or "ieee", as torch.backends.cudnn.conv.fp32_precision (and the older allow_tf32) say; of AMD's GPUs only gfx942 has tf32."""
+    """ "tf32" or "ieee", as torch.backends.cudnn.conv.fp32_precision (and the older allow_tf32) say;
+    of AMD's GPUs only gfx942 has tf32."""
     allowed = target.startswith("cuda") or target == "hip:gfx942"
     return "tf32" if allowed and torch.backends.cudnn.conv.fp32_precision == "tf32" else "ieee"

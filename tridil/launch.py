@@ -1,4 +1,6 @@
-"""Runs plans: allocates results and partial sums, brings operands into the format that a family reads, launches. The explicit path: problem, pass, config."""
+"""Runs plans: allocates results and partial sums, brings operands into the format that a family
+reads, launches. The explicit path: problem, pass, config."""
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -18,7 +20,7 @@ from .families import Box, Config, Launch
 from .families.base import accumulator, result_shape
 from .problem import Problem
 
-_interpreted = interpreted()                             # decided when the kernels are imported
+_interpreted = interpreted()  # decided when the kernels are imported
 
 
 def kernel_of(launch: Launch):
@@ -30,17 +32,33 @@ def kernel_of(launch: Launch):
 @lru_cache(maxsize=4096)
 def constexprs(items: tuple) -> dict:
     """Constexprs of a launch, as its kernel takes them."""
-    return {name: {"float32": tl.float32, "float64": tl.float64}[value] if name == "ACC" else value for name, value in items}
+    return {
+        name: {"float32": tl.float32, "float64": tl.float64}[value] if name == "ACC" else value
+        for name, value in items
+    }
 
 
 def describe(box: Box, tensor: torch.Tensor, known: dict) -> TensorDescriptor:
-    """The TensorDescriptor of a tensor; Triton checks sizes and strides once, `known` keeps them. The base's alignment is `_operand`'s concern."""
-    base = torch.as_strided(tensor, box.shape, box.strides, tensor.storage_offset() + box.offset) if box.offset else tensor
+    """The TensorDescriptor of a tensor; Triton checks sizes and strides once, `known` keeps them.
+    The base's alignment is `_operand`'s concern."""
+    base = (
+        torch.as_strided(tensor, box.shape, box.strides, tensor.storage_offset() + box.offset)
+        if box.offset
+        else tensor
+    )
     found = known.get(box)
     if found is None:
         sizes = base, list(box.shape), list(box.strides), list(box.block)
-        first = TensorDescriptor(*sizes) if box.swizzle is None else gluon_descriptor()(*sizes, shared_layout(box, 8 * tensor.element_size()))
-        known[box] = type(first), {name: value for name, value in vars(first).items() if name != "base"}         # at once: other threads read it
+        first = (
+            TensorDescriptor(*sizes)
+            if box.swizzle is None
+            else gluon_descriptor()(*sizes, shared_layout(box, 8 * tensor.element_size()))
+        )
+        # at once: other threads read it
+        known[box] = (
+            type(first),
+            {name: value for name, value in vars(first).items() if name != "base"},
+        )
         return first
     class_, fields = found
     descriptor = object.__new__(class_)
@@ -50,12 +68,14 @@ def describe(box: Box, tensor: torch.Tensor, known: dict) -> TensorDescriptor:
 
 def gluon_descriptor() -> type:
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
     return TensorDescriptor
 
 
 def shared_layout(box: Box, bits: int):
     """Gluon's layout of a box of elements of so many bits in shared memory."""
     from triton.experimental.gluon.language import NVMMASharedLayout
+
     return NVMMASharedLayout(box.swizzle, bits, len(box.block))
 
 
@@ -63,14 +83,21 @@ class Ready:
     """A launch whose kernel and arguments are at hand."""
 
     def __init__(self, launch: Launch):
-        self.launch, self.fn, self.grid, self.workspace = launch, kernel_of(launch), launch.grid, launch.workspace
+        self.launch, self.fn, self.grid, self.workspace = (
+            launch,
+            kernel_of(launch),
+            launch.grid,
+            launch.workspace,
+        )
         values = dict(launch.scalars) | constexprs(launch.constexprs)
         names = self.fn.arg_names
-        self.values = [values.get(name) for name in names]                   # of all arguments in their order, None for tensors
+        # of all arguments in their order, None for tensors
+        self.values = [values.get(name) for name in names]
         self.places = [(names.index(name), role, box) for name, role, box in launch.tensors]
         self.options = dict(launch.options)
         self.boxes: dict = {}
-        # (device, which pointers are 16-byte aligned) -> the kernel that Triton's JIT compiled: what it specialises on beyond this launch
+        # (device, which pointers are 16-byte aligned) -> the kernel that Triton's JIT compiled:
+        # what it specialises on beyond this launch
         self.compiled: dict = {}
 
     def arguments(self, tensors: dict) -> list:
@@ -81,7 +108,8 @@ class Ready:
         return values
 
     def __call__(self, tensors: dict):
-        """Launch on the current device and stream: through the JIT once, afterwards through its compiled kernel, which binds no arguments."""
+        """Launch on the current device and stream: through the JIT once, afterwards through its
+        compiled kernel, which binds no arguments."""
         arguments, aligned = self.arguments(tensors), 0
         for i, _, box in self.places:
             aligned += aligned + (box is None and arguments[i].data_ptr() & 15 == 0)
@@ -91,7 +119,8 @@ class Ready:
             kernel[self.grid](*arguments)
         else:
             kernel = self.fn[self.grid](*arguments, **self.options)
-            if isinstance(kernel, CompiledKernel):              # neither interpreted nor compiled in the background
+            # neither interpreted nor compiled in the background
+            if isinstance(kernel, CompiledKernel):
                 self.compiled[key] = kernel
 
 
@@ -100,7 +129,9 @@ def device():
     return None if _interpreted else driver.active.get_current_device()
 
 
-def plan(problem: Problem, pass_: str, config: Config, precision: str = "ieee", has_bias: bool = False) -> list[Launch]:
+def plan(
+    problem: Problem, pass_: str, config: Config, precision: str = "ieee", has_bias: bool = False
+) -> list[Launch]:
     """The launches of one pass, whose result has problem.layout. precision: "ieee" or "tf32"."""
     if problem.dtype == "bfloat16" and interpreted():
         precision = "upcast"
@@ -108,33 +139,45 @@ def plan(problem: Problem, pass_: str, config: Config, precision: str = "ieee", 
 
 
 def _operand(layout: str, alignment: int) -> Callable[[torch.Tensor], torch.Tensor]:
-    """What gives a tensor dense memory in a format: those that have it themselves, copies of others, and of those whose base is not aligned."""
+    """What gives a tensor dense memory in a format: those that have it themselves, copies of
+    others, and of those whose base is not aligned."""
     memory_format = FORMATS[layout]
 
     def operand(t):
         if not t.is_contiguous(memory_format=memory_format):
             t = t.detach().contiguous(memory_format=memory_format)
-        return t.detach().clone(memory_format=memory_format) if alignment > 1 and t.data_ptr() % alignment else t
+        return (
+            t.detach().clone(memory_format=memory_format)
+            if alignment > 1 and t.data_ptr() % alignment
+            else t
+        )
+
     return operand
 
 
 def fprop(problem: Problem, x, w, bias, config: Config, precision: str = "ieee") -> torch.Tensor:
-    """y (N, K, P, Q) of x (N, C, H, W), w (K, C/G, R, S) and bias (K,) or None, in problem.layout. Raises ValueError when config does not fit."""
+    """y (N, K, P, Q) of x (N, C, H, W), w (K, C/G, R, S) and bias (K,) or None, in problem.layout.
+    Raises ValueError when config does not fit."""
     return prepare(problem, "fprop", config, precision, bias is not None)(x, w, bias)
 
 
 def dgrad(problem: Problem, dy, w, config: Config, precision: str = "ieee") -> torch.Tensor:
-    """dx (N, C, H, W) of dy (N, K, P, Q) and w (K, C/G, R, S), in problem.layout. Raises ValueError when config does not fit."""
+    """dx (N, C, H, W) of dy (N, K, P, Q) and w (K, C/G, R, S), in problem.layout. Raises ValueError
+    when config does not fit."""
     return prepare(problem, "dgrad", config, precision)(dy, w)
 
 
 def wgrad(problem: Problem, dy, x, config: Config, precision: str = "ieee") -> torch.Tensor:
-    """dw (K, C/G, R, S) of dy (N, K, P, Q) and x (N, C, H, W), in problem.layout. Raises ValueError when config does not fit."""
+    """dw (K, C/G, R, S) of dy (N, K, P, Q) and x (N, C, H, W), in problem.layout. Raises ValueError
+    when config does not fit."""
     return prepare(problem, "wgrad", config, precision)(dy, x)
 
 
-def prepare(problem: Problem, pass_: str, config: Config, precision: str = "ieee", has_bias: bool = False) -> Callable[..., torch.Tensor]:
-    """run(a, b, bias=None), which allocates and launches one pass on the current device. Raises ValueError when config does not fit the target."""
+def prepare(
+    problem: Problem, pass_: str, config: Config, precision: str = "ieee", has_bias: bool = False
+) -> Callable[..., torch.Tensor]:
+    """run(a, b, bias=None), which allocates and launches one pass on the current device. Raises
+    ValueError when config does not fit the target."""
     return _prepare(problem, pass_, config, precision, has_bias, target())
 
 
@@ -143,7 +186,11 @@ def _prepare(problem, pass_, config, precision, has_bias, target):
     reason = cfg.fits(config, problem, pass_, target)
     if reason:
         raise ValueError(f"config {config} does not fit {pass_} of {problem.key()}: {reason}")
-    family, shape, memory_format = families.of(config.kernel), result_shape(problem, pass_), FORMATS[problem.layout]
+    family, shape, memory_format = (
+        families.of(config.kernel),
+        result_shape(problem, pass_),
+        FORMATS[problem.layout],
+    )
     launches = [Ready(launch) for launch in plan(problem, pass_, config, precision, has_bias)]
     covers, operand = family.covers(problem, pass_), _operand(*family.operand_format(problem))
     workspace = max((launch.workspace for launch in launches), default=0)
@@ -160,4 +207,5 @@ def _prepare(problem, pass_, config, precision, has_bias, target):
         for launch in launches:
             launch(tensors)
         return out
+
     return run

@@ -1,4 +1,6 @@
-"""DilatedConv2d and DilatedConv1d: nn.Conv2d and nn.Conv1d whose forward is dilated_conv2d and dilated_conv1d."""
+"""DilatedConv2d and DilatedConv1d: nn.Conv2d and nn.Conv1d whose forward is dilated_conv2d and
+dilated_conv1d."""
+
 from __future__ import annotations
 
 from torch import nn
@@ -10,19 +12,25 @@ from .functional import dilated_conv1d, dilated_conv2d
 
 
 class _Dilated:
-    """What both layers have beside torch's: the backend. `convert` derives classes from it and from users' layers: it adds no other names."""
-    backend = "auto"                                     # of objects pickled without one
+    """What both layers have beside torch's: the backend. `convert` derives classes from it and from
+    users' layers: it adds no other names."""
+
+    backend = "auto"  # of objects pickled without one
 
     def __setstate__(self, state):
         super().__setstate__(state)
         mark_leaf(self)
 
     def extra_repr(self) -> str:
-        return super().extra_repr() + ("" if self.backend == "auto" else f", backend={self.backend!r}")
+        return super().extra_repr() + (
+            "" if self.backend == "auto" else f", backend={self.backend!r}"
+        )
 
-    def __prepare_scriptable__(self):                    # torch.jit.script calls it
-        raise TypeError(f"TorchScript cannot compile {type(self).__name__}: use torch.compile or torch.export, or script the plain layers "
-                        f"(tridil.revert(model) after tridil.convert(model); the state_dict is the same)")
+    def __prepare_scriptable__(self):  # torch.jit.script calls it
+        raise TypeError(
+            f"TorchScript cannot compile {type(self).__name__}: use torch.compile or torch.export, or script the plain layers "
+            f"(tridil.revert(model) after tridil.convert(model); the state_dict is the same)"
+        )
 
 
 def _finish(layer, backend: str):
@@ -37,27 +45,67 @@ def run(function, layer, input, weight, bias, **kwargs):
     """What nn.Conv's _conv_forward computes, by dilated_conv2d or dilated_conv1d."""
     padding = layer.padding
     if layer.padding_mode != "zeros":
-        input, padding = pad(input, layer._reversed_padding_repeated_twice, mode=layer.padding_mode), 0
-    return function(input, weight, bias, layer.stride, padding, layer.dilation, layer.groups, backend=layer.backend, **kwargs)
+        input, padding = (
+            pad(input, layer._reversed_padding_repeated_twice, mode=layer.padding_mode),
+            0,
+        )
+    return function(
+        input,
+        weight,
+        bias,
+        layer.stride,
+        padding,
+        layer.dilation,
+        layer.groups,
+        backend=layer.backend,
+        **kwargs,
+    )
 
 
 def mark_leaf(layer: nn.Module):
-    """Makes torch.fx call a layer and not trace through it, as it does with those of torch.nn: tracers ask the object for its module. Subclasses that
-    users derive are traced through, as those of nn.Conv2d are."""
+    """Makes torch.fx call a layer and not trace through it, as it does with those of torch.nn:
+    tracers ask the object for its module. Subclasses that users derive are traced through, as those
+    of nn.Conv2d are."""
     if type(layer).__module__ in (__name__, "torch.nn.utils.parametrize"):
         layer.__module__ = "torch.nn"
 
 
 class DilatedConv2d(_Dilated, nn.Conv2d):
-    """`torch.nn.Conv2d` with the same arguments, state_dict and results; input (N, C, H, W) or (C, H, W).
+    """`torch.nn.Conv2d` with the same arguments, state_dict and results; input (N, C, H, W) or (C,
+    H, W).
 
     backend: "auto", "triton" or "aten", as in `dilated_conv2d`. Raises ValueError for another name.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, kernel_size: _size_2_t, stride: _size_2_t = 1, padding: str | _size_2_t = 0,
-                 dilation: _size_2_t = 1, groups: int = 1, bias: bool = True, padding_mode: str = "zeros", device=None, dtype=None, *,
-                 backend: str = "auto") -> None:
-        super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, dtype)
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: _size_2_t,
+        stride: _size_2_t = 1,
+        padding: str | _size_2_t = 0,
+        dilation: _size_2_t = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        device=None,
+        dtype=None,
+        *,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__(
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride,
+            padding,
+            dilation,
+            groups,
+            bias,
+            padding_mode,
+            device,
+            dtype,
+        )
         _finish(self, backend)
 
     def _conv_forward(self, input, weight, bias):
@@ -67,19 +115,49 @@ class DilatedConv2d(_Dilated, nn.Conv2d):
 class DilatedConv1d(_Dilated, nn.Conv1d):
     """`torch.nn.Conv1d` with the same arguments, state_dict and results; input (N, C, L) or (C, L).
 
-    causal=True pads on the left only, by dilation*(kernel_size-1) zeros: output t sees no input after t*stride, and there are ceil(L/stride)
-    outputs. Raises ValueError for causal=True with a padding or a padding_mode of its own, and for an unknown backend.
+    causal=True pads on the left only, by dilation*(kernel_size-1) zeros: output t sees no input
+    after t*stride, and there are ceil(L/stride) outputs. Raises ValueError for causal=True with a
+    padding or a padding_mode of its own, and for an unknown backend.
     """
+
     causal = False
 
-    def __init__(self, in_channels: int, out_channels: int, kernel_size: _size_1_t, stride: _size_1_t = 1, padding: str | _size_1_t = 0,
-                 dilation: _size_1_t = 1, groups: int = 1, bias: bool = True, padding_mode: str = "zeros", device=None, dtype=None, *,
-                 causal: bool = False, backend: str = "auto") -> None:
-        super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, dtype)
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: _size_1_t,
+        stride: _size_1_t = 1,
+        padding: str | _size_1_t = 0,
+        dilation: _size_1_t = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        device=None,
+        dtype=None,
+        *,
+        causal: bool = False,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__(
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride,
+            padding,
+            dilation,
+            groups,
+            bias,
+            padding_mode,
+            device,
+            dtype,
+        )
         _finish(self, backend)
         if causal and (self.padding != (0,) or self.padding_mode != "zeros"):
-            raise ValueError(f"causal=True pads by itself, with dilation*(kernel_size-1) zeros on the left: leave padding at 0 and padding_mode at "
-                             f"'zeros', got padding={self.padding} and padding_mode={self.padding_mode!r}")
+            raise ValueError(
+                f"causal=True pads by itself, with dilation*(kernel_size-1) zeros on the left: leave padding at 0 and padding_mode at "
+                f"'zeros', got padding={self.padding} and padding_mode={self.padding_mode!r}"
+            )
         self.causal = causal
 
     def _conv_forward(self, input, weight, bias):

@@ -1,4 +1,6 @@
-"""The torch boundary: operators tridil::fprop, dgrad and wgrad, and the autograd Functions that call each other. Imports no Triton."""
+"""The torch boundary: operators tridil::fprop, dgrad and wgrad, and the autograd Functions that
+call each other. Imports no Triton."""
+
 from __future__ import annotations
 
 from functools import partial, reduce
@@ -12,9 +14,11 @@ from . import batching, late, passes
 from .passes import empty, has_channels_last, map_shape
 from .problem import Problem
 
-# tensors are 4D (N, C, H, W), or 3D (N, C, L): maps of height 1, whose results are 3D, too, and no views
+# tensors are 4D (N, C, H, W), or 3D (N, C, L): maps of height 1, whose results are 3D, too, and no
+# views
 _GEOMETRY = "SymInt[2] stride, SymInt[4] padding, SymInt[2] dilation, SymInt groups, bool channels_last, bool auto=False"
-_IS_DEFINED = hasattr(torch.ops.tridil, "fprop")         # the module runs again (importlib.reload): a process defines operators once
+# the module runs again (importlib.reload): a process defines operators once
+_IS_DEFINED = hasattr(torch.ops.tridil, "fprop")
 if not _IS_DEFINED:
     lib = torch.library.Library("tridil", "DEF")
     lib.define(f"fprop(Tensor x, Tensor w, Tensor? bias, {_GEOMETRY}) -> Tensor")
@@ -23,22 +27,47 @@ if not _IS_DEFINED:
 
 
 def is_plain(a, b, bias=None) -> bool:
-    """Whether nothing but autograd may watch an eager call on these tensors, so that no operator needs to be dispatched: no compiler, tracer,
-    transform, mode, profiler or dual level is active, and the tensors are ordinary."""
-    return (not torch.compiler.is_compiling() and type(a) in ORDINARY and type(b) in ORDINARY and (bias is None or type(bias) in ORDINARY)
-            and not (a.is_neg() or b.is_neg() or bias is not None and bias.is_neg() or _is_wrapped(a) or _is_wrapped(b))
-            and not (torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack() or torch._C._are_functorch_transforms_active()
-                     or torch._C._get_tracing_state() or profiler._is_profiler_enabled or forward_ad._current_level >= 0))
+    """Whether nothing but autograd may watch an eager call on these tensors, so that no operator
+    needs to be dispatched: no compiler, tracer, transform, mode, profiler or dual level is active,
+    and the tensors are ordinary."""
+    return (
+        not torch.compiler.is_compiling()
+        and type(a) in ORDINARY
+        and type(b) in ORDINARY
+        and (bias is None or type(bias) in ORDINARY)
+        and not (
+            a.is_neg()
+            or b.is_neg()
+            or bias is not None
+            and bias.is_neg()
+            or _is_wrapped(a)
+            or _is_wrapped(b)
+        )
+        and not (
+            torch._C._len_torch_dispatch_stack()
+            or torch._C._len_torch_function_stack()
+            or torch._C._are_functorch_transforms_active()
+            or torch._C._get_tracing_state()
+            or profiler._is_profiler_enabled
+            or forward_ad._current_level >= 0
+        )
+    )
 
 
 ORDINARY = (torch.Tensor, torch.nn.Parameter)
-_is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor          # left over from a transform
-_is_batched = torch._C._functorch.is_legacy_batchedtensor              # of torch.autograd.grad(is_grads_batched=True)
+_is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor  # left over from a transform
+# of torch.autograd.grad(is_grads_batched=True)
+_is_batched = torch._C._functorch.is_legacy_batchedtensor
 
 
 def _below(pass_, a, b, third, geometry, channels_last, auto):
-    """The operator for whoever watches below autograd: modes, subclasses, and the derivatives of an enclosing transform."""
-    with torch._C._AutoDispatchBelowAutograd(), torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
+    """The operator for whoever watches below autograd: modes, subclasses, and the derivatives of an
+    enclosing transform."""
+    with (
+        torch._C._AutoDispatchBelowAutograd(),
+        torch.enable_grad(),
+        forward_ad._set_fwd_grad_enabled(True),
+    ):
         return getattr(torch.ops.tridil, pass_)(a, b, third, *geometry, channels_last, auto)
 
 
@@ -48,7 +77,9 @@ def _apply(plain, pass_, a, b, third, geometry, channels_last, auto):
         return getattr(torch.ops.tridil, pass_)(a, b, third, *geometry, channels_last, auto)
     function = FUNCTIONS[pass_]
     if torch.is_grad_enabled():
-        return super(torch.autograd.Function, function).apply(a, b, third, geometry, channels_last, auto, True)
+        return super(torch.autograd.Function, function).apply(
+            a, b, third, geometry, channels_last, auto, True
+        )
     return function.run(a, b, third, geometry, channels_last, auto)
 
 
@@ -57,29 +88,38 @@ def _is_plain_backward(a, b, c) -> bool:
 
 
 def _wanted(ctx):
-    """For each input whether its gradient is used: `needs_input_grad`, without what torch.autograd.grad was not asked for."""
+    """For each input whether its gradient is used: `needs_input_grad`, without what
+    torch.autograd.grad was not asked for."""
     needs = ctx.needs_input_grad
-    if torch.compiler.is_compiling() or not isinstance(ctx, BackwardCFunction):        # compiled autograd, which asks no engine
+    # compiled autograd, which asks no engine
+    if torch.compiler.is_compiling() or not isinstance(ctx, BackwardCFunction):
         return needs
-    return [need and _will_run(node) for need, (node, _) in zip(needs, ctx.next_functions)] + [False]       # of a bias that is None
+    # of a bias that is None
+    return [need and _will_run(node) for need, (node, _) in zip(needs, ctx.next_functions)] + [
+        False
+    ]
 
 
 def _will_run(node) -> bool:
     try:
         return torch._C._will_engine_execute_node(node)
-    except RuntimeError:                                    # of leaves that it was asked for
+    except RuntimeError:  # of leaves that it was asked for
         return True
 
 
 class _Pass(torch.autograd.Function):
-    """A pass: linear in its two tensors a and b, so that its derivatives are the other two passes. `pass_` is its name, `roles` are those of a, b and
-    the result. `third` is the bias of fprop, and else the shape of the result; geometry is (stride, padding (h_lo, h_hi, w_lo, w_hi), dilation,
-    groups), channels_last the format of the result, auto whether ATen may run it, plain whether nobody watches. `op` is the operator, for whoever
-    watches: its autograd kernel applies the Function, which is the only one that knows derivatives."""
+    """A pass: linear in its two tensors a and b, so that its derivatives are the other two passes.
+    `pass_` is its name, `roles` are those of a, b and the result. `third` is the bias of fprop, and
+    else the shape of the result; geometry is (stride, padding (h_lo, h_hi, w_lo, w_hi), dilation,
+    groups), channels_last the format of the result, auto whether ATen may run it, plain whether
+    nobody watches. `op` is the operator, for whoever watches: its autograd kernel applies the
+    Function, which is the only one that knows derivatives."""
 
     @classmethod
     def forward(cls, a, b, third, geometry, channels_last, auto, plain):
-        return (cls.run if plain else partial(_below, cls.pass_))(a, b, third, geometry, channels_last, auto)
+        return (cls.run if plain else partial(_below, cls.pass_))(
+            a, b, third, geometry, channels_last, auto
+        )
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -95,14 +135,21 @@ class _Pass(torch.autograd.Function):
             return (None,) * 7
         (a, b), needs = ctx.saved_tensors, _wanted(ctx)
         tensors, plain = dict(zip(cls.roles, (a, b, grad))), _is_plain_backward(a, b, grad)
-        grads = [_derivative(cls, ctx, role, tensors, plain) if need else None for role, need in zip(cls.roles[:2], needs)]
+        grads = [
+            _derivative(cls, ctx, role, tensors, plain) if need else None
+            for role, need in zip(cls.roles[:2], needs)
+        ]
         dbias = grad.sum((0, *range(2, grad.dim()))) if cls is Fprop and needs[2] else None
         return *grads, dbias, None, None, None, None
 
     @classmethod
     def jvp(cls, ctx, da, db, dbias, *_):
-        shape, rest = None if cls is Fprop else ctx.shape, (*ctx.geometry, ctx.channels_last, ctx.auto)
-        with forward_ad._set_fwd_grad_enabled(True):        # off here by default, which makes forward-over-forward lose terms in silence
+        shape, rest = (
+            None if cls is Fprop else ctx.shape,
+            (*ctx.geometry, ctx.channels_last, ctx.auto),
+        )
+        # off here by default, which makes forward-over-forward lose terms in silence
+        with forward_ad._set_fwd_grad_enabled(True):
             a, b = (forward_ad.unpack_dual(t).primal for t in ctx.saved_tensors)
             terms = [] if da is None else [cls.op(da, b, dbias if shape is None else shape, *rest)]
             if db is not None:
@@ -113,24 +160,38 @@ class _Pass(torch.autograd.Function):
 
 
 def _derivative(cls, ctx, role, tensors, plain):
-    """The gradient of the operand in this role: the pass whose result it is, of the other operand and the incoming gradient."""
+    """The gradient of the operand in this role: the pass whose result it is, of the other operand
+    and the incoming gradient."""
     function = next(other for other in FUNCTIONS.values() if other.roles[2] == role)
     a, b = (tensors[role] for role in function.roles[:2])
     operand = tensors[role]
     # x and y have one format, which wgrad, whose channels_last is that of w, is not told
     channels_last = has_channels_last(operand) if role == "w" or cls is Wgrad else ctx.channels_last
-    return _apply(plain, function.pass_, a, b, None if role == "y" else operand.shape, ctx.geometry, channels_last, ctx.auto)
+    return _apply(
+        plain,
+        function.pass_,
+        a,
+        b,
+        None if role == "y" else operand.shape,
+        ctx.geometry,
+        channels_last,
+        ctx.auto,
+    )
 
 
 class Fprop(_Pass):
     """y of (x, w, bias)."""
+
     pass_, roles = "fprop", "xwy"
 
     @staticmethod
     def fake(x, w, bias, stride, padding, dilation, groups, channels_last, auto=False):
-        sizes = [(size + padding[2 * i] + padding[2 * i + 1] - dilation[i] * (taps - 1) - 1) // stride[i] + 1
-                 for i, size, taps in zip((0, 1), map_shape(x.shape)[2:], map_shape(w.shape)[2:])]
-        return empty(x, (x.shape[0], w.shape[0], *sizes[4 - x.dim():]), channels_last)
+        sizes = [
+            (size + padding[2 * i] + padding[2 * i + 1] - dilation[i] * (taps - 1) - 1) // stride[i]
+            + 1
+            for i, size, taps in zip((0, 1), map_shape(x.shape)[2:], map_shape(w.shape)[2:])
+        ]
+        return empty(x, (x.shape[0], w.shape[0], *sizes[4 - x.dim() :]), channels_last)
 
     @staticmethod
     def run(x, w, bias, geometry, channels_last, auto):
@@ -139,6 +200,7 @@ class Fprop(_Pass):
 
 class Dgrad(_Pass):
     """dx of (dy, w)."""
+
     pass_, roles = "dgrad", "ywx"
 
     @staticmethod
@@ -152,6 +214,7 @@ class Dgrad(_Pass):
 
 class Wgrad(_Pass):
     """dw of (dy, x)."""
+
     pass_, roles = "wgrad", "yxw"
 
     @staticmethod
@@ -162,28 +225,45 @@ class Wgrad(_Pass):
     def run(dy, x, w_shape, geometry, channels_last, auto):
         if w_shape[1] > 1:
             return passes.run("wgrad", dy, x, None, x.shape, w_shape, geometry, channels_last, auto)
-        # with one channel per group both formats of dw are one memory: that of x says how x and dy are read
-        dw = passes.run("wgrad", dy, x, None, x.shape, w_shape, geometry, has_channels_last(x), auto)
+        # with one channel per group both formats of dw are one memory: that of x says how x and dy
+        # are read
+        dw = passes.run(
+            "wgrad", dy, x, None, x.shape, w_shape, geometry, has_channels_last(x), auto
+        )
         return passes.formatted(dw, channels_last)
 
 
 def _register(name):
-    """What runs the operator, its shape, its derivatives (also those that a transform takes) and its rule under vmap. All ask `op.function`, the
-    Function of the module that was executed last."""
+    """What runs the operator, its shape, its derivatives (also those that a transform takes) and
+    its rule under vmap. All ask `op.function`, the Function of the module that was executed last.
+    """
     op = getattr(torch.ops.tridil, name).default
 
     def arguments(a, b, third, stride, padding, dilation, groups, channels_last, auto=False):
-        if name == "dgrad":                                 # of a DTensor, x_shape has the images of all processes
+        # of a DTensor, x_shape has the images of all processes
+        if name == "dgrad":
             third = a.shape[0], *third[1:]
-        return a, b, tuple(third) if isinstance(third, list) else third, (tuple(stride), tuple(padding), tuple(dilation), groups), channels_last, auto
+        return (
+            a,
+            b,
+            tuple(third) if isinstance(third, list) else third,
+            (tuple(stride), tuple(padding), tuple(dilation), groups),
+            channels_last,
+            auto,
+        )
 
     def derive(*args):
         with enable_single_level_autograd_function():
             return super(torch.autograd.Function, op.function).apply(*arguments(*args), False)
+
     lib.impl(name, lambda *args: op.function.run(*arguments(*args)), "CompositeExplicitAutograd")
     lib.impl(name, derive, "Autograd")
-    torch.library.register_fake(f"tridil::{name}", lambda *args, **kwargs: op.function.fake(*args, **kwargs), lib=lib)
-    torch.library.register_vmap(f"tridil::{name}", lambda *args: batching.rule(op.function, *args), lib=lib)
+    torch.library.register_fake(
+        f"tridil::{name}", lambda *args, **kwargs: op.function.fake(*args, **kwargs), lib=lib
+    )
+    torch.library.register_vmap(
+        f"tridil::{name}", lambda *args: batching.rule(op.function, *args), lib=lib
+    )
 
 
 FUNCTIONS = {function.pass_: function for function in (Fprop, Dgrad, Wgrad)}
@@ -196,15 +276,37 @@ late.install()
 
 
 def convolve(x, w, bias, problem: Problem, auto: bool = False) -> torch.Tensor:
-    """y (N, K, P, Q) or (N, K, L) of 4D or 3D tensors that `problem` describes, differentiable twice: through the Triton kernels, with auto also
-    through ATen."""
-    geometry, nhwc = (problem.stride, (*problem.padding[0], *problem.padding[1]), problem.dilation, problem.groups), problem.layout == "nhwc"
+    """y (N, K, P, Q) or (N, K, L) of 4D or 3D tensors that `problem` describes, differentiable
+    twice: through the Triton kernels, with auto also through ATen."""
+    geometry, nhwc = (
+        (
+            problem.stride,
+            (*problem.padding[0], *problem.padding[1]),
+            problem.dilation,
+            problem.groups,
+        ),
+        problem.layout == "nhwc",
+    )
     if is_plain(x, w, bias):
-        if not (torch.is_grad_enabled() and (x.requires_grad or w.requires_grad or bias is not None and bias.requires_grad)):
+        if not (
+            torch.is_grad_enabled()
+            and (x.requires_grad or w.requires_grad or bias is not None and bias.requires_grad)
+        ):
             return passes.run("fprop", x, w, bias, x.shape, w.shape, geometry, nhwc, auto)
         if auto and passes.is_all_aten(x, w, bias, geometry, nhwc):
-            aten_conv, axes = (torch.conv2d, slice(2)) if x.dim() == 4 else (torch.conv1d, slice(1, 2))
-            return aten_conv(x, w, bias, problem.stride[axes], [lo for lo, _ in problem.padding[axes]], problem.dilation[axes], problem.groups)
-        # Function.apply without its look at the signature of forward, which takes longer than a launch
+            aten_conv, axes = (
+                (torch.conv2d, slice(2)) if x.dim() == 4 else (torch.conv1d, slice(1, 2))
+            )
+            return aten_conv(
+                x,
+                w,
+                bias,
+                problem.stride[axes],
+                [lo for lo, _ in problem.padding[axes]],
+                problem.dilation[axes],
+                problem.groups,
+            )
+        # Function.apply without its look at the signature of forward, which takes longer than a
+        # launch
         return super(torch.autograd.Function, Fprop).apply(x, w, bias, geometry, nhwc, auto, True)
     return torch.ops.tridil.fprop(x, w, bias, *geometry, nhwc, auto)

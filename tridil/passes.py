@@ -1,4 +1,6 @@
-"""One pass on tensors: in which memory formats, and what runs it, the Triton kernels or ATen. Imports no Triton until kernels run."""
+"""One pass on tensors: in which memory formats, and what runs it, the Triton kernels or ATen.
+Imports no Triton until kernels run."""
+
 from __future__ import annotations
 
 import os
@@ -12,15 +14,26 @@ from .problem import Problem
 
 
 def is_channels_last(shape, strides) -> bool:
-    """Whether ATen takes 4D strides for channels_last (c10's `is_channels_last_strides_2d`); ambiguous ones are contiguous."""
+    """Whether ATen takes 4D strides for channels_last (c10's `is_channels_last_strides_2d`);
+    ambiguous ones are contiguous."""
     (_, c, h, w), (s_n, s_c, s_h, s_w) = shape, strides
-    return s_c != 0 and 0 not in shape and c * s_c <= s_w and w * s_w <= s_h and h * s_h <= s_n and h * s_h != s_c
+    return (
+        s_c != 0
+        and 0 not in shape
+        and c * s_c <= s_w
+        and w * s_w <= s_h
+        and h * s_h <= s_n
+        and h * s_h != s_c
+    )
 
 
 def has_channels_last(t) -> bool:
     """`is_channels_last` of a tensor, 4D or 3D."""
     shape, strides = t.shape, t.stride()
-    return is_channels_last(map_shape(shape), strides if len(shape) == 4 else (*strides[:2], shape[2] * strides[2], strides[2]))
+    return is_channels_last(
+        map_shape(shape),
+        strides if len(shape) == 4 else (*strides[:2], shape[2] * strides[2], strides[2]),
+    )
 
 
 def map_shape(shape):
@@ -28,27 +41,41 @@ def map_shape(shape):
     return shape if len(shape) == 4 else (*shape[:2], 1, shape[2])
 
 
-# what runs a pass: (pass, shapes, geometry, dtype, device, switches) -> function of (a, b, bias); forgotten when a config may have changed
+# what runs a pass: (pass, shapes, geometry, dtype, device, switches) -> function of (a, b, bias);
+# forgotten when a config may have changed
 _runs: dict = {}
 choice.listeners.append(_runs.clear)
 
 
 @lru_cache(maxsize=1)
-def _launch():                                            # imports Triton
+def _launch():  # imports Triton
     from . import launch
+
     return launch
 
 
 def driver_device(device):
-    """The device of Triton's driver, where tensors are not on a GPU that says it. Raises where Triton is missing or has no driver."""
+    """The device of Triton's driver, where tensors are not on a GPU that says it. Raises where
+    Triton is missing or has no driver."""
     return None if device.type == "cuda" else _launch().device()
 
 
 def run(pass_, a, b, bias, x_shape, w_shape, geometry, channels_last, auto):
-    """One pass on its two tensors, under their device; channels_last is the format of the result, auto whether ATen may run it."""
+    """One pass on its two tensors, under their device; channels_last is the format of the result,
+    auto whether ATen may run it."""
     if len(x_shape) == 3:
         with _without_views():
-            return run(pass_, a.unsqueeze(2), b.unsqueeze(2), bias, map_shape(x_shape), map_shape(w_shape), geometry, channels_last, auto).squeeze(2)
+            return run(
+                pass_,
+                a.unsqueeze(2),
+                b.unsqueeze(2),
+                bias,
+                map_shape(x_shape),
+                map_shape(w_shape),
+                geometry,
+                channels_last,
+                auto,
+            ).squeeze(2)
     prepared = _lookup(pass_, a, bias, x_shape, w_shape, geometry, channels_last, auto)
     if a.is_cuda and a.device.index != torch.cuda.current_device():
         with torch.cuda.device(a.device):
@@ -58,12 +85,35 @@ def run(pass_, a, b, bias, x_shape, w_shape, geometry, channels_last, auto):
 
 def _lookup(pass_, a, bias, x_shape, w_shape, geometry, channels_last, auto):
     dtype, device, cudnn = a.dtype, a.device, torch.backends.cudnn
-    key = (pass_, x_shape, w_shape, geometry, channels_last, auto, bias is None, dtype, device, driver_device(device),
-           os.environ.get("TRIDIL_TARGET"), cudnn.benchmark, dtype is torch.float32 and cudnn.conv.fp32_precision)
+    key = (
+        pass_,
+        x_shape,
+        w_shape,
+        geometry,
+        channels_last,
+        auto,
+        bias is None,
+        dtype,
+        device,
+        driver_device(device),
+        os.environ.get("TRIDIL_TARGET"),
+        cudnn.benchmark,
+        dtype is torch.float32 and cudnn.conv.fp32_precision,
+    )
     run = _runs.get(key)
     if run is None:
         with torch.cuda.device(device) if a.is_cuda else nullcontext():
-            run = _prepare(pass_, bias is not None, x_shape, w_shape, geometry, channels_last, auto, dtype, device)
+            run = _prepare(
+                pass_,
+                bias is not None,
+                x_shape,
+                w_shape,
+                geometry,
+                channels_last,
+                auto,
+                dtype,
+                device,
+            )
         if len(_runs) >= 4096:
             _runs.clear()
         _runs[key] = run
@@ -72,16 +122,32 @@ def _lookup(pass_, a, bias, x_shape, w_shape, geometry, channels_last, auto):
 
 def _prepare(pass_, has_bias, x_shape, w_shape, geometry, channels_last, auto, dtype, device):
     stride, padding, dilation, groups = geometry
-    problem = Problem(*x_shape, w_shape[0], *w_shape[2:], stride, (padding[:2], padding[2:]), dilation, groups, str(dtype).removeprefix("torch."),
-                      "nhwc" if channels_last else "nchw")
+    problem = Problem(
+        *x_shape,
+        w_shape[0],
+        *w_shape[2:],
+        stride,
+        (padding[:2], padding[2:]),
+        dilation,
+        groups,
+        str(dtype).removeprefix("torch."),
+        "nhwc" if channels_last else "nchw",
+    )
     if problem.is_empty:
-        return partial(_without_products, {"fprop": problem.y_shape, "dgrad": problem.x_shape, "wgrad": problem.w_shape}[pass_], channels_last)
-    target = drivers.target()                              # of this device, not of the one that was current
+        return partial(
+            _without_products,
+            {"fprop": problem.y_shape, "dgrad": problem.x_shape, "wgrad": problem.w_shape}[pass_],
+            channels_last,
+        )
+    # of this device, not of the one that was current
+    target = drivers.target()
     precision = drivers.fp32_precision(target) if dtype == torch.float32 else "ieee"
     allow_aten, unfit = auto and all(lo == hi for lo, hi in problem.padding), problem.beyond_int32
     if unfit and not allow_aten:
         raise NotImplementedError(f"the Triton kernels cannot run this convolution: {unfit}")
-    config = None if unfit else choice.resolve(problem, pass_, target, precision, device, allow_aten)
+    config = (
+        None if unfit else choice.resolve(problem, pass_, target, precision, device, allow_aten)
+    )
     if config is None:
         return partial(aten, problem, pass_)
     return _launch().prepare(problem, pass_, config, precision, has_bias)
@@ -90,9 +156,30 @@ def _prepare(pass_, has_bias, x_shape, w_shape, geometry, channels_last, auto, d
 def is_all_aten(x, w, bias, geometry, channels_last) -> bool:
     """Whether ATen runs every pass that a call on these tensors may need."""
     wgrad_last = has_channels_last(x if w.shape[1] == 1 else w)
-    needed = ("fprop", True, channels_last), ("dgrad", x.requires_grad, channels_last), ("wgrad", w.requires_grad, wgrad_last)
-    return all(getattr(_lookup(pass_, x, bias if pass_ == "fprop" else None, map_shape(x.shape), map_shape(w.shape), geometry, nhwc, True), "func", None)
-               is aten for pass_, need, nhwc in needed if need)
+    needed = (
+        ("fprop", True, channels_last),
+        ("dgrad", x.requires_grad, channels_last),
+        ("wgrad", w.requires_grad, wgrad_last),
+    )
+    return all(
+        getattr(
+            _lookup(
+                pass_,
+                x,
+                bias if pass_ == "fprop" else None,
+                map_shape(x.shape),
+                map_shape(w.shape),
+                geometry,
+                nhwc,
+                True,
+            ),
+            "func",
+            None,
+        )
+        is aten
+        for pass_, need, nhwc in needed
+        if need
+    )
 
 
 def _without_products(shape, channels_last, a, b, bias=None):
@@ -102,7 +189,8 @@ def _without_products(shape, channels_last, a, b, bias=None):
 
 
 def _without_views():
-    """Where another shape or other strides of a tensor make a tensor that autograd does not take for a view."""
+    """Where another shape or other strides of a tensor make a tensor that autograd does not take
+    for a view."""
     return torch._C._ExcludeDispatchKeyGuard(_VIEWS)
 
 
@@ -114,7 +202,9 @@ def formatted(t, channels_last):
     wanted = _strides(t.shape, channels_last)
     if t.stride() == wanted:
         return t
-    if t.is_contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format):
+    if t.is_contiguous(
+        memory_format=torch.channels_last if channels_last else torch.contiguous_format
+    ):
         with _without_views():
             return t.as_strided(t.shape, wanted)
     return torch.empty_strided(t.shape, wanted, dtype=t.dtype, device=t.device).copy_(t)
@@ -127,25 +217,45 @@ def _strides(shape, channels_last):
 
 
 def aten(problem: Problem, pass_: str, a, b, bias=None) -> torch.Tensor:
-    """One pass through ATen, in problem.layout. Raises NotImplementedError for padding that differs on both sides, which ATen does not have."""
+    """One pass through ATen, in problem.layout. Raises NotImplementedError for padding that differs
+    on both sides, which ATen does not have."""
     if any(lo != hi for lo, hi in problem.padding):
         raise NotImplementedError(f"ATen's convolution has no padding {problem.padding}")
-    geometry = problem.stride, [lo for lo, _ in problem.padding], problem.dilation, False, [0, 0], problem.groups
+    geometry = (
+        problem.stride,
+        [lo for lo, _ in problem.padding],
+        problem.dilation,
+        False,
+        [0, 0],
+        problem.groups,
+    )
     nhwc = problem.layout == "nhwc"
     with torch._C._AutoDispatchBelowAutograd():
         if pass_ == "fprop":
-            return formatted(torch.ops.aten.convolution(a, formatted(b, nhwc), bias, *geometry), nhwc)
+            return formatted(
+                torch.ops.aten.convolution(a, formatted(b, nhwc), bias, *geometry), nhwc
+            )
         if pass_ == "dgrad":
-            x, w = empty(a, problem.x_shape, nhwc), formatted(b, nhwc)       # of x only sizes and format are read: ATen copies dy into its format
+            # of x only sizes and format are read: ATen copies dy into its format
+            x, w = empty(a, problem.x_shape, nhwc), formatted(b, nhwc)
         else:
             x, w = b, empty(b, problem.w_shape, nhwc)
         mask = [pass_ == "dgrad", pass_ == "wgrad", False]
-        return formatted(torch.ops.aten.convolution_backward(a, x, w, None, *geometry, mask)[mask.index(True)], nhwc)
+        return formatted(
+            torch.ops.aten.convolution_backward(a, x, w, None, *geometry, mask)[mask.index(True)],
+            nhwc,
+        )
 
 
 def empty(like, shape, channels_last):
     """A tensor of like's dtype and device, of 4 or 3 dimensions, in a memory format."""
     if len(shape) == 3 and channels_last:
-        return torch.empty_strided(shape, _strides(shape, True), dtype=like.dtype, device=like.device)
-    return torch.empty(shape, dtype=like.dtype, device=like.device,
-                       memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+        return torch.empty_strided(
+            shape, _strides(shape, True), dtype=like.dtype, device=like.device
+        )
+    return torch.empty(
+        shape,
+        dtype=like.dtype,
+        device=like.device,
+        memory_format=torch.channels_last if channels_last else torch.contiguous_format,
+    )

@@ -1,4 +1,5 @@
 """The specification: the three passes in float64, one tap after the other. Slow, exact, torch only."""
+
 from __future__ import annotations
 
 import torch
@@ -8,11 +9,20 @@ from .problem import Problem
 
 
 def _taps(problem: Problem):
-    """(r, s, slices of the padded input that tap (r, s) reads): rows and columns of every output pixel."""
+    """(r, s, slices of the padded input that tap (r, s) reads): rows and columns of every output
+    pixel."""
     for r in range(problem.r):
         for s in range(problem.s):
-            yield r, s, tuple(slice(t * d, t * d + (out - 1) * st + 1, st) for t, d, out, st in zip(
-                (r, s), problem.dilation, (problem.p, problem.q), problem.stride))
+            yield (
+                r,
+                s,
+                tuple(
+                    slice(t * d, t * d + (out - 1) * st + 1, st)
+                    for t, d, out, st in zip(
+                        (r, s), problem.dilation, (problem.p, problem.q), problem.stride
+                    )
+                ),
+            )
 
 
 def _padded(problem: Problem, x):
@@ -38,16 +48,28 @@ def dgrad(problem: Problem, dy, w) -> torch.Tensor:
     """dx (N, C, H, W) float64 of dy (N, K, P, Q) and w (K, C/G, R, S): the adjoint of fprop in x."""
     dy, w = _grouped(dy, problem.groups, 1), _grouped(w, problem.groups, 0)
     (top, bottom), (left, right) = problem.padding
-    dx = dy.new_zeros(problem.n, problem.groups, problem.c // problem.groups, problem.h + top + bottom, problem.w + left + right)
+    dx = dy.new_zeros(
+        problem.n,
+        problem.groups,
+        problem.c // problem.groups,
+        problem.h + top + bottom,
+        problem.w + left + right,
+    )
     for r, s, (rows, cols) in _taps(problem):
         dx[..., rows, cols] += torch.einsum("ngkhw,gkc->ngchw", dy, w[..., r, s])
-    return dx.flatten(1, 2)[..., top:top + problem.h, left:left + problem.w]
+    return dx.flatten(1, 2)[..., top : top + problem.h, left : left + problem.w]
 
 
 def wgrad(problem: Problem, dy, x) -> torch.Tensor:
     """dw (K, C/G, R, S) float64 of dy (N, K, P, Q) and x (N, C, H, W): the adjoint of fprop in w."""
     dy, x = _grouped(dy, problem.groups, 1), _grouped(_padded(problem, x), problem.groups, 1)
-    dw = dy.new_zeros(problem.groups, problem.k // problem.groups, problem.c // problem.groups, problem.r, problem.s)
+    dw = dy.new_zeros(
+        problem.groups,
+        problem.k // problem.groups,
+        problem.c // problem.groups,
+        problem.r,
+        problem.s,
+    )
     for r, s, (rows, cols) in _taps(problem):
         dw[..., r, s] = torch.einsum("ngkhw,ngchw->gkc", dy, x[..., rows, cols])
     return dw.flatten(0, 1)

@@ -1,7 +1,10 @@
-"""The main loop of a CUDA kernel, read from its machine code (SASS): what one iteration of a tile product costs besides the product.
+"""The main loop of a CUDA kernel, read from its machine code (SASS): what one iteration of a tile
+product costs besides the product.
 
-Static: it sees instructions, not latencies, bank conflicts or cache misses. Differences of less than about a fifth mean nothing.
+Static: it sees instructions, not latencies, bank conflicts or cache misses. Differences of less
+than about a fifth mean nothing.
 """
+
 from __future__ import annotations
 
 import re
@@ -10,13 +13,16 @@ from dataclasses import dataclass
 
 from .devices import of_target
 
-# dense fp16 FMA per SM and clock on tensor cores with fp32 accumulation, of an architecture's fastest parts: NVIDIA A100, GA102, AD102, H100,
-# Blackwell and RTX Blackwell architecture whitepapers
+# dense fp16 FMA per SM and clock on tensor cores with fp32 accumulation, of an architecture's
+# fastest parts: NVIDIA A100, GA102, AD102, H100, Blackwell and RTX Blackwell architecture
+# whitepapers
 RATE = {80: 1024, 86: 512, 89: 512, 90: 2048, 100: 4096, 120: 512}
 MMA = re.compile(r"HMMA|DMMA|HGMMA|UTC[A-Z]*MMA")
 LOADS = re.compile(r"LDGSTS|LDG|UTMALDG")
-FMA = {"FFMA": 1, "DFMA": 1, "HFMA2": 2, "FFMA2": 2}            # multiply-accumulates of a thread
-_LINE = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:@(!?U?P\w+)\s+)?([A-Z][A-Z0-9_.a-z]*)\s*([^;]*);", re.M)
+FMA = {"FFMA": 1, "DFMA": 1, "HFMA2": 2, "FFMA2": 2}  # multiply-accumulates of a thread
+_LINE = re.compile(
+    r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:@(!?U?P\w+)\s+)?([A-Z][A-Z0-9_.a-z]*)\s*([^;]*);", re.M
+)
 
 
 @dataclass(frozen=True)
@@ -29,20 +35,32 @@ class Instruction:
     @property
     def target(self) -> int | None:
         """Address of a branch's target."""
-        found = re.search(r"0x([0-9a-f]+)\s*$", self.arguments) if self.opcode.startswith(("BRA", "JMP")) else None
+        found = (
+            re.search(r"0x([0-9a-f]+)\s*$", self.arguments)
+            if self.opcode.startswith(("BRA", "JMP"))
+            else None
+        )
         return int(found[1], 16) if found else None
 
 
 def parse(text: str) -> list[Instruction]:
     """Instructions of what `cuobjdump -sass` prints for one kernel."""
-    return [Instruction(int(address, 16), predicate, opcode, arguments.strip()) for address, predicate, opcode, arguments in _LINE.findall(text)]
+    return [
+        Instruction(int(address, 16), predicate, opcode, arguments.strip())
+        for address, predicate, opcode, arguments in _LINE.findall(text)
+    ]
 
 
 def loops(code: list[Instruction]) -> list[list[Instruction]]:
     """Natural loops, without the blocks behind their closing branch (where waits that fail go)."""
     import networkx as nx  # comes with torch
+
     at = {ins.address: i for i, ins in enumerate(code)}
-    leaders = sorted({0} | {at[ins.target] for ins in code if ins.target in at} | {i + 1 for i, ins in enumerate(code[:-1]) if _leaves(ins)})
+    leaders = sorted(
+        {0}
+        | {at[ins.target] for ins in code if ins.target in at}
+        | {i + 1 for i, ins in enumerate(code[:-1]) if _leaves(ins)}
+    )
     ends = dict(zip(leaders, [*leaders[1:], len(code)]))
     graph = nx.DiGraph()
     graph.add_nodes_from(leaders)
@@ -50,10 +68,15 @@ def loops(code: list[Instruction]) -> list[list[Instruction]]:
         last = code[end - 1]
         if last.target in at:
             graph.add_edge(start, at[last.target])
-        if end < len(code) and not (_leaves(last) and last.predicate in ("", "PT", "UPT") and not re.match(r"!?U?P\d", last.arguments)):
+        if end < len(code) and not (
+            _leaves(last)
+            and last.predicate in ("", "PT", "UPT")
+            and not re.match(r"!?U?P\d", last.arguments)
+        ):
             graph.add_edge(start, end)
     graph.add_edge(-1, 0)
-    for start in leaders:                                       # targets of jump tables are entries, too
+    # targets of jump tables are entries, too
+    for start in leaders:
         if not nx.has_path(graph, -1, start):
             graph.add_edge(-1, start)
     dominators = nx.immediate_dominators(graph, -1)
@@ -62,6 +85,7 @@ def loops(code: list[Instruction]) -> list[list[Instruction]]:
         while b not in (a, None):
             b = dominators.get(b) if dominators.get(b) != b else None
         return b == a
+
     found: dict[int, tuple[set, int]] = {}
     for tail, head in graph.edges:
         if dominates(head, tail):
@@ -69,16 +93,22 @@ def loops(code: list[Instruction]) -> list[list[Instruction]]:
             body = {head, tail} | (nx.ancestors(without_head, tail) if tail != head else set())
             blocks, last = found.get(head, (set(), 0))
             found[head] = (blocks | body, max(last, tail))
-    return [[ins for start in sorted(blocks) if start <= last for ins in code[start:ends[start]]] for blocks, last in found.values()]
+    return [
+        [ins for start in sorted(blocks) if start <= last for ins in code[start : ends[start]]]
+        for blocks, last in found.values()
+    ]
 
 
 def _leaves(ins: Instruction) -> bool:
     return ins.opcode.startswith(("BRA", "JMP", "BRX", "EXIT", "RET"))
 
 
-def main_loops(code: list[Instruction]) -> tuple[list[list[Instruction]], list[list[Instruction]]] | None:
-    """(innermost loops with the most matrix products, without loops inside them; where these do not load their operands, innermost loops that load):
-    of a warp-specialised program each group of warps has its own."""
+def main_loops(
+    code: list[Instruction],
+) -> tuple[list[list[Instruction]], list[list[Instruction]]] | None:
+    """(innermost loops with the most matrix products, without loops inside them; where these do not
+    load their operands, innermost loops that load): of a warp-specialised program each group of
+    warps has its own."""
     everything = [frozenset(loop) for loop in loops(code)]
     hot = [loop for loop in everything if any(MMA.match(ins.opcode) for ins in loop)]
     inner = [loop for loop in hot if not any(other < loop for other in hot)]
@@ -86,7 +116,11 @@ def main_loops(code: list[Instruction]) -> tuple[list[list[Instruction]], list[l
         return None
     most = max(sum(bool(MMA.match(ins.opcode)) for ins in loop) for loop in inner)
     best = [loop for loop in inner if sum(bool(MMA.match(ins.opcode)) for ins in loop) == most]
-    loads = [loop for loop in everything if loop not in hot and any(LOADS.match(ins.opcode) for ins in loop)]
+    loads = [
+        loop
+        for loop in everything
+        if loop not in hot and any(LOADS.match(ins.opcode) for ins in loop)
+    ]
     fed = not any(LOADS.match(ins.opcode) for ins in best[0])
     found = []
     for loop in best:
@@ -96,20 +130,26 @@ def main_loops(code: list[Instruction]) -> tuple[list[list[Instruction]], list[l
 
 
 def per_fma(code: list[Instruction]) -> float | None:
-    """Instructions of the loop with the most multiply-accumulates outside tensor cores, over these; all of them are useful in the inner of a map."""
+    """Instructions of the loop with the most multiply-accumulates outside tensor cores, over these;
+    all of them are useful in the inner of a map."""
+
     def products(loop):
         return sum(FMA.get(ins.opcode.split(".")[0], 0) for ins in loop)
+
     best = max(loops(code), key=lambda loop: (products(loop), -len(loop)), default=[])
     return round(len(best) / products(best), 2) if products(best) else None
 
 
 def measure(text: str, target: int, tile: tuple[int, int, int], warps: int, nbytes: int) -> dict:
-    """What a kernel's loop costs, from `cuobjdump -sass` output; tile is (M, N, K) of one iteration's product, nbytes the operands' element size.
+    """What a kernel's loop costs, from `cuobjdump -sass` output; tile is (M, N, K) of one
+    iteration's product, nbytes the operands' element size.
 
-    overhead: warp instructions that are not products, per 2048 FMA (one m16n8k16 product). bound: clocks of the tensor cores over those of the
-    busiest unit of the SM, an upper bound on their utilisation; limiter is that unit: "tensor", "issue" or "shared". l2_bytes_per_fma: what the
-    tile loads, with no reuse between programs. Without matrix products only per_fma, see there. Of a warp-specialised program for sm_90 the loops of
-    all consumers and of the producer are counted together, loop_instructions is their sum.
+    overhead: warp instructions that are not products, per 2048 FMA (one m16n8k16 product). bound:
+    clocks of the tensor cores over those of the busiest unit of the SM, an upper bound on their
+    utilisation; limiter is that unit: "tensor", "issue" or "shared". l2_bytes_per_fma: what the
+    tile loads, with no reuse between programs. Without matrix products only per_fma, see there. Of
+    a warp-specialised program for sm_90 the loops of all consumers and of the producer are counted
+    together, loop_instructions is their sum.
     """
     code = parse(text)
     opcodes = Counter(ins.opcode for ins in code)
@@ -118,41 +158,79 @@ def measure(text: str, target: int, tile: tuple[int, int, int], warps: int, nbyt
     for op, n in opcodes.items():
         if LOADS.match(op):
             loads[f"{LOADS.match(op)[0]}{'' if 'UTMA' in op else '.' + _width(op)}"] += n
-    row = dict(spills=sum(n for op, n in opcodes.items() if op.startswith(("LDL", "STL"))), mma=mma.most_common(1)[0][0] if mma else "none",
-               loads=dict(sorted(loads.items())))
+    row = dict(
+        spills=sum(n for op, n in opcodes.items() if op.startswith(("LDL", "STL"))),
+        mma=mma.most_common(1)[0][0] if mma else "none",
+        loads=dict(sorted(loads.items())),
+    )
     found = main_loops(code)
     if not found:
         return row | dict(per_fma=per_fma(code))
     (m, n, k), (hot, feeding) = tile, found
     loop = hot[0]
     ops = Counter(ins.opcode for ins in loop)
-    warps = 1 if feeding and row["mma"].startswith("UTC") else warps                # tcgen05 products are issued by one warp
+    # tcgen05 products are issued by one warp
+    warps = 1 if feeding and row["mma"].startswith("UTC") else warps
     length, products = len(loop), sum(count for op, count in ops.items() if MMA.match(op))
     issued, multiplied = warps * length, warps * products
-    if feeding and row["mma"].startswith("HGMMA"):                  # each warpgroup runs its loop once for its share of a step, or in turn
-        fma = sum(64 * int(found[1]) * int(found[2]) for ins in sum(hot, []) if (found := re.match(r"HGMMA\.64x(\d+)x(\d+)", ins.opcode)))
+    # each warpgroup runs its loop once for its share of a step, or in turn
+    if feeding and row["mma"].startswith("HGMMA"):
+        fma = sum(
+            64 * int(found[1]) * int(found[2])
+            for ins in sum(hot, [])
+            if (found := re.match(r"HGMMA\.64x(\d+)x(\d+)", ins.opcode))
+        )
         length, loaded = sum(map(len, hot)), sum(map(len, feeding))
-        issued, multiplied, length = 4 * length * m * n * k / fma + loaded, 4 * products * len(hot) * m * n * k / fma, length + loaded
+        issued, multiplied, length = (
+            4 * length * m * n * k / fma + loaded,
+            4 * products * len(hot) * m * n * k / fma,
+            length + loaded,
+        )
     rate = RATE[max((known for known in RATE if known <= target), default=80)]
     moved = (m + n) * k * nbytes
-    if row["mma"].startswith("HGMMA"):                              # each warpgroup reads its 64 rows and all columns
+    # each warpgroup reads its 64 rows and all columns
+    if row["mma"].startswith("HGMMA"):
         read = (m + -(-m // 64) * n) * k * nbytes
-    else:                                                           # ldmatrix reads 128 bytes per matrix and warp; tcgen05 reads each operand once
-        read = moved if "UTC" in row["mma"] else warps * sum(count * 128 * int((re.search(r"\.([124])$", op) or (0, 1))[1])
-                                                             for op, count in ops.items() if op.startswith("LDSM"))
-    clocks = {"tensor": m * n * k / (rate * 2 / nbytes), "issue": issued / 4, "shared": (moved + read) / 128}
-    return row | dict(loop_instructions=length, overhead=round((issued - multiplied) / (m * n * k / 2048), 3),
-                      loop_ldsm=sum(c for op, c in ops.items() if op.startswith("LDSM")), bound=round(clocks["tensor"] / max(clocks.values()), 3),
-                      limiter=max(clocks, key=clocks.get), l2_bytes_per_fma=round(moved / (m * n * k), 4))
+    # ldmatrix reads 128 bytes per matrix and warp; tcgen05 reads each operand once
+    else:
+        read = (
+            moved
+            if "UTC" in row["mma"]
+            else warps
+            * sum(
+                count * 128 * int((re.search(r"\.([124])$", op) or (0, 1))[1])
+                for op, count in ops.items()
+                if op.startswith("LDSM")
+            )
+        )
+    clocks = {
+        "tensor": m * n * k / (rate * 2 / nbytes),
+        "issue": issued / 4,
+        "shared": (moved + read) / 128,
+    }
+    return row | dict(
+        loop_instructions=length,
+        overhead=round((issued - multiplied) / (m * n * k / 2048), 3),
+        loop_ldsm=sum(c for op, c in ops.items() if op.startswith("LDSM")),
+        bound=round(clocks["tensor"] / max(clocks.values()), 3),
+        limiter=max(clocks, key=clocks.get),
+        l2_bytes_per_fma=round(moved / (m * n * k), 4),
+    )
 
 
 def programs_per_sm(target: int, registers: int, threads: int, shared_bytes: int) -> int:
-    """Programs that fit on one SM. Registers are given to warps in units of 256, a program takes 1 KiB of shared memory for the driver."""
+    """Programs that fit on one SM. Registers are given to warps in units of 256, a program takes 1
+    KiB of shared memory for the driver."""
     shared, _, most_threads, most = of_target(f"cuda:{target}").limits
     warps = -(-threads // 32)
     per_warp = -(-registers * 32 // 256) * 256
-    return min(65536 // (per_warp * warps), shared // (shared_bytes + 1024), most_threads // threads, most)
+    return min(
+        65536 // (per_warp * warps), shared // (shared_bytes + 1024), most_threads // threads, most
+    )
 
 
 def _width(opcode: str) -> str:
-    return next((w for w in ("128", "64") if f".{w}" in opcode), "16" if ".U16" in opcode or ".S16" in opcode else "8" if ".U8" in opcode else "32")
+    return next(
+        (w for w in ("128", "64") if f".{w}" in opcode),
+        "16" if ".U16" in opcode or ".S16" in opcode else "8" if ".U8" in opcode else "32",
+    )

@@ -1,4 +1,6 @@
-"""Measures which config runs a pass fastest, and ATen beside it; keeps the answers in the user's cache, where choice.py looks them up."""
+"""Measures which config runs a pass fastest, and ATen beside it; keeps the answers in the user's
+cache, where choice.py looks them up."""
+
 from __future__ import annotations
 
 import logging
@@ -35,21 +37,38 @@ class Gpu:
 
     def tensors(self, problem: Problem):
         """(x, w, bias, dy) in the problem's memory format."""
-        return tuple(t.contiguous(memory_format=FORMATS[problem.layout]) if t.dim() == 4 else t for t in random_tensors(problem, self.device))
+        return tuple(
+            t.contiguous(memory_format=FORMATS[problem.layout]) if t.dim() == 4 else t
+            for t in random_tensors(problem, self.device)
+        )
 
-    def prepare(self, problem: Problem, pass_: str, config: Config | None, precision: str) -> Callable:
+    def prepare(
+        self, problem: Problem, pass_: str, config: Config | None, precision: str
+    ) -> Callable:
         """Function of a pass's two tensors: by a config, or (None) by ATen."""
         from . import launch  # imports Triton
-        return partial(passes.aten, problem, pass_) if config is None else launch.prepare(problem, pass_, config, precision)
+
+        return (
+            partial(passes.aten, problem, pass_)
+            if config is None
+            else launch.prepare(problem, pass_, config, precision)
+        )
 
     def reference(self, problem: Problem, pass_: str, a, b):
         """The float64 result of one pass."""
         return getattr(reference, pass_)(problem, a, b)
 
     def milliseconds(self, run: Callable, a, b) -> float:
-        """Median time of run(a, b) on the device: its tensors take turns with copies, so that none is in the L2 cache."""
+        """Median time of run(a, b) on the device: its tensors take turns with copies, so that none
+        is in the L2 cache."""
         size = sum(t.numel() * t.element_size() for t in (a, b))
-        sets = [(a, b), *((a.clone(), b.clone()) for _ in range(clock.turns(size, int(self.spec.l2 * 2**20)) - 1))]
+        sets = [
+            (a, b),
+            *(
+                (a.clone(), b.clone())
+                for _ in range(clock.turns(size, int(self.spec.l2 * 2**20)) - 1)
+            ),
+        ]
         (_, median, _), _ = clock.device([partial(run, *operands) for operands in sets])
         return median
 
@@ -58,51 +77,104 @@ class Gpu:
         return aot.compiling(jobs, self.target)
 
 
-def tune(subject, *args, passes=PASSES, top: int = 8, budget: float | None = None, device=None, precision: str | None = None, force: bool = False,
-         progress: bool = True, gpu: Gpu | None = None, **kwargs) -> list[dict]:
-    """Measures which config runs fastest, and ATen beside it, and keeps the answers in the user's cache (`tridil.cache`).
+def tune(
+    subject,
+    *args,
+    passes=PASSES,
+    top: int = 8,
+    budget: float | None = None,
+    device=None,
+    precision: str | None = None,
+    force: bool = False,
+    progress: bool = True,
+    gpu: Gpu | None = None,
+    **kwargs,
+) -> list[dict]:
+    """Measures which config runs fastest, and ATen beside it, and keeps the answers in the user's
+    cache (`tridil.cache`).
 
-    subject: a Problem or several; or the input of a convolution with its weight and the other arguments of `dilated_conv2d`; or a module with example
-    inputs, whose convolutions are measured. passes: of "fprop", "dgrad", "wgrad". top: candidates, the cost model's best. budget: seconds; what was
-    measured by then is kept, and a later call goes on, since what is already in the cache is left out unless `force`. Under torchrun every rank
-    measures its part of several problems. A candidate whose result is wrong cannot win.
+    subject: a Problem or several; or the input of a convolution with its weight and the other
+    arguments of `dilated_conv2d`; or a module with example inputs, whose convolutions are measured.
+    passes: of "fprop", "dgrad", "wgrad". top: candidates, the cost model's best. budget: seconds;
+    what was measured by then is kept, and a later call goes on, since what is already in the cache
+    is left out unless `force`. Under torchrun every rank measures its part of several problems. A
+    candidate whose result is wrong cannot win.
 
-    Returns a row per pass: problem, pass, precision, config (None where every candidate was rejected), ms, aten_ms and aten_benchmark_ms (ATen with
-    cuDNN's heuristics and with its search), predicted_ms, tried, rejected (pairs of config and reason), target, device, date. Raises RuntimeError
-    where there is no GPU, TypeError for another subject, ValueError for an unknown pass.
+    Returns a row per pass: problem, pass, precision, config (None where every candidate was
+    rejected), ms, aten_ms and aten_benchmark_ms (ATen with cuDNN's heuristics and with its search),
+    predicted_ms, tried, rejected (pairs of config and reason), target, device, date. Raises
+    RuntimeError where there is no GPU, TypeError for another subject, ValueError for an unknown
+    pass.
     """
     problems = list(dict.fromkeys(_problems(subject, args, kwargs)))
     if set(passes) - set(PASSES) or top < 1:
-        raise ValueError(f"passes must be of {PASSES} and top at least 1, got passes={passes}, top={top}")
+        raise ValueError(
+            f"passes must be of {PASSES} and top at least 1, got passes={passes}, top={top}"
+        )
     if gpu is None:
         device = torch.device(device if device is not None else "cuda")
         if device.type != "cuda" or not torch.cuda.is_available():
-            raise RuntimeError(f"configs are measured on a GPU, got {device} and torch.cuda.is_available() is {torch.cuda.is_available()}; "
-                               "python -m tridil explain shows what is predicted")
+            raise RuntimeError(
+                f"configs are measured on a GPU, got {device} and torch.cuda.is_available() is {torch.cuda.is_available()}; "
+                "python -m tridil explain shows what is predicted"
+            )
         with torch.cuda.device(device):
-            return tune(problems, passes=passes, top=top, budget=budget, precision=precision, force=force, progress=progress,
-                        gpu=Gpu(torch.device("cuda", torch.cuda.current_device())))
-    jobs = [(p, pass_, (precision or drivers.fp32_precision(gpu.target)) if p.dtype == "float32" else "ieee") for p in problems
-            if not p.is_empty for pass_ in passes]
+            return tune(
+                problems,
+                passes=passes,
+                top=top,
+                budget=budget,
+                precision=precision,
+                force=force,
+                progress=progress,
+                gpu=Gpu(torch.device("cuda", torch.cuda.current_device())),
+            )
+    jobs = [
+        (
+            p,
+            pass_,
+            (precision or drivers.fp32_precision(gpu.target)) if p.dtype == "float32" else "ieee",
+        )
+        for p in problems
+        if not p.is_empty
+        for pass_ in passes
+    ]
     if len(problems) > 1:
-        rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
+        rank, world = (
+            int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1))
+        )
         jobs = jobs[rank::world]
     jobs = [job for job in jobs if force or not _is_measured(*job, gpu)]
     rows = _measure_now(jobs, gpu, top, budget, tuple(ATEN.values()), progress)
     if len(rows) < len(jobs):
-        log.warning("tridil: the budget of %g s ended after %d of %d measurements: the same command goes on from there", budget, len(rows), len(jobs))
+        log.warning(
+            "tridil: the budget of %g s ended after %d of %d measurements: the same command goes on from there",
+            budget,
+            len(rows),
+            len(jobs),
+        )
     if rows:
         choice.changed()
     return rows
 
 
-def _measure_now(jobs: list, gpu: Gpu, top: int, budget: float | None, settings: tuple[bool, ...], progress: bool = False) -> list[dict]:
-    """Rows of (problem, pass, precision) jobs, kept in the user's cache; their kernels are compiled in threads meanwhile. settings: those of
-    torch.backends.cudnn.benchmark under which ATen is timed."""
+def _measure_now(
+    jobs: list,
+    gpu: Gpu,
+    top: int,
+    budget: float | None,
+    settings: tuple[bool, ...],
+    progress: bool = False,
+) -> list[dict]:
+    """Rows of (problem, pass, precision) jobs, kept in the user's cache; their kernels are compiled
+    in threads meanwhile. settings: those of torch.backends.cudnn.benchmark under which ATen is
+    timed."""
     deadline = time.monotonic() + (float("inf") if budget is None else budget)
     ranked = {job: cost_model.rank(*job[:2], gpu.spec, job[2])[:top] for job in jobs}
     rows: list[dict] = []
-    with gpu.compiling([(*job, config) for job, configs in ranked.items() for config in configs]) as compiled:
+    with gpu.compiling(
+        [(*job, config) for job, configs in ranked.items() for config in configs]
+    ) as compiled:
         for job in _bar(jobs, progress):
             if rows and time.monotonic() >= deadline:
                 break
@@ -112,18 +184,29 @@ def _measure_now(jobs: list, gpu: Gpu, top: int, budget: float | None, settings:
 
 
 def _first_use(problem: Problem, pass_: str, precision: str, device: torch.device) -> bool:
-    """`choice.first_use`: the best of few candidates within a short budget; ATen is timed as it runs now."""
-    return bool(_measure_now([(problem, pass_, precision)], Gpu(device), 4, assumed.FIRST_USE, (torch.backends.cudnn.benchmark,)))
+    """`choice.first_use`: the best of few candidates within a short budget; ATen is timed as it
+    runs now."""
+    return bool(
+        _measure_now(
+            [(problem, pass_, precision)],
+            Gpu(device),
+            4,
+            assumed.FIRST_USE,
+            (torch.backends.cudnn.benchmark,),
+        )
+    )
 
 
 choice.first_use = _first_use
 
 
 def rows_of_all_ranks(rows: list[dict]) -> list[dict]:
-    """The rows of all ranks of a torchrun, which one rank of every host also merges into its user's cache; without torchrun, rows."""
+    """The rows of all ranks of a torchrun, which one rank of every host also merges into its user's
+    cache; without torchrun, rows."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return rows
     import torch.distributed as dist
+
     dist.init_process_group("gloo")
     parts: list = [None] * dist.get_world_size()
     dist.all_gather_object(parts, rows)
@@ -145,7 +228,9 @@ def _problems(subject, args, kwargs) -> list[Problem]:
         return [functional.problem_of_tensors(subject, *args, **kwargs)]
     problems = list(subject) if isinstance(subject, (list, tuple, set)) else [subject]
     if not all(isinstance(p, Problem) for p in problems):
-        raise TypeError(f"tune takes Problems, a convolution's tensors, or a module and its inputs, got {type(subject).__name__}")
+        raise TypeError(
+            f"tune takes Problems, a convolution's tensors, or a module and its inputs, got {type(subject).__name__}"
+        )
     return problems
 
 
@@ -154,8 +239,18 @@ def _is_measured(problem, pass_, precision, gpu) -> bool:
     return record is not None and cache.is_fresh(record)
 
 
-def _measure(problem: Problem, pass_: str, precision: str, configs: list[Config], gpu: Gpu, deadline: float, settings, compiled) -> dict:
-    """One row of `tune`. A result outside its error budget, against float64 (where memory is short: against ATen), rejects its config."""
+def _measure(
+    problem: Problem,
+    pass_: str,
+    precision: str,
+    configs: list[Config],
+    gpu: Gpu,
+    deadline: float,
+    settings,
+    compiled,
+) -> dict:
+    """One row of `tune`. A result outside its error budget, against float64 (where memory is short:
+    against ATen), rejects its config."""
     x, w, _, dy = gpu.tensors(problem)
     a, b = {"fprop": (x, w), "dgrad": (dy, w), "wgrad": (dy, x)}[pass_]
     rejected, seen, best = [], [], None
@@ -165,43 +260,79 @@ def _measure(problem: Problem, pass_: str, precision: str, configs: list[Config]
     except torch.OutOfMemoryError:
         if aten is None:
             raise
-        expected, share = aten.double(), 2                               # both err
+        expected, share = aten.double(), 2  # both err
     del aten
-    allowed = share * budget(expected, getattr(torch, problem.dtype), reduction_depth(problem, pass_), precision, pass_)
+    allowed = share * budget(
+        expected, getattr(torch, problem.dtype), reduction_depth(problem, pass_), precision, pass_
+    )
     queue = list(configs)
     while queue and (best is None or time.monotonic() < deadline):
         config, reason = queue.pop(0), None
         try:
-            if not compiled(problem, pass_, precision, config, None if best is None else deadline - time.monotonic()):
-                break                                                    # it takes longer than there is time
+            if not compiled(
+                problem,
+                pass_,
+                precision,
+                config,
+                None if best is None else deadline - time.monotonic(),
+            ):
+                # it takes longer than there is time
+                break
             seen.append(config)
             run = gpu.prepare(problem, pass_, config, precision)
             error = (run(a, b).double() - expected).abs()
-            bad = ~(error <= allowed)                                    # NaN is bad
+            bad = ~(error <= allowed)  # NaN is bad
             if bad.any():
                 reason = f"{int(bad.sum())} of {bad.numel()} elements are wrong, by up to {error.nan_to_num(nan=float('inf')).max():.3g}"
             else:
                 ms = gpu.milliseconds(run, a, b)
                 best = (config, ms) if best is None or ms < best[1] else best
-        except Exception as e:                                           # a config that does not compile or launch has lost
+        # a config that does not compile or launch has lost
+        except Exception as e:
             reason = f"{type(e).__name__}: {e}"
         if reason:
             rejected.append((config, reason))
-            log.warning("tridil: rejected %s for %s of %s: %s", cfg.describe(config), pass_, problem.key(), reason)
-        if not queue and best and best[0] in configs:                    # at last the winner's neighbours in pipeline depth
+            log.warning(
+                "tridil: rejected %s for %s of %s: %s",
+                cfg.describe(config),
+                pass_,
+                problem.key(),
+                reason,
+            )
+        # at last the winner's neighbours in pipeline depth
+        if not queue and best and best[0] in configs:
             near = (replace(best[0], num_stages=best[0].num_stages + change) for change in (-1, 1))
-            queue = [c for c in near if c not in seen and cfg.fits(c, problem, pass_, gpu.target) is None]
+            queue = [
+                c for c in near if c not in seen and cfg.fits(c, problem, pass_, gpu.target) is None
+            ]
     config, ms = best or (None, None)
-    predicted = 1e3 * cost_model.predict(problem, pass_, config, gpu.spec, precision).seconds if config else None
-    return {"problem": problem, "pass": pass_, "precision": precision, "config": config, "ms": ms, **aten_times, "predicted_ms": predicted,
-            "tried": len(seen), "rejected": rejected, "target": gpu.target, "device": gpu.name,
-            "date": datetime.now(timezone.utc).isoformat(timespec="seconds")}
+    predicted = (
+        1e3 * cost_model.predict(problem, pass_, config, gpu.spec, precision).seconds
+        if config
+        else None
+    )
+    return {
+        "problem": problem,
+        "pass": pass_,
+        "precision": precision,
+        "config": config,
+        "ms": ms,
+        **aten_times,
+        "predicted_ms": predicted,
+        "tried": len(seen),
+        "rejected": rejected,
+        "target": gpu.target,
+        "device": gpu.name,
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
 
 
 def _measure_aten(problem: Problem, pass_: str, precision: str, gpu: Gpu, a, b, settings):
-    """(result or None, {"aten_ms": ..., "aten_benchmark_ms": ...}), None where it was not measured or ATen has no such convolution.
+    """(result or None, {"aten_ms": ..., "aten_benchmark_ms": ...}), None where it was not measured
+    or ATen has no such convolution.
 
-    Each setting has a thread of its own: ATen remembers the first algorithm that a thread took for a convolution, whatever the setting is then.
+    Each setting has a thread of its own: ATen remembers the first algorithm that a thread took for
+    a convolution, whatever the setting is then.
     """
     result, times, before = None, dict.fromkeys(ATEN), torch.backends.cudnn.benchmark
     for name, benchmark in ATEN.items():
@@ -212,11 +343,12 @@ def _measure_aten(problem: Problem, pass_: str, precision: str, gpu: Gpu, a, b, 
             with torch.cuda.device(gpu.device) if gpu.device.type == "cuda" else nullcontext():
                 run = gpu.prepare(problem, pass_, None, precision)
                 return run(a, b), gpu.milliseconds(run, a, b)
+
         torch.backends.cudnn.benchmark = benchmark
         try:
             with ThreadPoolExecutor(1) as thread:
                 result, times[name] = thread.submit(measured).result()
-        except (RuntimeError, NotImplementedError) as e:                 # no such convolution there
+        except (RuntimeError, NotImplementedError) as e:  # no such convolution there
             log.info("tridil: ATen cannot run %s of %s: %s", pass_, problem.key(), e)
         finally:
             torch.backends.cudnn.benchmark = before
@@ -228,8 +360,18 @@ def _keep(row: dict) -> None:
     if row["config"] is not None:
         times = {name: row[name] and round(row[name], 6) for name in ("ms", *ATEN)}
         code = choice.code_of(row["problem"], row["pass"], row["config"], row["precision"])
-        record = {"config": cfg.to_json(row["config"]), **times, "code": code, "triton": cache.triton(), "torch": torch.__version__, "date": row["date"]}
-        cache.add(row["target"], {cache.key(row["problem"], row["pass"], row["precision"]): {row["device"]: record}})
+        record = {
+            "config": cfg.to_json(row["config"]),
+            **times,
+            "code": code,
+            "triton": cache.triton(),
+            "torch": torch.__version__,
+            "date": row["date"],
+        }
+        cache.add(
+            row["target"],
+            {cache.key(row["problem"], row["pass"], row["precision"]): {row["device"]: record}},
+        )
 
 
 def _bar(jobs: list, progress: bool):

@@ -1,4 +1,5 @@
 """What runs for a convolution, and why: rows, and text for people."""
+
 from __future__ import annotations
 
 import os
@@ -9,15 +10,19 @@ from .functional import problem_of_tensors
 from .problem import PASSES, Problem
 
 
-def rows_of(problem: Problem, device, backend: str = "auto", target: str | None = None) -> list[dict]:
-    """What runs for each pass, and why: rows with pass, backend, why, kernel, kernel_why, config, source of the config, dense/useful/executed MACs,
-    ms (measured, or None), predicted_ms and limiter of the cost model, cudnn_ms (estimated; measured where there is a measurement of ATen).
+def rows_of(
+    problem: Problem, device, backend: str = "auto", target: str | None = None
+) -> list[dict]:
+    """What runs for each pass, and why: rows with pass, backend, why, kernel, kernel_why, config,
+    source of the config, dense/useful/executed MACs, ms (measured, or None), predicted_ms and
+    limiter of the cost model, cudnn_ms (estimated; measured where there is a measurement of ATen).
 
-    MACs are counts, not times. Where ATen runs, kernel and config are what Triton would run. With target (like "cuda:90") the answer is for a GPU of
-    that target, whatever the device.
+    MACs are counts, not times. Where ATen runs, kernel and config are what Triton would run. With
+    target (like "cuda:90") the answer is for a GPU of that target, whatever the device.
     """
     if target:
-        aim, device, chosen = target, None, "aten" if drivers.unfit(problem) else "triton"       # of the GPU that stands for the target
+        # of the GPU that stands for the target
+        aim, device, chosen = target, None, "aten" if drivers.unfit(problem) else "triton"
     else:
         aim, chosen = drivers.target(), drivers.choose(problem, device, backend)
     variable = os.environ.get("TRIDIL_BACKEND", "auto") if backend == "auto" else backend
@@ -27,40 +32,80 @@ def rows_of(problem: Problem, device, backend: str = "auto", target: str | None 
         precision = drivers.fp32_precision(aim) if problem.dtype == "float32" else "ieee"
         found = choice.decide(problem, pass_, aim, precision, device)
         if problem.is_empty:
-            runs, why = "aten", f"there is nothing to multiply: n={problem.n}, c={problem.c}, {problem.h}x{problem.w}"
+            runs, why = (
+                "aten",
+                f"there is nothing to multiply: n={problem.n}, c={problem.c}, {problem.h}x{problem.w}",
+            )
         elif variable != "auto":
             runs, why = variable, "asked for" if backend != "auto" else f"TRIDIL_BACKEND={variable}"
         elif chosen == "aten":
-            runs, why = "aten", drivers.can_run(problem, device) or drivers.too_old(device.type, device.index) or "CPU tensors run through ATen"
+            runs, why = (
+                "aten",
+                drivers.can_run(problem, device)
+                or drivers.too_old(device.type, device.index)
+                or "CPU tensors run through ATen",
+            )
         else:
             runs, why = found.backend, found.why
         record, config = found.record or {}, found.config
-        rows.append({"pass": pass_, "backend": runs, "why": why, "kernel": config.kernel,
-                     "kernel_why": cost_model.why(problem, pass_, config, spec, precision), "config": cfg.describe(config), "source": found.source,
-                     "dense_macs": problem.dense_macs, "useful_macs": problem.useful_macs,
-                     "executed_macs": cfg.executed_macs(problem, pass_, config), "ms": record.get("ms"),
-                     "predicted_ms": 1e3 * found.prediction.seconds, "limiter": found.prediction.limiter,
-                     "cudnn_ms": (choice.aten_ms(record) or (1e3 * found.cudnn,))[0], "roof_ms": 1e3 * cost_model.roof(problem, spec, precision)})
+        rows.append(
+            {
+                "pass": pass_,
+                "backend": runs,
+                "why": why,
+                "kernel": config.kernel,
+                "kernel_why": cost_model.why(problem, pass_, config, spec, precision),
+                "config": cfg.describe(config),
+                "source": found.source,
+                "dense_macs": problem.dense_macs,
+                "useful_macs": problem.useful_macs,
+                "executed_macs": cfg.executed_macs(problem, pass_, config),
+                "ms": record.get("ms"),
+                "predicted_ms": 1e3 * found.prediction.seconds,
+                "limiter": found.prediction.limiter,
+                "cudnn_ms": (choice.aten_ms(record) or (1e3 * found.cudnn,))[0],
+                "roof_ms": 1e3 * cost_model.roof(problem, spec, precision),
+            }
+        )
     return rows
 
 
-def text_of(problem: Problem, device, backend: str = "auto", target: str | None = None, rows: list[dict] | None = None) -> str:
+def text_of(
+    problem: Problem,
+    device,
+    backend: str = "auto",
+    target: str | None = None,
+    rows: list[dict] | None = None,
+) -> str:
     """`rows_of`, or the rows that it gave, as people read them."""
-    lines = [f"{problem.key()} -> {problem.p}x{problem.q}, {f'target {target}' if target else f'tensors on {device}, target {drivers.target()}'}"]
+    lines = [
+        f"{problem.key()} -> {problem.p}x{problem.q}, {f'target {target}' if target else f'tensors on {device}, target {drivers.target()}'}"
+    ]
     for row in rows_of(problem, device, backend, target) if rows is None else rows:
-        macs = "  ".join(f"{name} {row[name + '_macs'] / 1e6:.4g}M" for name in ("dense", "useful", "executed"))
-        times = [f"{row['predicted_ms']:.4g} ms predicted (limited by {row['limiter']})", f"{row['roof_ms']:.4g} ms roof",
-                 f"cuDNN {row['cudnn_ms']:.4g} ms {'estimated' if row['ms'] is None else 'measured'}"]
+        macs = "  ".join(
+            f"{name} {row[name + '_macs'] / 1e6:.4g}M" for name in ("dense", "useful", "executed")
+        )
+        times = [
+            f"{row['predicted_ms']:.4g} ms predicted (limited by {row['limiter']})",
+            f"{row['roof_ms']:.4g} ms roof",
+            f"cuDNN {row['cudnn_ms']:.4g} ms {'estimated' if row['ms'] is None else 'measured'}",
+        ]
         if row["ms"] is not None:
             times.insert(0, f"{row['ms']:.4g} ms measured")
-        lines.append(f"{row['pass']}: {row['backend']} ({row['why']})\n  kernel {row['kernel']} ({row['kernel_why']}): {row['config']}\n"
-                     f"  config from: {row['source']}\n  MACs (counted): {macs}\n  kernels: {', '.join(times)}")
+        lines.append(
+            f"{row['pass']}: {row['backend']} ({row['why']})\n  kernel {row['kernel']} ({row['kernel_why']}): {row['config']}\n"
+            f"  config from: {row['source']}\n  MACs (counted): {macs}\n  kernels: {', '.join(times)}"
+        )
     return "\n".join(lines)
 
 
-def explain(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1, *, backend: str = "auto") -> list[dict]:
-    """Prints what `dilated_conv2d` runs for these arguments, and why: for each pass the backend, the kernel, its config and where that came from,
-    dense, useful and executed multiply-accumulates, the measured or predicted time and what limits it. Returns the rows of `rows_of`.
+def explain(
+    input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1, *, backend: str = "auto"
+) -> list[dict]:
+    """Prints what `dilated_conv2d` runs for these arguments, and why: for each pass the backend,
+    the kernel, its config and where that came from, dense, useful and executed
+    multiply-accumulates, the measured or predicted time and what limits it. Returns the rows of
+    `rows_of`.
     """
     problem = problem_of_tensors(input, weight, bias, stride, padding, dilation, groups)
     rows = rows_of(problem, input.device, backend)

@@ -1,4 +1,6 @@
-"""Layers of real models, with their provenance: what perf, the tuner and reports run on. Standard library only."""
+"""Layers of real models, with their provenance: what perf, the tuner and reports run on. Standard
+library only."""
+
 from __future__ import annotations
 
 import csv
@@ -8,19 +10,29 @@ from importlib.resources import files
 
 from .problem import Problem
 
-# about one layer per kind: dilated ResNet, ASPP (one with the dilation beyond the map, one on an odd map, one depthwise), 1D, narrow,
-# depthwise, grouped, strided
-QUICK = (("tv/deeplabv3_resnet50", "backbone.layer4.1.conv2"), ("tv/deeplabv3_resnet50", "classifier.0.convs.1.0"),
-         ("tv/deeplabv3_resnet50", "classifier.0.convs.3.0"), ("tv/deeplabv3_mobilenet_v3_large", "classifier.0.convs.3.0"),
-         ("deeplabv2_vgg16 ASPP-L", "fc6_12"), ("smp/DeepLabV3Plus_r101", "decoder.aspp.0.convs.2.0.0"),
-         ("VAN-B2", "LKA conv_spatial dw7x7 d3 C320"), ("timm/resnext50_32x4d_os8", "layer3.1.conv2"), ("RegSeg exp48", "stage16 half d14 gw16"),
-         ("WaveNet (r9y9)", "dilated gate conv d32"), ("ESPNet-C", "level2 ESP d4 (shared input)"),
-         ("ESPNetv2", "level3_0 DownSampler EESP dw stride2 d2"))
+# about one layer per kind: dilated ResNet, ASPP (one with the dilation beyond the map, one on an
+# odd map, one depthwise), 1D, narrow, depthwise, grouped, strided
+QUICK = (
+    ("tv/deeplabv3_resnet50", "backbone.layer4.1.conv2"),
+    ("tv/deeplabv3_resnet50", "classifier.0.convs.1.0"),
+    ("tv/deeplabv3_resnet50", "classifier.0.convs.3.0"),
+    ("tv/deeplabv3_mobilenet_v3_large", "classifier.0.convs.3.0"),
+    ("deeplabv2_vgg16 ASPP-L", "fc6_12"),
+    ("smp/DeepLabV3Plus_r101", "decoder.aspp.0.convs.2.0.0"),
+    ("VAN-B2", "LKA conv_spatial dw7x7 d3 C320"),
+    ("timm/resnext50_32x4d_os8", "layer3.1.conv2"),
+    ("RegSeg exp48", "stage16 half d14 gw16"),
+    ("WaveNet (r9y9)", "dilated gate conv d32"),
+    ("ESPNet-C", "level2 ESP d4 (shared input)"),
+    ("ESPNetv2", "level3_0 DownSampler EESP dw stride2 d2"),
+)
 
 
 @dataclass(frozen=True)
 class Workload:
-    """One layer of a model: `count` times in the model, one convolution `problem` each; source says where the sizes come from."""
+    """One layer of a model: `count` times in the model, one convolution `problem` each; source says
+    where the sizes come from."""
+
     model: str
     layer: str
     count: int
@@ -33,11 +45,20 @@ class Workload:
 
     @property
     def kind(self) -> str:
-        """Class of the layer: depthwise, grouped, 1D, ASPP (rate 12 and more), narrow (at most 16 channels in or out) or dense."""
+        """Class of the layer: depthwise, grouped, 1D, ASPP (rate 12 and more), narrow (at most 16
+        channels in or out) or dense."""
         p = self.problem
         if p.groups > 1:
             return "depthwise" if p.groups == p.c else "grouped"
-        return "1D" if 1 in (p.h, p.w) else "ASPP" if _is_aspp(self) else "narrow" if min(p.c, p.k) <= 16 else "dense"
+        return (
+            "1D"
+            if 1 in (p.h, p.w)
+            else "ASPP"
+            if _is_aspp(self)
+            else "narrow"
+            if min(p.c, p.k) <= 16
+            else "dense"
+        )
 
 
 def load(dtype: str = "float16", layout: str = "nhwc") -> list[Workload]:
@@ -48,9 +69,25 @@ def load(dtype: str = "float16", layout: str = "nhwc") -> list[Workload]:
 
 def _workload(row: dict, dtype: str, layout: str) -> Workload:
     layer, times = re.fullmatch(r"(.*?)(?: \(x(\d+)\))?", row["layer"]).groups()
-    sizes = {key: int(value) for key, value in row.items() if key not in ("model", "layer", "source")}
+    sizes = {
+        key: int(value) for key, value in row.items() if key not in ("model", "layer", "source")
+    }
     n, c, h, w, k, r, s, stride_h, stride_w, pad_h, pad_w, dil_h, dil_w, groups = sizes.values()
-    problem = Problem(n, c, h, w, k, r, s, (stride_h, stride_w), ((pad_h, pad_h), (pad_w, pad_w)), (dil_h, dil_w), groups, dtype, layout)
+    problem = Problem(
+        n,
+        c,
+        h,
+        w,
+        k,
+        r,
+        s,
+        (stride_h, stride_w),
+        ((pad_h, pad_h), (pad_w, pad_w)),
+        (dil_h, dil_w),
+        groups,
+        dtype,
+        layout,
+    )
     return Workload(row["model"], layer, int(times or 1), problem, row["source"])
 
 
@@ -59,32 +96,64 @@ def _is_aspp(w: Workload) -> bool:
     return min(w.problem.dilation) >= 12 and w.problem.h > 1 and w.problem.c >= 256
 
 
-_SEGMENTATION = re.compile(r"tv/|smp/|mmseg/|deeplab|D-LinkNet|DinkNet|ESPNet|DRN|HDC|RegSeg|VAN-B2 seg|U2Net|repro pytorch#15054", re.IGNORECASE)
+_SEGMENTATION = re.compile(
+    r"tv/|smp/|mmseg/|deeplab|D-LinkNet|DinkNet|ESPNet|DRN|HDC|RegSeg|VAN-B2 seg|U2Net|repro pytorch#15054",
+    re.IGNORECASE,
+)
 # the networks that perf/models.py builds whole
-_TRAINED = ("tv/deeplabv3_resnet50", "tv/deeplabv3_resnet101", "smp/DeepLabV3Plus_r101", "VAN-B2", "WaveNet (r9y9)")
+_TRAINED = (
+    "tv/deeplabv3_resnet50",
+    "tv/deeplabv3_resnet101",
+    "smp/DeepLabV3Plus_r101",
+    "VAN-B2",
+    "WaveNet (r9y9)",
+)
 DILATIONS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64)
 SUITES = {
-    "quick": lambda w: (w.model, w.layer) in QUICK, "aspp": _is_aspp, "deeplab": lambda w: "deeplab" in w.model.lower(),
-    "segmentation": lambda w: _SEGMENTATION.search(w.model), "depthwise": lambda w: w.kind in ("depthwise", "grouped"),
-    "audio1d": lambda w: w.problem.h == 1, "training": lambda w: w.model in _TRAINED, "all": lambda w: True,
-    "classic": lambda w: False, "batch1": lambda w: "deeplab" in w.model.lower() or (w.model, w.layer) in QUICK}
+    "quick": lambda w: (w.model, w.layer) in QUICK,
+    "aspp": _is_aspp,
+    "deeplab": lambda w: "deeplab" in w.model.lower(),
+    "segmentation": lambda w: _SEGMENTATION.search(w.model),
+    "depthwise": lambda w: w.kind in ("depthwise", "grouped"),
+    "audio1d": lambda w: w.problem.h == 1,
+    "training": lambda w: w.model in _TRAINED,
+    "all": lambda w: True,
+    "classic": lambda w: False,
+    "batch1": lambda w: "deeplab" in w.model.lower() or (w.model, w.layer) in QUICK,
+}
 
 
 def suite(name: str, dtype: str = "float16", layout: str = "nhwc") -> list[Workload]:
-    """The workloads of a suite: "quick" (12 layers, about one per kind), "aspp" (28 layers of rate 12 or more), "deeplab" (those of the DeepLabs),
-    "segmentation" (of all networks for it), "depthwise" (88 depthwise and grouped layers), "audio1d" (sequences), "training" (the dilated layers of
-    the networks in perf/models.py, at their training batch), "batch1" (quick and deeplab, one image each), "classic" (made up: 3x3, 256 channels on
-    64x64, dilation 1 to 64) or "all" (297).
+    """The workloads of a suite: "quick" (12 layers, about one per kind), "aspp" (28 layers of rate
+    12 or more), "deeplab" (those of the DeepLabs), "segmentation" (of all networks for it),
+    "depthwise" (88 depthwise and grouped layers), "audio1d" (sequences), "training" (the dilated
+    layers of the networks in perf/models.py, at their training batch), "batch1" (quick and deeplab,
+    one image each), "classic" (made up: 3x3, 256 channels on 64x64, dilation 1 to 64) or "all"
+    (297).
 
     Raises ValueError for an unknown name.
     """
     if name not in SUITES:
         raise ValueError(f"unknown suite {name!r}: use one of {', '.join(SUITES)}")
     if name == "classic":
-        return [Workload("classic", f"3x3 d{d}", 1, Problem(8, 256, 64, 64, 256, 3, 3, (1, 1), ((d, d), (d, d)), (d, d), 1, dtype, layout),
-                         "made up: only the dilation changes") for d in DILATIONS]
+        return [
+            Workload(
+                "classic",
+                f"3x3 d{d}",
+                1,
+                Problem(
+                    8, 256, 64, 64, 256, 3, 3, (1, 1), ((d, d), (d, d)), (d, d), 1, dtype, layout
+                ),
+                "made up: only the dilation changes",
+            )
+            for d in DILATIONS
+        ]
     chosen = [w for w in load(dtype, layout) if SUITES[name](w)]
     if name == "batch1":
-        chosen = [replace(w, layer=f"{w.layer} (batch 1)", problem=replace(w.problem, n=1)) for w in chosen]
-        chosen = list({w.problem: w for w in reversed(chosen)}.values())[::-1]          # the first of equal ones
+        chosen = [
+            replace(w, layer=f"{w.layer} (batch 1)", problem=replace(w.problem, n=1))
+            for w in chosen
+        ]
+        # the first of equal ones
+        chosen = list({w.problem: w for w in reversed(chosen)}.values())[::-1]
     return chosen

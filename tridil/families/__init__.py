@@ -1,4 +1,6 @@
-"""Kernel families: all that the host knows of each kind of kernel. A new one is a file here, its kernels in kernels/, and a line in FAMILIES."""
+"""Kernel families: all that the host knows of each kind of kernel. A new one is a file here, its
+kernels in kernels/, and a line in FAMILIES."""
+
 from __future__ import annotations
 
 from . import depthwise, gather, hopper, tma
@@ -12,7 +14,9 @@ def of(kernel: str) -> Family:
     for family in FAMILIES:
         if kernel in family.kernels:
             return family
-    raise ValueError(f"unknown kernel {kernel!r}: use one of {[name for family in FAMILIES for name in family.kernels]}")
+    raise ValueError(
+        f"unknown kernel {kernel!r}: use one of {[name for family in FAMILIES for name in family.kernels]}"
+    )
 
 
 __all__ = ["FAMILIES", "Box", "Config", "Family", "Launch", "Prediction", "of"]

@@ -1,7 +1,9 @@
-"""What every kernel family says of itself: the rest of the package asks it through `Family`, and knows no kernel by name.
+"""What every kernel family says of itself: the rest of the package asks it through `Family`, and
+knows no kernel by name.
 
 Imports neither torch nor Triton. Sizes in elements, times in seconds, clocks of an SM.
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
@@ -16,16 +18,24 @@ import numpy as np
 from ..devices import Device
 from ..problem import DTYPE_BYTES, Axis, Problem
 
-UNITS = {"tensor": "tensor cores", "issue": "instruction issue", "shared": "shared memory", "l2": "L2 bandwidth"}
+UNITS = {
+    "tensor": "tensor cores",
+    "issue": "instruction issue",
+    "shared": "shared memory",
+    "l2": "L2 bandwidth",
+}
 
 
 @dataclass(frozen=True)
 class Config:
-    """One way to run one pass: the kernel's compile-time sizes and options, by their names in the kernel. Each family derives its own.
+    """One way to run one pass: the kernel's compile-time sizes and options, by their names in the
+    kernel. Each family derives its own.
 
-    kernel names it on disk. num_warps, num_stages, maxnreg: options of Triton's compiler; maxnreg is the registers that a thread may have (None: the
-    compiler decides, and ptxas may spill for occupancy). SPLIT_K: parts of the reduction that are summed afterwards.
+    kernel names it on disk. num_warps, num_stages, maxnreg: options of Triton's compiler; maxnreg
+    is the registers that a thread may have (None: the compiler decides, and ptxas may spill for
+    occupancy). SPLIT_K: parts of the reduction that are summed afterwards.
     """
+
     kernel: str
     SPLIT_K: int
     num_warps: int
@@ -39,11 +49,19 @@ class Config:
 
     def constexprs(self) -> dict[str, object]:
         """What the kernel is compiled with."""
-        return {name: getattr(self, name) for name in self.names() if name.isupper() and name != "SPLIT_K"}
+        return {
+            name: getattr(self, name)
+            for name in self.names()
+            if name.isupper() and name != "SPLIT_K"
+        }
 
     def options(self) -> dict[str, int]:
         """What Triton's compiler is told."""
-        return {name: getattr(self, name) for name in ("num_warps", "num_stages", "maxnreg") if getattr(self, name) is not None}
+        return {
+            name: getattr(self, name)
+            for name in ("num_warps", "num_stages", "maxnreg")
+            if getattr(self, name) is not None
+        }
 
 
 def columns(configs: Sequence[Config]) -> dict[str, np.ndarray]:
@@ -54,8 +72,10 @@ def columns(configs: Sequence[Config]) -> dict[str, np.ndarray]:
 
 @dataclass(frozen=True)
 class Box:
-    """How a tensor descriptor sees a tensor: sizes and strides in elements, where it begins, and the sizes of its boxes. swizzle: bytes of the swizzle in
-    shared memory, which Gluon kernels choose themselves."""
+    """How a tensor descriptor sees a tensor: sizes and strides in elements, where it begins, and
+    the sizes of its boxes. swizzle: bytes of the swizzle in shared memory, which Gluon kernels
+    choose themselves."""
+
     shape: tuple[int, ...]
     strides: tuple[int, ...]
     block: tuple[int, ...]
@@ -67,9 +87,11 @@ class Box:
 class Launch:
     """One kernel launch but for its tensors.
 
-    kernel: "module:function". tensors: (argument, role, Box or None for a pointer), roles being "a" and "b" (the pass's operands), "bias", "out" and
-    "partials" (fp32, or fp64 for fp64; `workspace` elements). constexprs: Triton's types by their names. options are num_warps and the like.
+    kernel: "module:function". tensors: (argument, role, Box or None for a pointer), roles being "a"
+    and "b" (the pass's operands), "bias", "out" and "partials" (fp32, or fp64 for fp64; `workspace`
+    elements). constexprs: Triton's types by their names. options are num_warps and the like.
     """
+
     kernel: str
     grid: tuple[int, int, int]
     tensors: tuple[tuple[str, str, Box | None], ...]
@@ -84,15 +106,32 @@ class Launch:
         return self.kernel.partition(":")[2]
 
 
-def launch(kernel: str, programs: int, tensors, scalars: dict, constexprs: dict, options: dict, workspace: int = 0) -> Launch:
+def launch(
+    kernel: str,
+    programs: int,
+    tensors,
+    scalars: dict,
+    constexprs: dict,
+    options: dict,
+    workspace: int = 0,
+) -> Launch:
     """The Launch of a kernel of this package, "module:function" in tridil.kernels."""
-    return Launch(f"{__package__.rpartition('.')[0]}.kernels.{kernel}", (programs, 1, 1), tensors, tuple(scalars.items()), tuple(constexprs.items()),
-                  tuple(options.items()), workspace)
+    return Launch(
+        f"{__package__.rpartition('.')[0]}.kernels.{kernel}",
+        (programs, 1, 1),
+        tensors,
+        tuple(scalars.items()),
+        tuple(constexprs.items()),
+        tuple(options.items()),
+        workspace,
+    )
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """seconds of a pass, what limits it in words, and the seconds that its parts would take alone (they overlap)."""
+    """seconds of a pass, what limits it in words, and the seconds that its parts would take alone
+    (they overlap)."""
+
     seconds: float
     limiter: str
     parts: dict[str, float]
@@ -103,10 +142,12 @@ class Prediction:
 
 
 class Family:
-    """One kind of kernel: which configs are legal and sensible, the work of each, its time, its launches, and why it runs.
+    """One kind of kernel: which configs are legal and sensible, the work of each, its time, its
+    launches, and why it runs.
 
     kernels: its names in configs on disk and in reports.
     """
+
     kernels: tuple[str, ...] = ()
 
     def config_class(self, pass_: str) -> type[Config]:
@@ -114,32 +155,52 @@ class Family:
         raise NotImplementedError
 
     def fits(self, config: Config, problem: Problem, pass_: str, target: str) -> str | None:
-        """None when `config` is legal for this pass of `problem` on `target`, else the reason, with the values."""
+        """None when `config` is legal for this pass of `problem` on `target`, else the reason, with
+        the values."""
         raise NotImplementedError
 
     def options(self, problem: Problem, pass_: str, target: str, precision: str) -> list[Config]:
-        """Sensible configs, of which `fits` may refuse some; none for what the family is not meant for. precision ("tf32" or "ieee") matters for
-        float32."""
+        """Sensible configs, of which `fits` may refuse some; none for what the family is not meant
+        for. precision ("tf32" or "ieee") matters for float32."""
         raise NotImplementedError
 
     def why_not(self, problem: Problem, pass_: str, target: str, precision: str) -> str | None:
         """Why there are no options, where one would expect some."""
         return None
 
-    def seconds(self, problem: Problem, pass_: str, configs: Sequence[Config], device: Device, precision: str) -> np.ndarray:
+    def seconds(
+        self,
+        problem: Problem,
+        pass_: str,
+        configs: Sequence[Config],
+        device: Device,
+        precision: str,
+    ) -> np.ndarray:
         """Predicted time of each config, on channels_last tensors."""
         raise NotImplementedError
 
-    def search(self, problem: Problem, pass_: str, device: Device, precision: str) -> tuple[np.ndarray, Callable[[int], Config]]:
-        """(predicted time of each option, function that gives the option of an index): what every new shape costs the host."""
-        configs = [self.adapt(config, device) for config in self.options(problem, pass_, device.target, precision)]
-        return self.seconds(problem, pass_, configs, device, precision) if configs else np.zeros(0), configs.__getitem__
+    def search(
+        self, problem: Problem, pass_: str, device: Device, precision: str
+    ) -> tuple[np.ndarray, Callable[[int], Config]]:
+        """(predicted time of each option, function that gives the option of an index): what every
+        new shape costs the host."""
+        configs = [
+            self.adapt(config, device)
+            for config in self.options(problem, pass_, device.target, precision)
+        ]
+        return self.seconds(problem, pass_, configs, device, precision) if configs else np.zeros(
+            0
+        ), configs.__getitem__
 
-    def predict(self, problem: Problem, pass_: str, config: Config, device: Device, precision: str) -> Prediction:
+    def predict(
+        self, problem: Problem, pass_: str, config: Config, device: Device, precision: str
+    ) -> Prediction:
         """The same for one, with what limits it."""
         raise NotImplementedError
 
-    def why(self, problem: Problem, pass_: str, config: Config, device: Device, precision: str) -> str:
+    def why(
+        self, problem: Problem, pass_: str, config: Config, device: Device, precision: str
+    ) -> str:
         """Why this kernel, in words."""
         raise NotImplementedError
 
@@ -147,16 +208,20 @@ class Family:
         """(M, N, K) of the tile product of one step."""
         raise NotImplementedError
 
-    def programs(self, problem: Problem, pass_: str, config: Config, axes: tuple[Axis, Axis]) -> int:
+    def programs(
+        self, problem: Problem, pass_: str, config: Config, axes: tuple[Axis, Axis]
+    ) -> int:
         """Programs of one launch, which runs the correlations `axes`."""
         raise NotImplementedError
 
     def executed_macs(self, problem: Problem, pass_: str, config: Config) -> int:
-        """Multiply-accumulates that the tiles execute: live taps only, overhang of every tile side included."""
+        """Multiply-accumulates that the tiles execute: live taps only, overhang of every tile side
+        included."""
         raise NotImplementedError
 
     def requested_bytes(self, problem: Problem, pass_: str, config: Config) -> int:
-        """Bytes that the programs load from operands and store to the result, re-reads in L1 and L2 included."""
+        """Bytes that the programs load from operands and store to the result, re-reads in L1 and L2
+        included."""
         raise NotImplementedError
 
     def has_partials(self, config: Config, pass_: str) -> bool:
@@ -165,11 +230,16 @@ class Family:
 
     def partial_bytes(self, problem: Problem, pass_: str, config: Config) -> int:
         """Bytes of the partial results, written and read."""
-        partials = config.SPLIT_K * prod(result_shape(problem, pass_)) if self.has_partials(config, pass_) else 0
+        partials = (
+            config.SPLIT_K * prod(result_shape(problem, pass_))
+            if self.has_partials(config, pass_)
+            else 0
+        )
         return 2 * max(DTYPE_BYTES[problem.dtype], 4) * partials
 
     def adapt(self, config: Config, device: Device) -> Config:
-        """One of `options` for a device, which may have fewer SMs than the one that stands for its target."""
+        """One of `options` for a device, which may have fewer SMs than the one that stands for its
+        target."""
         return config
 
     def covers(self, problem: Problem, pass_: str) -> bool:
@@ -177,11 +247,15 @@ class Family:
         return pass_ != "dgrad" or problem.dgrad_covers
 
     def operand_format(self, problem: Problem) -> tuple[str, int]:
-        """(memory format, alignment of the base in bytes) in which the launches read their operands."""
+        """(memory format, alignment of the base in bytes) in which the launches read their
+        operands."""
         raise NotImplementedError
 
-    def plan(self, problem: Problem, pass_: str, config: Config, precision: str, has_bias: bool) -> list[Launch]:
-        """The launches of one pass, whose result has problem.layout; precision: "ieee", "tf32" or (interpreter) "upcast"."""
+    def plan(
+        self, problem: Problem, pass_: str, config: Config, precision: str, has_bias: bool
+    ) -> list[Launch]:
+        """The launches of one pass, whose result has problem.layout; precision: "ieee", "tf32" or
+        (interpreter) "upcast"."""
         raise NotImplementedError
 
 
@@ -191,7 +265,7 @@ def triton_version() -> tuple[int, ...]:
     """Of the installed Triton, like (3, 7), without importing it; () where it is unknown."""
     try:
         return tuple(map(int, version("triton").split(".")[:2]))
-    except (PackageNotFoundError, ValueError):              # wheels of other names
+    except (PackageNotFoundError, ValueError):  # wheels of other names
         return ()
 
 
@@ -215,14 +289,17 @@ def elements(problem: Problem) -> int:
 
 
 def strides(shape, layout: str) -> tuple[int, int, int, int]:
-    """Strides, in PyTorch's order (N, C, H, W), of a tensor of that order's shape in memory format `layout`."""
+    """Strides, in PyTorch's order (N, C, H, W), of a tensor of that order's shape in memory format
+    `layout`."""
     _, c, h, w = shape
     return (h * w * c, 1, w * c, c) if layout == "nhwc" else (c * h * w, h * w, w, 1)
 
 
 def steps(h: Axis, w: Axis) -> dict[str, int]:
     """How the kernels name what both axes of a correlation walk."""
-    return dict(H=h.size, W=w.size, off_h=h.offset, off_w=w.offset, dil_h=h.dilation, dil_w=w.dilation)
+    return dict(
+        H=h.size, W=w.size, off_h=h.offset, off_w=w.offset, dil_h=h.dilation, dil_w=w.dilation
+    )
 
 
 def accumulator(problem: Problem) -> str:
@@ -256,6 +333,8 @@ def no_power_of_two(config: Config, names: Sequence[str]) -> str | None:
 
 
 def bad_maxnreg(config: Config, target: str) -> str | None:
-    if config.maxnreg is not None and (target.startswith("hip") or config.maxnreg not in range(24, 256)):
+    if config.maxnreg is not None and (
+        target.startswith("hip") or config.maxnreg not in range(24, 256)
+    ):
         return f"maxnreg must be None, or on CUDA targets 24 to 255, got {config.maxnreg!r} for {target}"
     return None

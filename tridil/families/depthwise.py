@@ -1,8 +1,10 @@
 """Direct kernels for one channel per group, without matrix products: kernels/depthwise.py.
 
-The box BLOCK_IMG x BLOCK_P x BLOCK_Q counts lanes, each with COLS outputs along its row; BLOCK_N channels; TAPS filter columns at a time, in wgrad of ROWS
-filter rows. SPLIT_K is wgrad's alone. Figures of many configs are arrays, as in gemm.py.
+The box BLOCK_IMG x BLOCK_P x BLOCK_Q counts lanes, each with COLS outputs along its row; BLOCK_N
+channels; TAPS filter columns at a time, in wgrad of ROWS filter rows. SPLIT_K is wgrad's alone.
+Figures of many configs are arrays, as in gemm.py.
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
@@ -40,6 +42,7 @@ from .base import (
 @dataclass(frozen=True)
 class Correlation(Config):
     """fprop and dgrad."""
+
     BLOCK_IMG: int
     BLOCK_P: int
     BLOCK_Q: int
@@ -51,11 +54,13 @@ class Correlation(Config):
 @dataclass(frozen=True)
 class Reduction(Correlation):
     """wgrad."""
+
     ROWS: int
 
 
 def is_depthwise(problem: Problem) -> bool:
-    """Whether the direct kernels run: one channel per group, and a multiplier that would not fill a tile of a matrix product."""
+    """Whether the direct kernels run: one channel per group, and a multiplier that would not fill a
+    tile of a matrix product."""
     return problem.groups == problem.c and 0 < problem.k < 16 * problem.c
 
 
@@ -70,9 +75,16 @@ def shift_of(axis: Axis) -> int:
 
 
 def fill(problem: Problem) -> tuple[int, int] | None:
-    """Rows and columns of dx that dgrad's direct kernel writes per pixel of its residue class, zeros but for the first; None where it cannot."""
-    sides = [1 if sum(axis.out for axis in axes) == size else axes[0].out_step if len(axes) == 1 and axes[0].out0 == 0 else 0
-             for axes, size in zip(problem.dgrad_axes, (problem.h, problem.w))]
+    """Rows and columns of dx that dgrad's direct kernel writes per pixel of its residue class,
+    zeros but for the first; None where it cannot."""
+    sides = [
+        1
+        if sum(axis.out for axis in axes) == size
+        else axes[0].out_step
+        if len(axes) == 1 and axes[0].out0 == 0
+        else 0
+        for axes, size in zip(problem.dgrad_axes, (problem.h, problem.w))
+    ]
     return tuple(sides) if all(sides) else None
 
 
@@ -81,7 +93,8 @@ def warp(target: str) -> int:
     return 64 if target.startswith("hip:gfx9") else 32
 
 
-# ---- lanes of an axis: anchor a of `cols` outputs has its first at a // step * step * cols + a % step, the others `step` apart
+# ---- lanes of an axis: anchor a of `cols` outputs has its first at a // step * step * cols + a %
+# step, the others `step` apart
 @lru_cache(maxsize=16384)
 def anchors(axis: Axis, cols: int) -> int:
     """How many lanes with `cols` outputs each there are along an axis."""
@@ -96,9 +109,12 @@ def anchors_until(axis: Axis, cols: int, output):
 
 
 def spans_of(axis: Axis, count: int, first: int) -> tuple[np.ndarray, np.ndarray]:
-    """(least, most) for taps or columns first .. first + count - 1: outputs that are at least `least` and at most `most` read the image through them."""
+    """(least, most) for taps or columns first .. first + count - 1: outputs that are at least
+    `least` and at most `most` read the image through them."""
     shifts = axis.offset + (first + np.arange(count)) * axis.dilation
-    return np.maximum(-(shifts // axis.stride), 0), np.minimum((axis.size - 1 - shifts) // axis.stride, axis.out - 1)
+    return np.maximum(-(shifts // axis.stride), 0), np.minimum(
+        (axis.size - 1 - shifts) // axis.stride, axis.out - 1
+    )
 
 
 @lru_cache(maxsize=16384)
@@ -113,21 +129,35 @@ def row_walk(axis: Axis, block: int) -> tuple[int, int]:
 
 
 @lru_cache(maxsize=16384)
-def column_walk(axis: Axis, cols: int, taps: int, blocks: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """For boxes of each of `blocks` lanes along a row: (boxes, live columns and live (column, output) pairs, summed over boxes and over the chunks of
-    `taps` taps)."""
-    count, total, step, run = (cols - 1) * shift_of(axis) + taps, anchors(axis, cols), grid_step(axis), grid_step(axis) * cols
+def column_walk(
+    axis: Axis, cols: int, taps: int, blocks: tuple[int, ...]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """For boxes of each of `blocks` lanes along a row: (boxes, live columns and live (column,
+    output) pairs, summed over boxes and over the chunks of `taps` taps)."""
+    count, total, step, run = (
+        (cols - 1) * shift_of(axis) + taps,
+        anchors(axis, cols),
+        grid_step(axis),
+        grid_step(axis) * cols,
+    )
     sizes, offsets = np.array(blocks)[:, None], np.arange(count)
     found = -(-total // sizes)
-    pairs = sum((0 <= offsets - j * shift_of(axis)) & (offsets - j * shift_of(axis) < taps) for j in range(cols))
+    pairs = sum(
+        (0 <= offsets - j * shift_of(axis)) & (offsets - j * shift_of(axis) < taps)
+        for j in range(cols)
+    )
     end = total - 1
-    final = end // step * run + end % step                                   # first output of the last lane
+    # first output of the last lane
+    final = end // step * run + end % step
     columns_, products = np.zeros(len(blocks), np.int64), np.zeros(len(blocks), np.int64)
     for s0 in range(0, axis.taps, taps):
         shifts = axis.offset + (s0 + offsets) * axis.dilation
         least, most = -(shifts // axis.stride), (axis.size - 1 - shifts) // axis.stride
-        # boxes that begin at an output of at most `most`, without those whose last lane lies before `least`
-        begun = np.where(most < 0, 0, (anchors_until(axis, cols, np.minimum(most, final)) - 1) // sizes + 1)
+        # boxes that begin at an output of at most `most`, without those whose last lane lies before
+        # `least`
+        begun = np.where(
+            most < 0, 0, (anchors_until(axis, cols, np.minimum(most, final)) - 1) // sizes + 1
+        )
         over = np.where(least > final, found, anchors_until(axis, cols, least - 1) // sizes)
         live = np.maximum(begun - over, 0)
         columns_ += live.sum(1)
@@ -137,7 +167,8 @@ def column_walk(axis: Axis, cols: int, taps: int, blocks: tuple[int, ...]) -> tu
 
 @lru_cache(maxsize=16384)
 def tap_row_walk(axis: Axis, block: int, rows: int) -> tuple[int, int]:
-    """(boxes, live (box, filter row) pairs) of wgrad's programs, each of `rows` filter rows, over `block` adjacent rows of dy."""
+    """(boxes, live (box, filter row) pairs) of wgrad's programs, each of `rows` filter rows, over
+    `block` adjacent rows of dy."""
     boxes = live = 0
     for r0 in range(0, axis.taps, rows):
         group = range(r0, min(r0 + rows, axis.taps))
@@ -145,7 +176,10 @@ def tap_row_walk(axis: Axis, block: int, rows: int) -> tuple[int, int]:
         count = -(-length // block)
         boxes += count
         spans = ((lo - first, hi - 1 - first) for lo, hi in map(axis.live_outputs, group))
-        live += sum(max(min(last // block, count - 1) - max(least, 0) // block + 1, 0) for least, last in spans)
+        live += sum(
+            max(min(last // block, count - 1) - max(least, 0) // block + 1, 0)
+            for least, last in spans
+        )
     return boxes, live
 
 
@@ -156,7 +190,8 @@ class Depthwise(Family):
         return Reduction if pass_ == "wgrad" else Correlation
 
     def operand_format(self, problem: Problem) -> tuple[str, int]:
-        return problem.layout, 1                                     # in the result's format neighbours read and write neighbours
+        # in the result's format neighbours read and write neighbours
+        return problem.layout, 1
 
     def has_partials(self, config: Config, pass_: str) -> bool:
         return pass_ == "wgrad"
@@ -169,72 +204,138 @@ class Depthwise(Family):
         if problem.groups != problem.c:
             return f"{config.kernel} needs one channel per group, got {problem.c} channels in {problem.groups} groups"
         sizes = [name for name in config.names() if name not in ("kernel", "maxnreg")]
-        reason = bad_maxnreg(config, target) or not_positive(config, sizes) or no_power_of_two(config, ("BLOCK_N", "num_warps"))
+        reason = (
+            bad_maxnreg(config, target)
+            or not_positive(config, sizes)
+            or no_power_of_two(config, ("BLOCK_N", "num_warps"))
+        )
         if reason:
             return reason
         if pixels(config) > 1024:
             return f"a box has at most 1024 lanes, got {config.BLOCK_IMG}x{config.BLOCK_P}x{config.BLOCK_Q}"
         if pass_ != "wgrad" and config.SPLIT_K > 1:
-            return f"{config.kernel} does not split {pass_}'s reduction, got SPLIT_K={config.SPLIT_K}"
+            return (
+                f"{config.kernel} does not split {pass_}'s reduction, got SPLIT_K={config.SPLIT_K}"
+            )
         shift = max((shift_of(w) for _, w in problem.axes(pass_)), default=1) if problem.q else 1
         held = int(registers(vars(config), pixels(config), problem, shift, target))
         if config.num_warps > 16 or held > 255:
-            return (f"a lane would hold {held} registers with COLS={config.COLS}, TAPS={config.TAPS}, num_warps={config.num_warps} "
-                    f"(at most 255 registers, 16 warps)")
-        if (programs := max((self.programs(problem, pass_, config, axes) for axes in problem.axes(pass_)), default=0)) >= 2**31:
+            return (
+                f"a lane would hold {held} registers with COLS={config.COLS}, TAPS={config.TAPS}, num_warps={config.num_warps} "
+                f"(at most 255 registers, 16 warps)"
+            )
+        if (
+            programs := max(
+                (self.programs(problem, pass_, config, axes) for axes in problem.axes(pass_)),
+                default=0,
+            )
+        ) >= 2**31:
             return f"the grid of {programs} programs exceeds 2**31 - 1: use larger tiles"
         return None
 
     # ---- candidates
     def options(self, problem: Problem, pass_: str, target: str, precision: str) -> list[Config]:
-        """Boxes of lanes that fill their warps with vectors of 16 bytes along the contiguous axis, as many outputs per lane as its grid has; of the
-        boxes of one kernel the one that is predicted to be the fastest."""
+        """Boxes of lanes that fill their warps with vectors of 16 bytes along the contiguous axis,
+        as many outputs per lane as its grid has; of the boxes of one kernel the one that is
+        predicted to be the fastest."""
         seconds, config = self.search(problem, pass_, devices.of_target(target), precision)
         return [config(i) for i in range(len(seconds))]
 
-    def search(self, problem: Problem, pass_: str, device: Device, precision: str) -> tuple[np.ndarray, Callable[[int], Config]]:
-        kernels, shapes = self._kernels(problem, pass_, device.target) if is_depthwise(problem) and problem.axes(pass_) else ({}, [])
+    def search(
+        self, problem: Problem, pass_: str, device: Device, precision: str
+    ) -> tuple[np.ndarray, Callable[[int], Config]]:
+        kernels, shapes = (
+            self._kernels(problem, pass_, device.target)
+            if is_depthwise(problem) and problem.axes(pass_)
+            else ({}, [])
+        )
         if not shapes:
             return np.zeros(0), [].__getitem__
         counts = [len(boxes) for boxes in shapes]
         c = {name: np.repeat(values, counts) for name, values in kernels.items()}
         c |= zip(("BLOCK_IMG", "BLOCK_P", "BLOCK_Q"), np.concatenate(shapes).T)
-        c["SPLIT_K"] = self._shares(problem, c, device) if pass_ == "wgrad" else np.ones_like(c["COLS"])
+        c["SPLIT_K"] = (
+            self._shares(problem, c, device) if pass_ == "wgrad" else np.ones_like(c["COLS"])
+        )
         seconds = self._times(problem, pass_, c, device)["seconds"]
         ends = np.cumsum(counts).tolist()
-        picks = [end - count + int(seconds[end - count:end].argmin()) for count, end in zip(counts, ends)]
-        fixed, build = dict(kernel="depthwise", num_stages=1, maxnreg=255 if device.target.startswith("cuda") else None), self.config_class(pass_)
-        return seconds[picks], lambda i: build(**fixed, **{name: int(values[picks[i]]) for name, values in c.items()})
+        picks = [
+            end - count + int(seconds[end - count : end].argmin())
+            for count, end in zip(counts, ends)
+        ]
+        fixed, build = (
+            dict(
+                kernel="depthwise",
+                num_stages=1,
+                maxnreg=255 if device.target.startswith("cuda") else None,
+            ),
+            self.config_class(pass_),
+        )
+        return seconds[picks], lambda i: build(
+            **fixed, **{name: int(values[picks[i]]) for name, values in c.items()}
+        )
 
-    def _kernels(self, problem: Problem, pass_: str, target: str) -> tuple[dict[str, np.ndarray], list[np.ndarray]]:
+    def _kernels(
+        self, problem: Problem, pass_: str, target: str
+    ) -> tuple[dict[str, np.ndarray], list[np.ndarray]]:
         """(what kernels are compiled for, by field, and for each the boxes that it may have)."""
         nbytes, is_wgrad = DTYPE_BYTES[problem.dtype], pass_ == "wgrad"
         h, w = max(problem.axes(pass_), key=lambda hw: (hw[0].out * hw[1].out, hw[1].taps))
         shift, out = shift_of(w), problem.c if pass_ == "dgrad" else problem.k
-        vector, least = (16 // nbytes, 32 // nbytes) if problem.layout == "nhwc" else (1, 1)       # a sector of L2 is 32 bytes
-        sizes = [n for n in ((128, 64, 32, 16, 8, 4, 1) if problem.layout == "nhwc" else (1,)) if n == least or least < n < 2 * out]
-        unrolled, most_columns = (8, 9) if target.startswith("hip") else (11, 64)      # masks of more columns would spill scalar registers
-        most = -(-w.out // grid_step(w)) if shift < w.taps else 1                # outputs of a lane that share columns
+        # a sector of L2 is 32 bytes
+        vector, least = (16 // nbytes, 32 // nbytes) if problem.layout == "nhwc" else (1, 1)
+        sizes = [
+            n
+            for n in ((128, 64, 32, 16, 8, 4, 1) if problem.layout == "nhwc" else (1,))
+            if n == least or least < n < 2 * out
+        ]
+        # masks of more columns would spill scalar registers
+        unrolled, most_columns = (8, 9) if target.startswith("hip") else (11, 64)
+        # outputs of a lane that share columns
+        most = -(-w.out // grid_step(w)) if shift < w.taps else 1
         counts = sorted({-(-most // -(-most // cols)) for cols in (2, 4, 6, 8)} | {1})
-        unrolls = unrolled_taps(h.taps, w.taps, unrolled) if is_wgrad else [(min(w.taps, unrolled), 1)]
-        options = [(n, warps, cols, taps, rows) for n, warps, cols, (taps, rows) in product(sizes, (4, 2, 1), counts, unrolls)]
+        unrolls = (
+            unrolled_taps(h.taps, w.taps, unrolled) if is_wgrad else [(min(w.taps, unrolled), 1)]
+        )
+        options = [
+            (n, warps, cols, taps, rows)
+            for n, warps, cols, (taps, rows) in product(sizes, (4, 2, 1), counts, unrolls)
+        ]
         c = dict(zip(("BLOCK_N", "num_warps", "COLS", "TAPS", "ROWS"), np.array(options).T))
         if not is_wgrad:
             del c["ROWS"]
         lanes = warp(target) * c["num_warps"] * vector // c["BLOCK_N"]
         kept = (lanes > 0) & ((c["COLS"] - 1) * shift + c["TAPS"] <= most_columns)
         kept &= registers(c, lanes, problem, shift, target) <= (170 if is_wgrad else 180)
-        c, rows = {name: values[kept] for name, values in c.items()}, h.out if is_wgrad else -(-h.out // grid_step(h))
+        c, rows = (
+            {name: values[kept] for name, values in c.items()},
+            h.out if is_wgrad else -(-h.out // grid_step(h)),
+        )
         along = {cols: anchors(w, cols) for cols in counts}
-        return c, [lane_shapes(count, max(problem.n, 1), rows, along[cols]) for count, cols in zip(lanes[kept].tolist(), c["COLS"].tolist())]
+        return c, [
+            lane_shapes(count, max(problem.n, 1), rows, along[cols])
+            for count, cols in zip(lanes[kept].tolist(), c["COLS"].tolist())
+        ]
 
     def _shares(self, problem: Problem, c: dict, device: Device) -> np.ndarray:
-        """Of wgrad the shares of the boxes of dy for about four programs of four warps per SM: at most one box each, 64 MiB of partial results."""
-        (h, w), most = problem.fprop_axes, 2**26 // (max(DTYPE_BYTES[problem.dtype], 4) * prod(problem.w_shape))
-        lanes = np.array([anchors(w, cols) for cols in range(1, c["COLS"].max() + 1)])[c["COLS"] - 1]
-        boxes = -(-max(problem.n, 1) // c["BLOCK_IMG"]) * -(-h.out // c["BLOCK_P"]) * -(-lanes // c["BLOCK_Q"])
+        """Of wgrad the shares of the boxes of dy for about four programs of four warps per SM: at
+        most one box each, 64 MiB of partial results."""
+        (h, w), most = (
+            problem.fprop_axes,
+            2**26 // (max(DTYPE_BYTES[problem.dtype], 4) * prod(problem.w_shape)),
+        )
+        lanes = np.array([anchors(w, cols) for cols in range(1, c["COLS"].max() + 1)])[
+            c["COLS"] - 1
+        ]
+        boxes = (
+            -(-max(problem.n, 1) // c["BLOCK_IMG"])
+            * -(-h.out // c["BLOCK_P"])
+            * -(-lanes // c["BLOCK_Q"])
+        )
         programs = -(-problem.k // c["BLOCK_N"]) * -(-h.taps // c["ROWS"]) * -(-w.taps // c["TAPS"])
-        shares = np.maximum(1, np.minimum(16 * device.sms // (c["num_warps"] * programs), np.minimum(boxes, most)))
+        shares = np.maximum(
+            1, np.minimum(16 * device.sms // (c["num_warps"] * programs), np.minimum(boxes, most))
+        )
         return -(-boxes // -(-boxes // shares))
 
     # ---- work
@@ -242,25 +343,48 @@ class Depthwise(Family):
         """Outputs, channels and 1."""
         return pixels(config) * config.COLS, config.BLOCK_N, 1
 
-    def programs(self, problem: Problem, pass_: str, config: Config, axes: tuple[Axis, Axis]) -> int:
+    def programs(
+        self, problem: Problem, pass_: str, config: Config, axes: tuple[Axis, Axis]
+    ) -> int:
         (h, w), out = axes, problem.c if pass_ == "dgrad" else problem.k
         if pass_ == "wgrad":
-            return -(-out // config.BLOCK_N) * -(-h.taps // config.ROWS) * -(-w.taps // config.TAPS) * config.SPLIT_K
-        return -(-out // config.BLOCK_N) * -(-problem.n // config.BLOCK_IMG) * anchors(h, config.BLOCK_P) * -(-anchors(w, config.COLS) // config.BLOCK_Q)
+            return (
+                -(-out // config.BLOCK_N)
+                * -(-h.taps // config.ROWS)
+                * -(-w.taps // config.TAPS)
+                * config.SPLIT_K
+            )
+        return (
+            -(-out // config.BLOCK_N)
+            * -(-problem.n // config.BLOCK_IMG)
+            * anchors(h, config.BLOCK_P)
+            * -(-anchors(w, config.COLS) // config.BLOCK_Q)
+        )
 
-    def _walk(self, problem: Problem, pass_: str, c: dict, axes: tuple[Axis, Axis]) -> tuple[np.ndarray, ...]:
-        """(multiply-accumulates over all lanes and channels, live columns, walked columns, iterations, programs) of a launch."""
+    def _walk(
+        self, problem: Problem, pass_: str, c: dict, axes: tuple[Axis, Axis]
+    ) -> tuple[np.ndarray, ...]:
+        """(multiply-accumulates over all lanes and channels, live columns, walked columns,
+        iterations, programs) of a launch."""
         (h, w), out = axes, problem.c if pass_ == "dgrad" else problem.k
-        n_tiles, images, chunks = -(-out // c["BLOCK_N"]), -(-problem.n // c["BLOCK_IMG"]), -(-w.taps // c["TAPS"])
+        n_tiles, images, chunks = (
+            -(-out // c["BLOCK_N"]),
+            -(-problem.n // c["BLOCK_IMG"]),
+            -(-w.taps // c["TAPS"]),
+        )
         boxes, live, products = np.zeros((3, len(n_tiles)), np.int64)
         for cols, taps in set(zip(c["COLS"].tolist(), c["TAPS"].tolist())):
             some = (c["COLS"] == cols) & (c["TAPS"] == taps)
             sizes, at = np.unique(c["BLOCK_Q"][some], return_inverse=True)
-            boxes[some], live[some], products[some] = (figure[at] for figure in column_walk(w, cols, taps, tuple(sizes.tolist())))
+            boxes[some], live[some], products[some] = (
+                figure[at] for figure in column_walk(w, cols, taps, tuple(sizes.tolist()))
+            )
         count = (c["COLS"] - 1) * shift_of(w) + c["TAPS"]
         if pass_ == "wgrad":
             both, at = np.unique(c["BLOCK_P"] << 32 | c["ROWS"], return_inverse=True)
-            iterations, rows = np.array([tap_row_walk(h, pair >> 32, pair & 0xffffffff) for pair in both.tolist()]).T[:, at]
+            iterations, rows = np.array(
+                [tap_row_walk(h, pair >> 32, pair & 0xFFFFFFFF) for pair in both.tolist()]
+            ).T[:, at]
             programs = n_tiles * -(-h.taps // c["ROWS"]) * chunks * c["SPLIT_K"]
         else:
             sizes, at = np.unique(c["BLOCK_P"], return_inverse=True)
@@ -268,112 +392,286 @@ class Depthwise(Family):
             rows = iterations = rows * (problem.k // problem.c if pass_ == "dgrad" else 1)
             programs = n_tiles * images * row_boxes * boxes
         tiles = images * n_tiles
-        return (tiles * rows * products * lanes_of(c) * c["BLOCK_N"], tiles * rows * live, tiles * rows * boxes * chunks * count,
-                tiles * iterations * boxes * chunks, programs)
+        return (
+            tiles * rows * products * lanes_of(c) * c["BLOCK_N"],
+            tiles * rows * live,
+            tiles * rows * boxes * chunks * count,
+            tiles * iterations * boxes * chunks,
+            programs,
+        )
 
     def executed_macs(self, problem: Problem, pass_: str, config: Config) -> int:
-        return sum(int(self._walk(problem, pass_, columns([config]), axes)[0][0]) for axes in problem.axes(pass_))
+        return sum(
+            int(self._walk(problem, pass_, columns([config]), axes)[0][0])
+            for axes in problem.axes(pass_)
+        )
 
     def requested_bytes(self, problem: Problem, pass_: str, config: Config) -> int:
         """Exact. Zeros that dgrad writes between the pixels of its residue class are counted."""
         nbytes, result, total = DTYPE_BYTES[problem.dtype], result_shape(problem, pass_), 0
         if pass_ == "dgrad" and fill(problem) and not problem.dgrad_covers:
-            total += prod(result) - prod(result[:2]) * sum(h.out * w.out for h, w in problem.axes(pass_))
+            total += prod(result) - prod(result[:2]) * sum(
+                h.out * w.out for h, w in problem.axes(pass_)
+            )
         for axes in problem.axes(pass_):
-            stored = prod(result) if pass_ == "wgrad" else problem.n * axes[0].out * axes[1].out * result[1]
+            stored = (
+                prod(result)
+                if pass_ == "wgrad"
+                else problem.n * axes[0].out * axes[1].out * result[1]
+            )
             total += loads(problem, pass_, config, axes) + stored
         return total * nbytes
 
     # ---- time
-    def seconds(self, problem: Problem, pass_: str, configs: Sequence[Config], device: Device, precision: str) -> np.ndarray:
+    def seconds(
+        self,
+        problem: Problem,
+        pass_: str,
+        configs: Sequence[Config],
+        device: Device,
+        precision: str,
+    ) -> np.ndarray:
         return self._times(problem, pass_, columns(configs), device)["seconds"]
 
     def _times(self, problem: Problem, pass_: str, c: dict, device: Device) -> dict:
-        """Seconds, whole and by part: issue and l2 alone, waves with the idle SMs of both, dram, launches. From static counts."""
+        """Seconds, whole and by part: issue and l2 alone, waves with the idle SMs of both, dram,
+        launches. From static counts."""
         nbytes, is_wgrad = DTYPE_BYTES[problem.dtype], pass_ == "wgrad"
         lanes, warps, sms, threads = lanes_of(c), c["num_warps"], device.sms, warp(device.target)
         per = np.maximum(lanes * c["BLOCK_N"] / (threads * warps), 1)
-        wide = gcd(problem.c, problem.k, 16 // nbytes) if problem.layout == "nhwc" and problem.k == problem.c else 1
-        move = np.maximum(per / wide, 1) * assumed.DIRECT_ADDRESS                          # of one element of every thread
+        wide = (
+            gcd(problem.c, problem.k, 16 // nbytes)
+            if problem.layout == "nhwc" and problem.k == problem.c
+            else 1
+        )
+        # of one element of every thread
+        move = np.maximum(per / wide, 1) * assumed.DIRECT_ADDRESS
         issue = l2 = waves = 0.0
         for axes in problem.axes(pass_):
             macs, live, walked, iterations, programs = self._walk(problem, pass_, c, axes)
             programs = np.maximum(programs, 1)
             shift = shift_of(axes[1])
-            slots = macs / threads + warps * (live * (per * assumed.DIRECT_COLUMN + assumed.DIRECT_COLUMN_MASK) + walked * move
-                                              + programs * assumed.DIRECT_PROGRAM)
+            slots = macs / threads + warps * (
+                live * (per * assumed.DIRECT_COLUMN + assumed.DIRECT_COLUMN_MASK)
+                + walked * move
+                + programs * assumed.DIRECT_PROGRAM
+            )
             if is_wgrad:
-                slots = slots + warps * iterations * (c["COLS"] * (per + move) + assumed.DIRECT_WGRAD_ITERATION)
-                slots = slots + warps * programs * c["TAPS"] * c["ROWS"] * (per * assumed.DIRECT_SUM + assumed.DIRECT_SUM_STORE)
+                slots = slots + warps * iterations * (
+                    c["COLS"] * (per + move) + assumed.DIRECT_WGRAD_ITERATION
+                )
+                slots = slots + warps * programs * c["TAPS"] * c["ROWS"] * (
+                    per * assumed.DIRECT_SUM + assumed.DIRECT_SUM_STORE
+                )
             else:
-                slots = slots + warps * iterations * (c["TAPS"] * per * assumed.DIRECT_WEIGHT + assumed.DIRECT_ITERATION)
+                slots = slots + warps * iterations * (
+                    c["TAPS"] * per * assumed.DIRECT_WEIGHT + assumed.DIRECT_ITERATION
+                )
                 slots = slots + warps * programs * c["COLS"] * (per + move)
-            held = np.minimum(registers(c, lanes, problem, shift, device.target) + assumed.DIRECT_REGISTERS, 255)
-            resident = np.maximum(1, np.minimum(65536 // (threads * warps * held).astype(np.int64), 32))
+            held = np.minimum(
+                registers(c, lanes, problem, shift, device.target) + assumed.DIRECT_REGISTERS, 255
+            )
+            resident = np.maximum(
+                1, np.minimum(65536 // (threads * warps * held).astype(np.int64), 32)
+            )
             full = sms * resident
-            filled = np.where(programs > full, -(-programs // full) * full / programs, -(-programs // sms) * sms / programs)
-            unfilled = np.maximum(1.0, assumed.BUSY_WARPS / (np.minimum(resident, programs / sms) * warps))
-            rows_read = axes[0].taps / c["ROWS"] + 1 if is_wgrad else (c["BLOCK_P"] + axes[0].taps - 1) / c["BLOCK_P"]
-            halo = 1 + (axes[1].taps - 1) * np.minimum(grid_step(axes[1]), c["BLOCK_Q"]) / (c["BLOCK_Q"] * c["COLS"])
-            moved = problem.n * axes[0].out * axes[1].out * problem.k * nbytes * (1 + rows_read * halo)
-            slots, moved = slots / (sms * 4 * assumed.ISSUED), moved / (sms * assumed.DIRECT_L2 * device.l2_clock)
+            filled = np.where(
+                programs > full,
+                -(-programs // full) * full / programs,
+                -(-programs // sms) * sms / programs,
+            )
+            unfilled = np.maximum(
+                1.0, assumed.BUSY_WARPS / (np.minimum(resident, programs / sms) * warps)
+            )
+            rows_read = (
+                axes[0].taps / c["ROWS"] + 1
+                if is_wgrad
+                else (c["BLOCK_P"] + axes[0].taps - 1) / c["BLOCK_P"]
+            )
+            halo = 1 + (axes[1].taps - 1) * np.minimum(grid_step(axes[1]), c["BLOCK_Q"]) / (
+                c["BLOCK_Q"] * c["COLS"]
+            )
+            moved = (
+                problem.n * axes[0].out * axes[1].out * problem.k * nbytes * (1 + rows_read * halo)
+            )
+            slots, moved = (
+                slots / (sms * 4 * assumed.ISSUED),
+                moved / (sms * assumed.DIRECT_L2 * device.l2_clock),
+            )
             issue, l2 = issue + slots, l2 + moved
-            waves = waves + np.maximum.reduce([slots * filled, moved, np.full_like(moved, assumed.DIRECT_LEAST)]) * unfilled
+            waves = (
+                waves
+                + np.maximum.reduce(
+                    [slots * filled, moved, np.full_like(moved, assumed.DIRECT_LEAST)]
+                )
+                * unfilled
+            )
         dram = problem.bytes / (device.dram * assumed.DRAM / device.clock)
         if is_wgrad:
-            dram = dram + 8 * c["SPLIT_K"] * prod(problem.w_shape) / (sms * assumed.DIRECT_L2 * device.l2_clock)
-        launches = (2 if is_wgrad else 1) * len(problem.axes(pass_)) + (not self.covers(problem, pass_))
-        parts = {name: value / (device.clock * 1e9) for name, value in dict(issue=issue, l2=l2, waves=waves, dram=dram).items()}
+            dram = dram + 8 * c["SPLIT_K"] * prod(problem.w_shape) / (
+                sms * assumed.DIRECT_L2 * device.l2_clock
+            )
+        launches = (2 if is_wgrad else 1) * len(problem.axes(pass_)) + (
+            not self.covers(problem, pass_)
+        )
+        parts = {
+            name: value / (device.clock * 1e9)
+            for name, value in dict(issue=issue, l2=l2, waves=waves, dram=dram).items()
+        }
         launching = launches * assumed.LAUNCH
         # of waves and memory the slower, and some of the other, which never overlaps fully
-        seconds = np.maximum(parts["waves"], parts["dram"]) + assumed.OVERLAP * np.minimum(parts["waves"], parts["dram"]) + launching
+        seconds = (
+            np.maximum(parts["waves"], parts["dram"])
+            + assumed.OVERLAP * np.minimum(parts["waves"], parts["dram"])
+            + launching
+        )
         return parts | dict(launches=launching, seconds=seconds)
 
-    def predict(self, problem: Problem, pass_: str, config: Config, device: Device, precision: str) -> Prediction:
-        t = {name: float(np.ravel(value)[0]) for name, value in self._times(problem, pass_, columns([config]), device).items()}
-        parts = {UNITS["issue"]: t["issue"], UNITS["l2"]: t["l2"], "waves of programs": t["waves"], "DRAM bandwidth": t["dram"],
-                 "launches": t["launches"]}
+    def predict(
+        self, problem: Problem, pass_: str, config: Config, device: Device, precision: str
+    ) -> Prediction:
+        t = {
+            name: float(np.ravel(value)[0])
+            for name, value in self._times(problem, pass_, columns([config]), device).items()
+        }
+        parts = {
+            UNITS["issue"]: t["issue"],
+            UNITS["l2"]: t["l2"],
+            "waves of programs": t["waves"],
+            "DRAM bandwidth": t["dram"],
+            "launches": t["launches"],
+        }
         if t["launches"] > t["seconds"] / 2:
             limiter = "launches"
         elif t["dram"] >= t["waves"]:
             limiter = "DRAM bandwidth"
         else:
-            limiter = UNITS["issue" if t["issue"] >= t["l2"] else "l2"] if max(t["issue"], t["l2"]) >= 0.6 * t["waves"] else "too few programs"
+            limiter = (
+                UNITS["issue" if t["issue"] >= t["l2"] else "l2"]
+                if max(t["issue"], t["l2"]) >= 0.6 * t["waves"]
+                else "too few programs"
+            )
         return Prediction(t["seconds"], limiter, parts)
 
-    def why(self, problem: Problem, pass_: str, config: Config, device: Device, precision: str) -> str:
-        return "one channel per group: a direct kernel, since a matrix product would be mostly zeros"
+    def why(
+        self, problem: Problem, pass_: str, config: Config, device: Device, precision: str
+    ) -> str:
+        return (
+            "one channel per group: a direct kernel, since a matrix product would be mostly zeros"
+        )
 
     # ---- launches
-    def plan(self, p: Problem, pass_: str, config: Config, precision: str, has_bias: bool) -> list[Launch]:
+    def plan(
+        self, p: Problem, pass_: str, config: Config, precision: str, has_bias: bool
+    ) -> list[Launch]:
         """x, dy and the result are all in p.layout."""
         mult, nhwc = p.k // p.c, p.layout == "nhwc"
         align = aligned(p, p.c, config.BLOCK_N) if nhwc and mult == 1 else 1
-        constexprs = config.constexprs() | dict(PIXELS=pixels(config), MULT=mult, CHANNELS_LAST=nhwc, ALIGN=align, ACC=accumulator(p),
-                                                INT64=elements(p) >= 2**31)
+        constexprs = config.constexprs() | dict(
+            PIXELS=pixels(config),
+            MULT=mult,
+            CHANNELS_LAST=nhwc,
+            ALIGN=align,
+            ACC=accumulator(p),
+            INT64=elements(p) >= 2**31,
+        )
         source, result = (p.y_shape, p.x_shape) if pass_ == "dgrad" else (p.x_shape, p.y_shape)
-        (x_n, x_k, x_h, x_w), (y_n, y_k, y_p, y_q) = strides(source, p.layout), strides(result, p.layout)
+        (x_n, x_k, x_h, x_w), (y_n, y_k, y_p, y_q) = (
+            strides(source, p.layout),
+            strides(result, p.layout),
+        )
         found = []
         for h, w in p.axes(pass_):
-            scalars = dict(N=p.n, P=h.out, Q=w.out, K=result[1], R=h.taps, stride_h=h.stride, stride_w=w.stride, **steps(h, w),
-                           grid_w=grid_step(w), sx_n=x_n // align, sx_h=x_h // align, sx_w=x_w // align, sx_k=x_k)
+            scalars = dict(
+                N=p.n,
+                P=h.out,
+                Q=w.out,
+                K=result[1],
+                R=h.taps,
+                stride_h=h.stride,
+                stride_w=w.stride,
+                **steps(h, w),
+                grid_w=grid_step(w),
+                sx_n=x_n // align,
+                sx_h=x_h // align,
+                sx_w=x_w // align,
+                sx_k=x_k,
+            )
             sizes = dict(constexprs, S=w.taps, SHIFT=shift_of(w))
             programs = self.programs(p, pass_, config, (h, w))
             if pass_ == "wgrad":
                 split, total = config.SPLIT_K, prod(p.w_shape)
-                scalars |= dict(sy_n=y_n // align, sy_p=y_p // align, sy_q=y_q // align, sy_k=y_k, splits=split)
-                tensors = (("x_ptr", "b", None), ("dy_ptr", "a", None), ("part_ptr", "partials", None))
-                found.append(launch("depthwise:wgrad_depthwise", programs, tensors, scalars, sizes, config.options(), split * total))
-                found.append(launch("depthwise:sum_partials", -(-total // 32), (("part_ptr", "partials", None), ("dw_ptr", "out", None)),
-                                    dict(K=p.k, total=total, splits=split), dict(TAPS=p.r * p.s, BLOCK=32, BLOCK_Z=32), {}))
+                scalars |= dict(
+                    sy_n=y_n // align, sy_p=y_p // align, sy_q=y_q // align, sy_k=y_k, splits=split
+                )
+                tensors = (
+                    ("x_ptr", "b", None),
+                    ("dy_ptr", "a", None),
+                    ("part_ptr", "partials", None),
+                )
+                found.append(
+                    launch(
+                        "depthwise:wgrad_depthwise",
+                        programs,
+                        tensors,
+                        scalars,
+                        sizes,
+                        config.options(),
+                        split * total,
+                    )
+                )
+                found.append(
+                    launch(
+                        "depthwise:sum_partials",
+                        -(-total // 32),
+                        (("part_ptr", "partials", None), ("dw_ptr", "out", None)),
+                        dict(K=p.k, total=total, splits=split),
+                        dict(TAPS=p.r * p.s, BLOCK=32, BLOCK_Z=32),
+                        {},
+                    )
+                )
                 continue
             fill_h, fill_w = pass_ == "dgrad" and fill(p) or (1, 1)
-            scalars |= dict(size_h=result[2], size_w=result[3], step_p=h.out_step, step_q=w.out_step, grid_h=grid_step(h), tap_r=h.tap0, tap_s=w.tap0,
-                            step_r=h.tap_step, sy_n=y_n // align, sy_p=y_p // align, sy_q=y_q // align, sy_k=y_k,
-                            y0=(h.out0 * y_p + w.out0 * y_q) // align)
-            sizes |= dict(FILL_H=fill_h, FILL_W=fill_w, STEP_S=w.tap_step, FILTER_R=p.r, FILTER_S=p.s, TRANSPOSED=pass_ == "dgrad", HAS_BIAS=has_bias)
-            tensors = (("x_ptr", "a", None), ("w_ptr", "b", None), ("bias_ptr", "bias", None), ("y_ptr", "out", None))
-            found.append(launch("depthwise:correlate_depthwise", programs, tensors, scalars, sizes, config.options()))
+            scalars |= dict(
+                size_h=result[2],
+                size_w=result[3],
+                step_p=h.out_step,
+                step_q=w.out_step,
+                grid_h=grid_step(h),
+                tap_r=h.tap0,
+                tap_s=w.tap0,
+                step_r=h.tap_step,
+                sy_n=y_n // align,
+                sy_p=y_p // align,
+                sy_q=y_q // align,
+                sy_k=y_k,
+                y0=(h.out0 * y_p + w.out0 * y_q) // align,
+            )
+            sizes |= dict(
+                FILL_H=fill_h,
+                FILL_W=fill_w,
+                STEP_S=w.tap_step,
+                FILTER_R=p.r,
+                FILTER_S=p.s,
+                TRANSPOSED=pass_ == "dgrad",
+                HAS_BIAS=has_bias,
+            )
+            tensors = (
+                ("x_ptr", "a", None),
+                ("w_ptr", "b", None),
+                ("bias_ptr", "bias", None),
+                ("y_ptr", "out", None),
+            )
+            found.append(
+                launch(
+                    "depthwise:correlate_depthwise",
+                    programs,
+                    tensors,
+                    scalars,
+                    sizes,
+                    config.options(),
+                )
+            )
         return found
 
 
@@ -383,9 +681,12 @@ def lanes_of(c: dict) -> np.ndarray:
 
 
 def registers(c: dict, lanes, problem: Problem, shift: int, target: str):
-    """Registers of a thread that hold sums, weights and columns; c: fields of a config, or columns of many."""
+    """Registers of a thread that hold sums, weights and columns; c: fields of a config, or columns
+    of many."""
     nbytes = DTYPE_BYTES[problem.dtype]
-    per = np.maximum(lanes * c["BLOCK_N"] // (warp(target) * c["num_warps"]), 1) * (2 if nbytes == 8 else 1)
+    per = np.maximum(lanes * c["BLOCK_N"] // (warp(target) * c["num_warps"]), 1) * (
+        2 if nbytes == 8 else 1
+    )
     count = (c["COLS"] - 1) * shift + c["TAPS"]
     sums, others = (c["TAPS"] * c["ROWS"], c["COLS"]) if "ROWS" in c else (c["COLS"], c["TAPS"])
     return per * (sums + others) + -(-per * count * min(nbytes, 4) // 4)
@@ -394,9 +695,11 @@ def registers(c: dict, lanes, problem: Problem, shift: int, target: str):
 @lru_cache(maxsize=4096)
 def lane_shapes(count: int, images: int, rows: int, lanes: int) -> np.ndarray:
     """Boxes of `count` lanes, or of as many as there are: all of nearly one size along each side."""
+
     def even(size, most):
         """Sizes of at most `most` and its halves in which `size` is shared out evenly."""
         return {-(-size // -(-size // min(size, most >> e))) for e in range(most.bit_length())}
+
     shapes = set()
     for q in even(lanes, count):
         for p in even(rows, count // q):
@@ -414,11 +717,14 @@ def unrolled_taps(r: int, s: int, most: int) -> list[tuple[int, int]]:
 def loads(problem: Problem, pass_: str, config: Config, axes: tuple[Axis, Axis]) -> int:
     """Elements of both operands that the lanes of a launch load."""
     (h, w), taps, cols = axes, config.TAPS, config.COLS
-    found, live, _ = (int(figure[0]) for figure in column_walk(w, cols, taps, (1,)))       # columns in the image, over the lanes along a row
+    # columns in the image, over the lanes along a row
+    found, live, _ = (int(figure[0]) for figure in column_walk(w, cols, taps, (1,)))
     source = problem.n * h.useful * live * problem.k
     if pass_ == "wgrad":
         groups = [(r0, min(r0 + config.ROWS, h.taps) - 1) for r0 in range(0, h.taps, config.ROWS)]
-        return source + problem.n * sum(h.live_out_any(*group) for group in groups) * w.out * problem.k * -(-w.taps // taps)
+        return source + problem.n * sum(
+            h.live_out_any(*group) for group in groups
+        ) * w.out * problem.k * -(-w.taps // taps)
     boxes = -(-problem.n // config.BLOCK_IMG) * -(-found // config.BLOCK_Q)
     return source + boxes * row_walk(h, config.BLOCK_P)[1] * pixels(config) * problem.k * w.taps
 

@@ -1,6 +1,8 @@
-"""Tiles of matrix products whose operands are loaded through pointers, on every GPU: kernels/gather.py. "gather_flat" is the form for few channels, whose
-reduction runs over flattened (tap, channel) pairs; in wgrad its column tiles hold several taps.
+"""Tiles of matrix products whose operands are loaded through pointers, on every GPU:
+kernels/gather.py. "gather_flat" is the form for few channels, whose reduction runs over flattened
+(tap, channel) pairs; in wgrad its column tiles hold several taps.
 """
+
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -14,21 +16,65 @@ from ..devices import Device
 from ..problem import DTYPE_BYTES, Axis, Problem
 from .base import Config, Launch, accumulator, aligned, elements, launch, pixels, steps
 from .depthwise import is_depthwise
-from .gemm import Gemm, GemmConfig, channels, correlation_result, has_mma, is_flat, reduction_steps, search, suits, wgrad_result
+from .gemm import (
+    Gemm,
+    GemmConfig,
+    channels,
+    correlation_result,
+    has_mma,
+    is_flat,
+    reduction_steps,
+    search,
+    suits,
+    wgrad_result,
+)
 
 # tiles (M, N, num_warps); on the smallest one more warps would repeat each other's work
-TILES = ((128, 128, 4), (128, 256, 8), (256, 128, 8), (64, 128, 4), (128, 64, 4), (64, 64, 4), (128, 32, 4), (64, 32, 4), (128, 16, 4),
-         (64, 16, 4), (128, 8, 2), (64, 8, 2), (32, 128, 4), (32, 64, 4), (16, 128, 4), (16, 64, 4), (16, 32, 4), (16, 16, 2), (8, 128, 2),
-         (8, 64, 2), (8, 32, 2), (8, 16, 2))
+TILES = (
+    (128, 128, 4),
+    (128, 256, 8),
+    (256, 128, 8),
+    (64, 128, 4),
+    (128, 64, 4),
+    (64, 64, 4),
+    (128, 32, 4),
+    (64, 32, 4),
+    (128, 16, 4),
+    (64, 16, 4),
+    (128, 8, 2),
+    (64, 8, 2),
+    (32, 128, 4),
+    (32, 64, 4),
+    (16, 128, 4),
+    (16, 64, 4),
+    (16, 32, 4),
+    (16, 16, 2),
+    (8, 128, 2),
+    (8, 64, 2),
+    (8, 32, 2),
+    (8, 16, 2),
+)
 # without tensor cores: fp64, ieee fp32
-SIMT_TILES = ((64, 64, 4), (64, 32, 4), (64, 16, 4), (64, 8, 2), (32, 32, 4), (32, 16, 4), (32, 8, 2), (16, 64, 4), (16, 16, 4), (8, 64, 2),
-              (8, 16, 2))
+SIMT_TILES = (
+    (64, 64, 4),
+    (64, 32, 4),
+    (64, 16, 4),
+    (64, 8, 2),
+    (32, 32, 4),
+    (32, 16, 4),
+    (32, 8, 2),
+    (16, 64, 4),
+    (16, 16, 4),
+    (8, 64, 2),
+    (8, 16, 2),
+)
 FLAT = "gather_flat"
 
 
 @dataclass(frozen=True)
 class Correlation(GemmConfig):
     """fprop and dgrad. CLAMP keeps the addresses of masked lanes inside the tensor."""
+
     BLOCK_K: int
     CLAMP: bool
 
@@ -36,6 +82,7 @@ class Correlation(GemmConfig):
 @dataclass(frozen=True)
 class Reduction(GemmConfig):
     """wgrad."""
+
     BLOCK_M: int
     CLAMP: bool
 
@@ -61,7 +108,13 @@ class Gather(Gemm):
     def fits(self, config: Config, problem: Problem, pass_: str, target: str) -> str | None:
         if not isinstance(config.CLAMP, bool):
             return f"CLAMP must be True or False, got {config.CLAMP!r}"
-        reason = self.illegal(config, pass_, target, least_channels(target), ("BLOCK_N", "BLOCK_M" if pass_ == "wgrad" else "BLOCK_K"))
+        reason = self.illegal(
+            config,
+            pass_,
+            target,
+            least_channels(target),
+            ("BLOCK_N", "BLOCK_M" if pass_ == "wgrad" else "BLOCK_K"),
+        )
         if reason:
             return reason
         if self.flat(config.kernel) and pass_ != "wgrad" and config.SPLIT_K > 1:
@@ -69,113 +122,246 @@ class Gather(Gemm):
         return self.too_large(config, problem, pass_, target)
 
     # ---- candidates
-    def tile_options(self, problem: Problem, pass_: str, target: str, precision: str) -> list[Config]:
+    def tile_options(
+        self, problem: Problem, pass_: str, target: str, precision: str
+    ) -> list[Config]:
         if is_depthwise(problem):
             return []
         flat = is_flat(problem, pass_)
         options = list(self._tiles_of(problem, pass_, target, precision, flat))
-        if pass_ == "wgrad" and not flat and problem.r * problem.s > 1 and problem.c < 128 * problem.groups:
-            tiles_of_taps = self._tiles_of(problem, pass_, target, precision, True)         # dy is read once for several taps
-            options += [config for config in tiles_of_taps if config.BLOCK_N * problem.groups > problem.c]
+        if (
+            pass_ == "wgrad"
+            and not flat
+            and problem.r * problem.s > 1
+            and problem.c < 128 * problem.groups
+        ):
+            # dy is read once for several taps
+            tiles_of_taps = self._tiles_of(problem, pass_, target, precision, True)
+            options += [
+                config for config in tiles_of_taps if config.BLOCK_N * problem.groups > problem.c
+            ]
         return options
 
-    def _tiles_of(self, problem: Problem, pass_: str, target: str, precision: str, flat: bool) -> Iterator[Config]:
-        mma, nbytes, boxes = has_mma(problem, precision), DTYPE_BYTES[problem.dtype], search(problem, pass_)
+    def _tiles_of(
+        self, problem: Problem, pass_: str, target: str, precision: str, flat: bool
+    ) -> Iterator[Config]:
+        mma, nbytes, boxes = (
+            has_mma(problem, precision),
+            DTYPE_BYTES[problem.dtype],
+            search(problem, pass_),
+        )
         c, k = problem.c // problem.groups, problem.k // problem.groups
         rows, cols, reduced = channels(problem, pass_, problem.r * problem.s if flat else 1)
         clamp = target.startswith("cuda") and int(target[5:]) >= 100
-        # operands whose aligned runs are too short for cp.async (4 bytes) are loaded through registers, an element at a time; flattened or clamped,
-        # each run of channels has an address of its own
-        scattered = {size: 1 / gcd(size, 16 // nbytes) if flat or clamp else gcd(size, 4) * nbytes < 4 for size in (c, k)}
+        # operands whose aligned runs are too short for cp.async (4 bytes) are loaded through
+        # registers, an element at a time; flattened or clamped, each run of channels has an address
+        # of its own
+        scattered = {
+            size: 1 / gcd(size, 16 // nbytes) if flat or clamp else gcd(size, 4) * nbytes < 4
+            for size in (c, k)
+        }
         m_scattered = gcd(k, 4) * nbytes < 4 if rows else scattered[c if pass_ == "fprop" else k]
         n_scattered = scattered[c]
         for m, n, warps in TILES if mma else SIMT_TILES:
             if not suits(m, n, rows, cols, nbytes, least_channels(target)):
                 continue
-            most = 512 * (warps if mma else 1)                             # addresses: 16 a thread, without tensor cores 512 a program
-            sizes = [step for step in (reduction_steps(pass_, reduced, nbytes) if mma else [16])
-                     if max(m * m_scattered, n * n_scattered) * step <= most]
-            large = m * n >= 128 * 128                                     # its accumulator leaves few registers: below is what would spill
+            # addresses: 16 a thread, without tensor cores 512 a program
+            most = 512 * (warps if mma else 1)
+            sizes = [
+                step
+                for step in (reduction_steps(pass_, reduced, nbytes) if mma else [16])
+                if max(m * m_scattered, n * n_scattered) * step <= most
+            ]
+            # its accumulator leaves few registers: below is what would spill
+            large = m * n >= 128 * 128
             if large and pass_ == "wgrad" and (cols % n or rows % m):
                 continue
             if large and (pass_ != "wgrad" and cols % n or pass_ == "wgrad" and clamp):
                 sizes = [step for step in sizes if step * nbytes < 128]
-            for step in sizes[:1 if rows else 2]:
-                count, powers, spills = step if rows else m, large and bool(rows), large and not rows
+            for step in sizes[: 1 if rows else 2]:
+                count, powers, spills = (
+                    step if rows else m,
+                    large and bool(rows),
+                    large and not rows,
+                )
                 box = boxes.box(count, powers, spills, (step, n if rows else 0) if flat else None)
                 tile = dict(BLOCK_M=m) if rows else dict(BLOCK_K=step)
                 option = self.config_class(pass_)(
-                    kernel=FLAT if flat else "gather", SPLIT_K=1, num_warps=warps, num_stages=3, maxnreg=255 if target.startswith("cuda") else None,
-                    BLOCK_IMG=box[0], BLOCK_P=box[1], BLOCK_Q=box[2], BLOCK_N=n, CLAMP=clamp, **tile)
-                if not rows and (flat or m * n > 128 * 128):               # larger accumulators and a split would spill
+                    kernel=FLAT if flat else "gather",
+                    SPLIT_K=1,
+                    num_warps=warps,
+                    num_stages=3,
+                    maxnreg=255 if target.startswith("cuda") else None,
+                    BLOCK_IMG=box[0],
+                    BLOCK_P=box[1],
+                    BLOCK_Q=box[2],
+                    BLOCK_N=n,
+                    CLAMP=clamp,
+                    **tile,
+                )
+                # larger accumulators and a split would spill
+                if not rows and (flat or m * n > 128 * 128):
                     yield option
                 else:
                     yield from self.splits(option, boxes, target)
 
     # ---- time
-    def step_clocks(self, problem: Problem, pass_: str, c: dict, tile, device: Device, precision: str, flat: bool) -> dict[str, np.ndarray]:
+    def step_clocks(
+        self,
+        problem: Problem,
+        pass_: str,
+        c: dict,
+        tile,
+        device: Device,
+        precision: str,
+        flat: bool,
+    ) -> dict[str, np.ndarray]:
         (m, n, k), nbytes, warps = tile, DTYPE_BYTES[problem.dtype], c["num_warps"]
         fma, moved = m * n * k, (m + n) * k * nbytes
         products = fma / 2048 * (nbytes / 2) if has_mma(problem, precision) else fma / 32
         fixed, per_copy = assumed.LOOP["gather", pass_]
         # bytes of one copy of each operand: x or dy, and (innermost channels C) w or (wgrad) x
-        c_align, k_align = (gcd(size // problem.groups * nbytes, 16) for size in (problem.c, problem.k))
+        c_align, k_align = (
+            gcd(size // problem.groups * nbytes, 16) for size in (problem.c, problem.k)
+        )
         widths = c_align if pass_ == "fprop" else k_align, c_align
         each = [per_copy / width if width >= 4 else assumed.SCATTERED / nbytes for width in widths]
         if flat:
-            image = pass_ == "wgrad"                                        # which operand is the one that taps shift
+            # which operand is the one that taps shift
+            image = pass_ == "wgrad"
             each[image] = assumed.FLAT / widths[image]
-        other = warps * fixed + sum(cost * size * k * nbytes / 32 for size, cost in zip((m, n), each))
+        other = warps * fixed + sum(
+            cost * size * k * nbytes / 32 for size, cost in zip((m, n), each)
+        )
         # warps in a grid, each reads its rows and columns
-        in_rows = np.where(m >= n, np.maximum(1, np.minimum(warps, m // 32)), np.maximum(1, warps // np.maximum(1, np.minimum(warps, n // 32))))
+        in_rows = np.where(
+            m >= n,
+            np.maximum(1, np.minimum(warps, m // 32)),
+            np.maximum(1, warps // np.maximum(1, np.minimum(warps, n // 32))),
+        )
         read = (warps // in_rows * m + in_rows * n) * k * nbytes
-        return {"tensor": fma / device.mma_rate(problem.dtype, precision), "issue": (products + other) / 4, "shared": (moved + read) / 128,
-                "l2": moved / device.l2_clock / assumed.L2}
+        return {
+            "tensor": fma / device.mma_rate(problem.dtype, precision),
+            "issue": (products + other) / 4,
+            "shared": (moved + read) / 128,
+            "l2": moved / device.l2_clock / assumed.L2,
+        }
 
-    def why(self, problem: Problem, pass_: str, config: Config, device: Device, precision: str) -> str:
+    def why(
+        self, problem: Problem, pass_: str, config: Config, device: Device, precision: str
+    ) -> str:
         if self.flat(config.kernel):
             count = (problem.k if pass_ == "dgrad" else problem.c) // problem.groups
             if not is_flat(problem, pass_):
                 return f"{count} channels: a tile of several taps reads dy once for all of them"
             return f"{count} channels: blocks of (tap, channel) pairs waste less than blocks of channels"
-        return "pointer loads" if has_mma(problem, precision) else f"pointer loads: {problem.dtype} does not run on tensor cores here"
+        return (
+            "pointer loads"
+            if has_mma(problem, precision)
+            else f"pointer loads: {problem.dtype} does not run on tensor cores here"
+        )
 
     # ---- launches
-    def plan(self, problem: Problem, pass_: str, config: Config, precision: str, has_bias: bool) -> list[Launch]:
+    def plan(
+        self, problem: Problem, pass_: str, config: Config, precision: str, has_bias: bool
+    ) -> list[Launch]:
         if pass_ == "wgrad":
             return self._wgrad(problem, config, precision)
-        return [item for h, w in problem.axes(pass_) for item in self._correlation(problem, pass_, h, w, config, precision, has_bias)]
+        return [
+            item
+            for h, w in problem.axes(pass_)
+            for item in self._correlation(problem, pass_, h, w, config, precision, has_bias)
+        ]
 
     def _constexprs(self, problem: Problem, config: Config, precision: str) -> dict:
         # flat offsets are relative to the first live tap's pixel, which may lie before the tensor
         most = 2**30 if self.flat(config.kernel) else 2**31
-        return config.constexprs() | dict(PRECISION=precision, ACC=accumulator(problem), PIXELS=pixels(config), INT64=elements(problem) >= most)
+        return config.constexprs() | dict(
+            PRECISION=precision,
+            ACC=accumulator(problem),
+            PIXELS=pixels(config),
+            INT64=elements(problem) >= most,
+        )
 
-    def _correlation(self, p: Problem, pass_: str, h: Axis, w: Axis, config: Config, precision: str, has_bias: bool) -> list[Launch]:
+    def _correlation(
+        self,
+        p: Problem,
+        pass_: str,
+        h: Axis,
+        w: Axis,
+        config: Config,
+        precision: str,
+        has_bias: bool,
+    ) -> list[Launch]:
         """fprop, or one residue class of dgrad; axes h, w."""
         c, source = p.c // p.groups, (p.k if pass_ == "dgrad" else p.c) // p.groups
-        scalars, constexprs, result, total, sums = correlation_result(p, pass_, h, w, config, has_bias)
+        scalars, constexprs, result, total, sums = correlation_result(
+            p, pass_, h, w, config, has_bias
+        )
         constexprs |= self._constexprs(p, config, precision)
-        tensors = (("x_ptr", "a", None), ("w_ptr", "b", None), ("bias_ptr", "bias", None), ("y_ptr", result, None))
+        tensors = (
+            ("x_ptr", "a", None),
+            ("w_ptr", "b", None),
+            ("bias_ptr", "bias", None),
+            ("y_ptr", result, None),
+        )
         scalars |= dict(stride_h=h.stride, stride_w=w.stride, **steps(h, w))
-        constexprs |= dict(C=source, CW=c, R=h.taps, S=w.taps, FILTER_R=p.r, FILTER_S=p.s, ALIGN=aligned(p, source), ALIGN_W=aligned(p, c))
+        constexprs |= dict(
+            C=source,
+            CW=c,
+            R=h.taps,
+            S=w.taps,
+            FILTER_R=p.r,
+            FILTER_S=p.s,
+            ALIGN=aligned(p, source),
+            ALIGN_W=aligned(p, c),
+        )
         flat = self.flat(config.kernel)
         if not flat:
             constexprs["EVEN_N"] = channels(p, pass_)[1] % config.BLOCK_N == 0
-        kernel, programs = "gather:correlate_flat" if flat else "gather:correlate", self.programs(p, pass_, config, (h, w))
-        return [launch(kernel, programs, tensors, scalars, constexprs, config.options(), total), *sums]
+        kernel, programs = (
+            "gather:correlate_flat" if flat else "gather:correlate",
+            self.programs(p, pass_, config, (h, w)),
+        )
+        return [
+            launch(kernel, programs, tensors, scalars, constexprs, config.options(), total),
+            *sums,
+        ]
 
     def _wgrad(self, p: Problem, config: Config, precision: str) -> list[Launch]:
         c, k, split, (h, w) = p.c // p.groups, p.k // p.groups, config.SPLIT_K, p.fprop_axes
         scalars, to, result, total, sums = wgrad_result(p, config, split > 1)
         tensors = (("x_ptr", "b", None), ("dy_ptr", "a", None), ("dw_ptr", result, None))
-        scalars |= dict(stride_h=h.stride, stride_w=w.stride, **steps(h, w), C=c, sw_split=prod(p.w_shape),
-                        **dict(zip(("sw_k", "sw_c", "sw_r", "sw_s"), to)))
+        scalars |= dict(
+            stride_h=h.stride,
+            stride_w=w.stride,
+            **steps(h, w),
+            C=c,
+            sw_split=prod(p.w_shape),
+            **dict(zip(("sw_k", "sw_c", "sw_r", "sw_s"), to)),
+        )
         flat = self.flat(config.kernel)
         constexprs = self._constexprs(p, config, precision) | dict(
-            R=p.r, S=p.s, FLAT=flat, ALIGN_C=aligned(p, c), ALIGN_K=aligned(p, k),
-            ALIGN_W=aligned(p, c) if to[1] == 1 and not flat else 1)          # where channels are contiguous, taps are multiples of them
-        return [launch("gather:wgrad", self.programs(p, "wgrad", config, (h, w)), tensors, scalars, constexprs, config.options(), total), *sums]
+            R=p.r,
+            S=p.s,
+            FLAT=flat,
+            ALIGN_C=aligned(p, c),
+            ALIGN_K=aligned(p, k),
+            # where channels are contiguous, taps are multiples of them
+            ALIGN_W=aligned(p, c) if to[1] == 1 and not flat else 1,
+        )
+        return [
+            launch(
+                "gather:wgrad",
+                self.programs(p, "wgrad", config, (h, w)),
+                tensors,
+                scalars,
+                constexprs,
+                config.options(),
+                total,
+            ),
+            *sums,
+        ]
 
 
 FAMILY = Gather()

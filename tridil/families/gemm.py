@@ -1,12 +1,17 @@
-"""Implicit GEMM: what the families whose kernels multiply tiles of pixels and channels have in common.
+"""Implicit GEMM: what the families whose kernels multiply tiles of pixels and channels have in
+common.
 
-fprop and dgrad: the pixel box BLOCK_IMG x BLOCK_P x BLOCK_Q is the tile's M, rounded up to a power of two, BLOCK_N output channels, BLOCK_K reduced
-channels. wgrad: BLOCK_M output channels, BLOCK_N input channels, the box is the reduction step.
+fprop and dgrad: the pixel box BLOCK_IMG x BLOCK_P x BLOCK_Q is the tile's M, rounded up to a power
+of two, BLOCK_N output channels, BLOCK_K reduced channels. wgrad: BLOCK_M output channels, BLOCK_N
+input channels, the box is the reduction step.
 
-Time: a launch is tiles of unequal numbers of steps (live taps x channel blocks) on SMs that hold a few programs each. A step costs the clocks of its
-busiest unit: tensor cores, instruction issue, shared memory, L2. The launch costs the larger of its waves of programs and its DRAM traffic. What is
-assumed stands in assumed.py. Figures of many configs are arrays: the search asks for all of them at once.
+Time: a launch is tiles of unequal numbers of steps (live taps x channel blocks) on SMs that hold a
+few programs each. A step costs the clocks of its busiest unit: tensor cores, instruction issue,
+shared memory, L2. The launch costs the larger of its waves of programs and its DRAM traffic. What
+is assumed stands in assumed.py. Figures of many configs are arrays: the search asks for all of them
+at once.
 """
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -41,6 +46,7 @@ from .base import (
 @dataclass(frozen=True)
 class GemmConfig(Config):
     """A tile: its pixel box and its channels."""
+
     BLOCK_IMG: int
     BLOCK_P: int
     BLOCK_Q: int
@@ -49,27 +55,44 @@ class GemmConfig(Config):
 
 def has_mma(problem: Problem, precision: str) -> bool:
     """Whether the products run on tensor cores."""
-    return problem.dtype in ("float16", "bfloat16") or problem.dtype == "float32" and precision == "tf32"
+    return (
+        problem.dtype in ("float16", "bfloat16")
+        or problem.dtype == "float32"
+        and precision == "tf32"
+    )
 
 
 def is_flat(problem: Problem, pass_: str) -> bool:
-    """Whether the reduction over flattened (tap, channel) pairs wastes less than blocks of channels do: few channels."""
+    """Whether the reduction over flattened (tap, channel) pairs wastes less than blocks of channels
+    do: few channels."""
     channels = (problem.k if pass_ == "dgrad" else problem.c) // problem.groups
     taps = problem.r * problem.s
     block = 16 if channels <= 16 else 32
-    return channels < 32 and taps > 1 and -(-channels // block) * block * taps >= 1.2 * -(-channels * taps // block) * block
+    return (
+        channels < 32
+        and taps > 1
+        and -(-channels // block) * block * taps >= 1.2 * -(-channels * taps // block) * block
+    )
 
 
 def channels(problem: Problem, pass_: str, taps: int = 1) -> tuple[int | None, int, int | None]:
-    """(channels of tile rows, of tile columns, of the reduction), of one group: None where these are pixels; taps of a flattened reduction."""
+    """(channels of tile rows, of tile columns, of the reduction), of one group: None where these
+    are pixels; taps of a flattened reduction."""
     c, k = problem.c // problem.groups, problem.k // problem.groups
-    return {"fprop": (None, k, c * taps), "dgrad": (None, c, k * taps), "wgrad": (k, c * taps, None)}[pass_]
+    return {
+        "fprop": (None, k, c * taps),
+        "dgrad": (None, c, k * taps),
+        "wgrad": (k, c * taps, None),
+    }[pass_]
 
 
 def suits(m: int, n: int, rows: int | None, cols: int, nbytes: int, least: int = 16) -> bool:
-    """Whether no half of a tile is idle, nor its accumulator too large for wide dtypes. least: the fewest output channels of a tile."""
+    """Whether no half of a tile is idle, nor its accumulator too large for wide dtypes. least: the
+    fewest output channels of a tile."""
+
     def fills(side, count, least):
         return side == least or least < side < 2 * count
+
     few = least if (rows or cols) <= 8 else 16
     wanted = fills(m, rows, few) and fills(n, cols, 16) if rows else m >= 32 and fills(n, cols, few)
     return wanted and not (nbytes == 4 and m * n > 128 * 128)
@@ -86,25 +109,34 @@ def reduction_steps(pass_: str, reduced: int | None, nbytes: int) -> list[int]:
 
 @lru_cache
 def sides_of(count: int, powers: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(images, height, the greatest width) of the pixel boxes with at most `count` pixels, sides of powers of two or any."""
+    """(images, height, the greatest width) of the pixel boxes with at most `count` pixels, sides of
+    powers of two or any."""
     sizes = [1 << e for e in range(count.bit_length())] if powers else range(1, count + 1)
     b, p = np.array([(b, p) for b in sizes for p in sizes if b * p <= count]).T
     return b, p, count // (b * p)
 
 
 @lru_cache(maxsize=1024)
-def boxes(count: int, images: int, height: int, width: int, powers: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(images, height, width) of pixel boxes for a tile of `count` rows on maps of these sides: of powers of two, or any that need as many rows."""
+def boxes(
+    count: int, images: int, height: int, width: int, powers: bool
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(images, height, width) of pixel boxes for a tile of `count` rows on maps of these sides: of
+    powers of two, or any that need as many rows."""
     b, p, most = sides_of(count, powers)
     some = (b <= images) & (p <= height)
     b, p, q = b[some], p[some], np.minimum(most[some], width)
-    if not powers:                                             # also with the same number of boxes, all of nearly one width
+    # also with the same number of boxes, all of nearly one width
+    if not powers:
         even = (-(-width // -(-width // np.arange(1, width + 1))))[q - 1]
         b, p, q = np.concatenate([b, b]), np.concatenate([p, p]), np.concatenate([q, even])
     full = 2 * b * p * q > count
     if full.any():
         return b[full], p[full], q[full]
-    last = (count // height // width, height, width) if powers else (images, height, -(-(count // 2 + 1) // (images * height)))
+    last = (
+        (count // height // width, height, width)
+        if powers
+        else (images, height, -(-(count // 2 + 1) // (images * height)))
+    )
     return tuple(np.array([side]) for side in last)
 
 
@@ -115,14 +147,19 @@ def search(problem: Problem, pass_: str) -> Search:
 
 
 class Search:
-    """Pixel boxes for the tiles of a pass: of all that hold a tile's rows the one that executes the fewest multiply-accumulates; ties: long rows, which
-    are neighbours in memory."""
+    """Pixel boxes for the tiles of a pass: of all that hold a tile's rows the one that executes the
+    fewest multiply-accumulates; ties: long rows, which are neighbours in memory."""
 
     def __init__(self, problem: Problem, pass_: str):
         self.problem, self.pass_ = problem, pass_
         axes = problem.axes(pass_)
-        self.sides = max(problem.n, 1), max((h.out for h, _ in axes), default=1), max((w.out for _, w in axes), default=1)
-        self.axes = [list(dict.fromkeys(axis)) for axis in zip(*axes)] or [[], []]      # residue classes of a strided dgrad
+        self.sides = (
+            max(problem.n, 1),
+            max((h.out for h, _ in axes), default=1),
+            max((w.out for _, w in axes), default=1),
+        )
+        # residue classes of a strided dgrad
+        self.axes = [list(dict.fromkeys(axis)) for axis in zip(*axes)] or [[], []]
         self._found: dict = {}
 
     @cached_property
@@ -131,28 +168,41 @@ class Search:
         found = []
         for axes, side in zip(self.axes, self.sides[1:]):
             sizes = np.arange(1, min(up(side), 1024) + 1)
-            total = sum((axis.steps_out(sizes).sum(0) if self.pass_ == "wgrad" else axis.steps(sizes) for axis in axes), np.zeros_like(sizes))
+            total = sum(
+                (
+                    axis.steps_out(sizes).sum(0) if self.pass_ == "wgrad" else axis.steps(sizes)
+                    for axis in axes
+                ),
+                np.zeros_like(sizes),
+            )
             found.append(np.concatenate([[0], total]))
         return found
 
-    def box(self, count: int, powers: bool, spills: bool = False, flat: tuple[int, int] | None = None) -> tuple[int, int, int]:
-        """The box of a tile of `count` rows. spills: leave out sides whose addresses would take too many registers, if there are others. flat: of a
-        flattened reduction (pairs of a step, columns of wgrad's tiles)."""
+    def box(
+        self, count: int, powers: bool, spills: bool = False, flat: tuple[int, int] | None = None
+    ) -> tuple[int, int, int]:
+        """The box of a tile of `count` rows. spills: leave out sides whose addresses would take too
+        many registers, if there are others. flat: of a flattened reduction (pairs of a step,
+        columns of wgrad's tiles)."""
         key = count, powers, spills, flat
         if key not in self._found:
             self._found[key] = self._best(*key)
         return self._found[key]
 
     def _best(self, count, powers, spills, flat):
-        b, p, q = boxes(count, *(min(up(side) if powers else side, count) for side in self.sides), powers)
+        b, p, q = boxes(
+            count, *(min(up(side) if powers else side, count) for side in self.sides), powers
+        )
         if spills:
-            # rows of a thread lie 16 apart: with such sides their offsets are multiples of one value, which the compiler keeps in registers
+            # rows of a thread lie 16 apart: with such sides their offsets are multiples of one
+            # value, which the compiler keeps in registers
             kept = (q != 16) & ~((p == 2) & (q == 8))
             if kept.any():
                 b, p, q = b[kept], p[kept], q[kept]
         if not flat:
             h, w = self.steps
-            steps = h[np.minimum(p, len(h) - 1)] * w[np.minimum(q, len(w) - 1)]                # beyond the map nothing changes
+            # beyond the map nothing changes
+            steps = h[np.minimum(p, len(h) - 1)] * w[np.minimum(q, len(w) - 1)]
         elif self.pass_ == "wgrad":
             h, w = flat_rectangles(self.problem, flat[1])
             steps = (-(-h[:, None] // p) * -(-w[:, None] // q)).sum(0)
@@ -160,20 +210,34 @@ class Search:
             steps = flat_steps(*self.axes, p, q, channels(self.problem, self.pass_)[2], flat[0])
         work = -(-self.problem.n // b) * steps
         least = np.flatnonzero(work == work.min()).tolist()
-        return min(((int(b[i]), int(p[i]), int(q[i])) for i in least), key=lambda box: (-box[2], box[0], box[1]))
+        return min(
+            ((int(b[i]), int(p[i]), int(q[i])) for i in least),
+            key=lambda box: (-box[2], box[0], box[1]),
+        )
 
     def most_splits(self, step: int) -> int:
-        """Splits of at least eight steps of `step` pixels or channels each, at most 64 MiB of partial results."""
+        """Splits of at least eight steps of `step` pixels or channels each, at most 64 MiB of
+        partial results."""
         problem = self.problem
         if self.pass_ == "wgrad":
             count = -(-problem.n * problem.p * problem.q // step)
         else:
             count = problem.r * problem.s * -(-channels(problem, self.pass_)[2] // step)
-        return min(128, count // 8, 2**26 // (max(DTYPE_BYTES[problem.dtype], 4) * max(prod(result_shape(problem, self.pass_)), 1)))
+        return min(
+            128,
+            count // 8,
+            2**26
+            // (
+                max(DTYPE_BYTES[problem.dtype], 4) * max(prod(result_shape(problem, self.pass_)), 1)
+            ),
+        )
 
 
-def flat_steps(h: list[Axis], w: list[Axis], p: np.ndarray, q: np.ndarray, reduced: int, step: int) -> np.ndarray:
-    """Steps of `step` flattened (tap, channel) pairs, summed over the boxes of sides p, q (arrays) of all pairs of axes."""
+def flat_steps(
+    h: list[Axis], w: list[Axis], p: np.ndarray, q: np.ndarray, reduced: int, step: int
+) -> np.ndarray:
+    """Steps of `step` flattened (tap, channel) pairs, summed over the boxes of sides p, q (arrays)
+    of all pairs of axes."""
     (rows, at_row), (cols, at_col) = (np.unique(sides, return_inverse=True) for sides in (p, q))
     by_rows, by_cols = exact_blocks(h, rows), exact_blocks(w, cols)
     taps = np.outer(np.arange(1, len(by_rows) + 1), np.arange(1, len(by_cols) + 1))
@@ -181,17 +245,19 @@ def flat_steps(h: list[Axis], w: list[Axis], p: np.ndarray, q: np.ndarray, reduc
 
 
 def exact_blocks(axes: list[Axis], sizes: np.ndarray) -> np.ndarray:
-    """(taps, sizes): number of blocks of so many outputs for which exactly 1, 2, ... taps are live, of several axes together."""
+    """(taps, sizes): number of blocks of so many outputs for which exactly 1, 2, ... taps are live,
+    of several axes together."""
     found = np.zeros((max((axis.taps for axis in axes), default=0), len(sizes)), np.int64)
     for axis in axes:
         exactly = -np.diff(axis.live_blocks(sizes), axis=0, append=0)
-        found[:len(exactly)] += exactly
+        found[: len(exactly)] += exactly
     return found
 
 
 @lru_cache(maxsize=1024)
 def flat_rectangles(problem: Problem, columns: int) -> tuple[np.ndarray, np.ndarray]:
-    """(heights, widths) of the united live rectangles of the taps of each of wgrad's column tiles of flattened (tap, channel) pairs."""
+    """(heights, widths) of the united live rectangles of the taps of each of wgrad's column tiles
+    of flattened (tap, channel) pairs."""
     c, (h, w), found = problem.c // problem.groups, problem.fprop_axes, []
     for first in range(0, problem.r * problem.s * c, columns):
         last = min(first + columns, problem.r * problem.s * c) - 1
@@ -203,22 +269,36 @@ def flat_rectangles(problem: Problem, columns: int) -> tuple[np.ndarray, np.ndar
 
 
 class Gemm(Family):
-    """The work and the time of tiles. A family adds what its loop costs (`step_clocks`) and its legality, candidates and launches.
+    """The work and the time of tiles. A family adds what its loop costs (`step_clocks`) and its
+    legality, candidates and launches.
 
     least: steps along an axis that wgrad takes for a tap that reads padding only.
     """
+
     least = 0
 
     def flat(self, kernel: str) -> bool:
         """Whether a kernel's reduction is flattened."""
         return False
 
-    def tile_options(self, problem: Problem, pass_: str, target: str, precision: str) -> list[Config]:
+    def tile_options(
+        self, problem: Problem, pass_: str, target: str, precision: str
+    ) -> list[Config]:
         """Sensible configs, legal or not."""
         raise NotImplementedError
 
-    def step_clocks(self, problem: Problem, pass_: str, c: dict, tile, device: Device, precision: str, flat: bool) -> dict[str, np.ndarray]:
-        """Clocks of an SM for one step of one program, by unit, each at its peak; c: `columns` of configs of one kernel."""
+    def step_clocks(
+        self,
+        problem: Problem,
+        pass_: str,
+        c: dict,
+        tile,
+        device: Device,
+        precision: str,
+        flat: bool,
+    ) -> dict[str, np.ndarray]:
+        """Clocks of an SM for one step of one program, by unit, each at its peak; c: `columns` of
+        configs of one kernel."""
         raise NotImplementedError
 
     def alone(self, c: dict) -> np.ndarray:
@@ -226,18 +306,25 @@ class Gemm(Family):
         return np.minimum(1.0, assumed.ALONE * (c["num_warps"] / 4) ** 0.5)
 
     # ---- legality
-    def illegal(self, config: GemmConfig, pass_: str, target: str, least: int, powers: Sequence[str]) -> str | None:
-        """What is wrong with a tile whatever the problem is. least: output channels of a tile; powers: what must be a power of two."""
+    def illegal(
+        self, config: GemmConfig, pass_: str, target: str, least: int, powers: Sequence[str]
+    ) -> str | None:
+        """What is wrong with a tile whatever the problem is. least: output channels of a tile;
+        powers: what must be a power of two."""
         sizes = [name for name in config.names() if name.startswith("BLOCK_")]
-        reason = (bad_maxnreg(config, target) or not_positive(config, [*sizes, "SPLIT_K", "num_warps", "num_stages"])
-                  or no_power_of_two(config, ["num_warps", *powers]))
+        reason = (
+            bad_maxnreg(config, target)
+            or not_positive(config, [*sizes, "SPLIT_K", "num_warps", "num_stages"])
+            or no_power_of_two(config, ["num_warps", *powers])
+        )
         if reason:
             return reason
         m, n, k = self.tile(config, pass_)
         columns_, others = (m, min(n, k)) if pass_ == "wgrad" else (n, min(m, k))
         if others < 16 or columns_ < least:
             return f"tl.dot needs tile sides of at least 16, of output channels {least} with {config.kernel} on {target}, got {m}x{n}x{k}"
-        if columns_ < 16 and config.num_warps > 2:          # for wgmma of 8 columns Triton 3.8 and 3.9 write descriptors that nothing could check
+        # for wgmma of 8 columns Triton 3.8 and 3.9 write descriptors that nothing could check
+        if columns_ < 16 and config.num_warps > 2:
             return f"tiles of {columns_} output channels take at most 2 warps, got num_warps={config.num_warps}"
         if pixels(config) > 1024:
             return f"a pixel box has at most 1024 pixels, got {config.BLOCK_IMG}x{config.BLOCK_P}x{config.BLOCK_Q}"
@@ -249,13 +336,18 @@ class Gemm(Family):
             return f"SPLIT_K (={config.SPLIT_K}) must be at most 65535"
         return None
 
-    def too_large(self, config: GemmConfig, problem: Problem, pass_: str, target: str) -> str | None:
+    def too_large(
+        self, config: GemmConfig, problem: Problem, pass_: str, target: str
+    ) -> str | None:
         """Whether the grid or the shared memory is more than there is."""
         programs = self.grid(problem, pass_, config)
         if programs >= 2**31:
             return f"the grid of {programs} programs exceeds 2**31 - 1: use larger tiles"
         m, n, k = tile = self.tile(config, pass_)
-        need, limit = int(self.shared_bytes(problem, pass_, vars(config), tile, target)), devices.of_target(target).limits[1]
+        need, limit = (
+            int(self.shared_bytes(problem, pass_, vars(config), tile, target)),
+            devices.of_target(target).limits[1],
+        )
         if need > limit:
             return f"tiles of {m}x{n}x{k} with num_stages={config.num_stages} need {need} bytes of shared memory; {target} has {limit}"
         return None
@@ -268,52 +360,103 @@ class Gemm(Family):
         # of groups only the tiles that are not mostly masked, or are near the least masked one
         found = [config for config in found if self.fits(config, problem, pass_, target) is None]
         executed = self.executed(problem, pass_, found)
-        most = max((2 if min(problem.c, problem.k) >= 16 * problem.groups else 4) * problem.useful_macs, 1.25 * executed.min(initial=np.inf))
+        most = max(
+            (2 if min(problem.c, problem.k) >= 16 * problem.groups else 4) * problem.useful_macs,
+            1.25 * executed.min(initial=np.inf),
+        )
         return [config for config, macs in zip(found, executed) if macs <= most]
 
     def resident(self, problem: Problem, pass_: str, c: dict, tile, device: Device) -> np.ndarray:
-        """Programs that one SM holds, by shared memory, registers (accumulator and some more a thread) and threads."""
+        """Programs that one SM holds, by shared memory, registers (accumulator and some more a
+        thread) and threads."""
         (m, n, _), threads = tile, 32 * c["num_warps"]
         shared, _, most_threads, most = device.limits
-        registers = np.minimum(255, m * n * (2 if problem.dtype == "float64" else 1) // threads + assumed.GEMM_REGISTERS)
+        registers = np.minimum(
+            255,
+            m * n * (2 if problem.dtype == "float64" else 1) // threads + assumed.GEMM_REGISTERS,
+        )
         need = self.shared_bytes(problem, pass_, c, tile, device.target) + 1024
-        return np.maximum(1, np.minimum.reduce([shared // need, 65536 // (threads * registers), most_threads // threads, np.full_like(threads, most)]))
+        return np.maximum(
+            1,
+            np.minimum.reduce(
+                [
+                    shared // need,
+                    65536 // (threads * registers),
+                    most_threads // threads,
+                    np.full_like(threads, most),
+                ]
+            ),
+        )
 
     # ---- tiles
     def tile(self, config: GemmConfig, pass_: str) -> tuple[int, int, int]:
-        return (config.BLOCK_M, config.BLOCK_N, pixels(config)) if pass_ == "wgrad" else (pixels(config), config.BLOCK_N, config.BLOCK_K)
+        return (
+            (config.BLOCK_M, config.BLOCK_N, pixels(config))
+            if pass_ == "wgrad"
+            else (pixels(config), config.BLOCK_N, config.BLOCK_K)
+        )
 
     def _tiles(self, c: dict, pass_: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         rows = c["BLOCK_IMG"] * c["BLOCK_P"] * c["BLOCK_Q"]
         box = 1 << np.ceil(np.log2(rows)).astype(np.int64)
-        return (c["BLOCK_M"], c["BLOCK_N"], box) if pass_ == "wgrad" else (box, c["BLOCK_N"], c["BLOCK_K"])
+        return (
+            (c["BLOCK_M"], c["BLOCK_N"], box)
+            if pass_ == "wgrad"
+            else (box, c["BLOCK_N"], c["BLOCK_K"])
+        )
 
     def shared_bytes(self, problem: Problem, pass_: str, c: dict, tile, target: str) -> np.ndarray:
-        """Shared memory of the pipelined operand tiles; below sm_90 the last stage waits in registers."""
+        """Shared memory of the pipelined operand tiles; below sm_90 the last stage waits in
+        registers."""
         m, n, k = tile
         nbytes = DTYPE_BYTES[problem.dtype]
         stages = c["num_stages"] - (not target.startswith("cuda") or int(target[5:]) < 90)
         wide = np.where(self.writes_partials(c, pass_), max(nbytes, 4), nbytes)
-        return np.maximum(stages * (m + n) * k * nbytes, m * n * wide)                                 # the epilogue's layout change
+        # the epilogue's layout change
+        return np.maximum(stages * (m + n) * k * nbytes, m * n * wide)
 
     def writes_partials(self, c: dict, pass_: str) -> np.ndarray:
         return c["SPLIT_K"] > 1
 
     def splits(self, option: GemmConfig, search: Search, target: str) -> list[GemmConfig]:
-        """option, and the same with the reduction split so that the programs fill about half of the target's SMs, all and twice."""
+        """option, and the same with the reduction split so that the programs fill about half of the
+        target's SMs, all and twice."""
         problem, pass_, tile = search.problem, search.pass_, self.tile(option, search.pass_)
         most = search.most_splits(tile[2])
         if most < 2:
             return [option]
         fields, flat = vars(option), self.flat(option.kernel)
-        programs = max([1, *(self._programs(problem, pass_, fields, tile, axes, flat) for axes in problem.axes(pass_))])
+        programs = max(
+            [
+                1,
+                *(
+                    self._programs(problem, pass_, fields, tile, axes, flat)
+                    for axes in problem.axes(pass_)
+                ),
+            ]
+        )
         sms = devices.of_target(target).sms
-        found = {min(most, max(2, sms * waves // (2 * programs))) for waves in (1, 2, 4)} if programs < 2 * sms else set()
+        found = (
+            {min(most, max(2, sms * waves // (2 * programs))) for waves in (1, 2, 4)}
+            if programs < 2 * sms
+            else set()
+        )
         return [option, *(type(option)(**fields | {"SPLIT_K": split}) for split in sorted(found))]
 
     # ---- work
-    def programs(self, problem: Problem, pass_: str, config: GemmConfig, axes: tuple[Axis, Axis]) -> int:
-        return int(self._programs(problem, pass_, vars(config), self.tile(config, pass_), axes, self.flat(config.kernel)))
+    def programs(
+        self, problem: Problem, pass_: str, config: GemmConfig, axes: tuple[Axis, Axis]
+    ) -> int:
+        return int(
+            self._programs(
+                problem,
+                pass_,
+                vars(config),
+                self.tile(config, pass_),
+                axes,
+                self.flat(config.kernel),
+            )
+        )
 
     def _programs(self, problem, pass_, c, tile, axes, flat) -> np.ndarray:
         rows, cols, _ = channels(problem, pass_)
@@ -321,12 +464,18 @@ class Gemm(Family):
             taps = problem.r * problem.s
             column_tiles = -(-taps * cols // tile[1]) if flat else taps * -(-cols // tile[1])
             return -(-rows // tile[0]) * column_tiles * problem.groups * c["SPLIT_K"]
-        count = -(-problem.n // c["BLOCK_IMG"]) * -(-axes[0].out // c["BLOCK_P"]) * -(-axes[1].out // c["BLOCK_Q"])
+        count = (
+            -(-problem.n // c["BLOCK_IMG"])
+            * -(-axes[0].out // c["BLOCK_P"])
+            * -(-axes[1].out // c["BLOCK_Q"])
+        )
         return count * -(-cols // tile[1]) * problem.groups * c["SPLIT_K"]
 
     def grid(self, problem: Problem, pass_: str, config: GemmConfig) -> int:
         """Programs of the largest launch of a pass."""
-        return max((self.programs(problem, pass_, config, axes) for axes in problem.axes(pass_)), default=0)
+        return max(
+            (self.programs(problem, pass_, config, axes) for axes in problem.axes(pass_)), default=0
+        )
 
     def _steps(self, problem, pass_, c, tile, axes, flat) -> tuple[np.ndarray, np.ndarray]:
         """(sum, maximum) over tiles of one launch of their reduction steps, all splits together."""
@@ -340,11 +489,15 @@ class Gemm(Family):
                 some = (n if pass_ == "wgrad" else step) == size
                 if pass_ == "wgrad":
                     heights, widths = flat_rectangles(problem, int(size))
-                    total[some] = (-(-heights[:, None] // p[some]) * -(-widths[:, None] // q[some])).sum(0)
+                    total[some] = (
+                        -(-heights[:, None] // p[some]) * -(-widths[:, None] // q[some])
+                    ).sum(0)
                 else:
                     total[some] = flat_steps([h], [w], p[some], q[some], reduced, size)
             total = total * others
-            return total, total * c["SPLIT_K"] / np.maximum(self._programs(problem, pass_, c, tile, axes, flat), 1)
+            return total, total * c["SPLIT_K"] / np.maximum(
+                self._programs(problem, pass_, c, tile, axes, flat), 1
+            )
         sums, most = others, images if pass_ == "wgrad" else 1
         for axis, sizes in ((h, p), (w, q)):
             unique, at = np.unique(sizes, return_inverse=True)
@@ -366,7 +519,10 @@ class Gemm(Family):
             some = [i for i, config in enumerate(configs) if config.kernel == kernel]
             c = columns([configs[i] for i in some])
             tile = self._tiles(c, pass_)
-            total = sum(self._steps(problem, pass_, c, tile, axes, self.flat(kernel))[0] for axes in problem.axes(pass_))
+            total = sum(
+                self._steps(problem, pass_, c, tile, axes, self.flat(kernel))[0]
+                for axes in problem.axes(pass_)
+            )
             found[some] = total * tile[0] * tile[1] * tile[2]
         return found
 
@@ -379,56 +535,151 @@ class Gemm(Family):
         tile, total = self._tiles(c, pass_), 0
         m, n, step = self.tile(config, pass_)
         for axes in problem.axes(pass_):
-            stored = prod(result) if pass_ == "wgrad" else problem.n * axes[0].out * axes[1].out * result[1]
-            total += round(float(self._steps(problem, pass_, c, tile, axes, self.flat(config.kernel))[0][0])) * (m + n) * step + stored
+            stored = (
+                prod(result)
+                if pass_ == "wgrad"
+                else problem.n * axes[0].out * axes[1].out * result[1]
+            )
+            total += (
+                round(
+                    float(
+                        self._steps(problem, pass_, c, tile, axes, self.flat(config.kernel))[0][0]
+                    )
+                )
+                * (m + n)
+                * step
+                + stored
+            )
         return total * DTYPE_BYTES[problem.dtype]
 
     # ---- time
-    def seconds(self, problem: Problem, pass_: str, configs: Sequence[GemmConfig], device: Device, precision: str) -> np.ndarray:
+    def seconds(
+        self,
+        problem: Problem,
+        pass_: str,
+        configs: Sequence[GemmConfig],
+        device: Device,
+        precision: str,
+    ) -> np.ndarray:
         found = np.zeros(len(configs))
         for kernel in dict.fromkeys(config.kernel for config in configs):
             some = [i for i, config in enumerate(configs) if config.kernel == kernel]
-            found[some] = self._times(problem, pass_, [configs[i] for i in some], device, precision)["seconds"]
+            found[some] = self._times(
+                problem, pass_, [configs[i] for i in some], device, precision
+            )["seconds"]
         return found
 
-    def _times(self, problem: Problem, pass_: str, configs: Sequence[GemmConfig], device: Device, precision: str) -> dict:
+    def _times(
+        self,
+        problem: Problem,
+        pass_: str,
+        configs: Sequence[GemmConfig],
+        device: Device,
+        precision: str,
+    ) -> dict:
         """Seconds of configs of one kernel, whole and by part, and what decides about the limiter."""
         c, flat = columns(configs), self.flat(configs[0].kernel)
         tile = self._tiles(c, pass_)
-        clocks, hertz = self.step_clocks(problem, pass_, c, tile, device, precision, flat), device.clock * 1e9
+        clocks, hertz = (
+            self.step_clocks(problem, pass_, c, tile, device, precision, flat),
+            device.clock * 1e9,
+        )
         step = np.maximum.reduce(list(clocks.values())) / assumed.ATTAINED
         fit, alone = self.resident(problem, pass_, c, tile, device), self.alone(c)
-        splits, launches, waves, work, programs = c["SPLIT_K"], 0, 0.0, 0.0, np.zeros(len(configs), np.int64)
+        splits, launches, waves, work, programs = (
+            c["SPLIT_K"],
+            0,
+            0.0,
+            0.0,
+            np.zeros(len(configs), np.int64),
+        )
         for axes in problem.axes(pass_):
             count = self._programs(problem, pass_, c, tile, axes, flat)
             total, most = self._steps(problem, pass_, c, tile, axes, flat)
-            waves = waves + self.waves(problem, pass_, configs, axes, count, total * step, most / splits * step, fit, alone, device)
-            launches, work, programs = launches + 1, work + total * step / device.sms, np.maximum(programs, count)
+            waves = waves + self.waves(
+                problem,
+                pass_,
+                configs,
+                axes,
+                count,
+                total * step,
+                most / splits * step,
+                fit,
+                alone,
+                device,
+            )
+            launches, work, programs = (
+                launches + 1,
+                work + total * step / device.sms,
+                np.maximum(programs, count),
+            )
         result, dram_rate = prod(result_shape(problem, pass_)), device.dram * 1e9 * assumed.DRAM
         sums = self.sums(problem, pass_, c, tile)
-        partial = sums / np.where(sums < device.l2 * 2**19, device.l2_clock * assumed.L2 * device.sms * hertz, dram_rate)
+        partial = sums / np.where(
+            sums < device.l2 * 2**19, device.l2_clock * assumed.L2 * device.sms * hertz, dram_rate
+        )
         launches = launches * np.where(sums > 0, 2, 1)
         dram = problem.bytes / dram_rate
-        if not self.covers(problem, pass_):                                  # dx begins as zeros
+        if not self.covers(problem, pass_):  # dx begins as zeros
             launches, dram = launches + 1, dram + result * DTYPE_BYTES[problem.dtype] / dram_rate
         waves, work, launching = waves / hertz, work / hertz, launches * assumed.LAUNCH
-        return dict(seconds=np.maximum(waves, dram) + partial + launching, waves=waves, work=work, dram=dram, partial=partial, launches=launching,
-                    programs=programs, clocks=clocks, step=step)
+        return dict(
+            seconds=np.maximum(waves, dram) + partial + launching,
+            waves=waves,
+            work=work,
+            dram=dram,
+            partial=partial,
+            launches=launching,
+            programs=programs,
+            clocks=clocks,
+            step=step,
+        )
 
-    def waves(self, problem: Problem, pass_: str, configs: Sequence[GemmConfig], axes, count, total, most, fit, alone, device: Device) -> np.ndarray:
-        """Clocks of one launch of each config: `count` programs whose steps take `total` clocks in sum and `most` in the longest."""
+    def waves(
+        self,
+        problem: Problem,
+        pass_: str,
+        configs: Sequence[GemmConfig],
+        axes,
+        count,
+        total,
+        most,
+        fit,
+        alone,
+        device: Device,
+    ) -> np.ndarray:
+        """Clocks of one launch of each config: `count` programs whose steps take `total` clocks in
+        sum and `most` in the longest."""
         return waves_of(count, total, most, device.sms, fit, alone)
 
     def sums(self, problem: Problem, pass_: str, c: dict, tile) -> np.ndarray:
         """Bytes that partial results and their sum move."""
-        return np.where(c["SPLIT_K"] > 1, 4 * prod(result_shape(problem, pass_)) * (2 * c["SPLIT_K"] + 1), 0)
+        return np.where(
+            c["SPLIT_K"] > 1, 4 * prod(result_shape(problem, pass_)) * (2 * c["SPLIT_K"] + 1), 0
+        )
 
-    def predict(self, problem: Problem, pass_: str, config: GemmConfig, device: Device, precision: str) -> Prediction:
+    def predict(
+        self, problem: Problem, pass_: str, config: GemmConfig, device: Device, precision: str
+    ) -> Prediction:
         t = self._times(problem, pass_, [config], device, precision)
         clocks = {name: float(np.ravel(value)[0]) for name, value in t.pop("clocks").items()}
-        seconds, waves, work, dram, partial, launching, programs, step = (float(np.ravel(t[name])[0]) for name in (
-            "seconds", "waves", "work", "dram", "partial", "launches", "programs", "step"))
-        parts = {UNITS[name]: value * work / step for name, value in clocks.items()} | {"waves of programs": waves, "DRAM bandwidth": dram}
+        seconds, waves, work, dram, partial, launching, programs, step = (
+            float(np.ravel(t[name])[0])
+            for name in (
+                "seconds",
+                "waves",
+                "work",
+                "dram",
+                "partial",
+                "launches",
+                "programs",
+                "step",
+            )
+        )
+        parts = {UNITS[name]: value * work / step for name, value in clocks.items()} | {
+            "waves of programs": waves,
+            "DRAM bandwidth": dram,
+        }
         if partial:
             parts["partial sums"] = partial
         parts["launches"] = launching
@@ -438,38 +689,63 @@ class Gemm(Family):
             limiter = "DRAM bandwidth"
         elif work < 0.6 * waves:
             few = programs < 2 * device.sms
-            limiter = f"too few programs ({programs:.0f} on {device.sms} SMs)" if few else "unequal programs in the last wave"
+            limiter = (
+                f"too few programs ({programs:.0f} on {device.sms} SMs)"
+                if few
+                else "unequal programs in the last wave"
+            )
         else:
             limiter = UNITS[max(clocks, key=clocks.get)]
         return Prediction(seconds, limiter, parts)
 
 
 def waves_of(programs, total, most, sms: int, fit, alone):
-    """Clocks of launches of `programs` whose steps take `total` clocks in sum and `most` in the longest, `fit` of them at a time on an SM."""
+    """Clocks of launches of `programs` whose steps take `total` clocks in sum and `most` in the
+    longest, `fit` of them at a time on an SM."""
+
     def rate(together):
         return np.minimum(1.0, alone * together)
+
     programs = np.maximum(programs, 1)
     equal = most * programs <= 1.05 * total
-    most, total = most + assumed.PROGRAM * alone, total + programs * assumed.PROGRAM * alone / np.maximum(np.minimum(fit, -(-programs // sms)), 1)
+    most, total = (
+        most + assumed.PROGRAM * alone,
+        total
+        + programs * assumed.PROGRAM * alone / np.maximum(np.minimum(fit, -(-programs // sms)), 1),
+    )
     mean, busiest, slots = total / programs, -(-programs // sms), sms * fit
     at_once = np.maximum(most / alone, busiest * mean / rate(busiest))
-    rounds, rest = programs // slots, programs % slots                                         # full rounds and a last one
+    # full rounds and a last one
+    rounds, rest = programs // slots, programs % slots
     last = -(-rest // sms)
-    in_rounds = (rounds * fit / rate(fit) + np.where(rest > 0, last / np.maximum(rate(last), 1e-9), 0)) * mean
-    unequal = np.maximum(most / alone, total / sms / rate(fit) + most / 2)     # the last program begins at a random moment of another
+    in_rounds = (
+        rounds * fit / rate(fit) + np.where(rest > 0, last / np.maximum(rate(last), 1e-9), 0)
+    ) * mean
+    # the last program begins at a random moment of another
+    unequal = np.maximum(most / alone, total / sms / rate(fit) + most / 2)
     return np.where(programs <= slots, at_once, np.where(equal, in_rounds, unequal))
 
 
 # ---- results of launches, whole or split
-def correlation_result(p: Problem, pass_: str, h: Axis, w: Axis, config: GemmConfig, has_bias: bool):
-    """(scalars, constexprs, role of the result, elements of partial sums, launches that sum them) of fprop or of one residue class of dgrad.
+def correlation_result(
+    p: Problem, pass_: str, h: Axis, w: Axis, config: GemmConfig, has_bias: bool
+):
+    """(scalars, constexprs, role of the result, elements of partial sums, launches that sum them)
+    of fprop or of one residue class of dgrad.
 
-    With SPLIT_K > 1 a launch writes fp32 partial results (SPLIT_K, N, P, Q, K) and the next one sums them.
+    With SPLIT_K > 1 a launch writes fp32 partial results (SPLIT_K, N, P, Q, K) and the next one
+    sums them.
     """
     split, (_, out, _) = config.SPLIT_K, channels(p, pass_)
     # strides of the result, and of its pixels that this correlation writes
     s_n, s_k, s_p, s_q = strides(result_shape(p, pass_), p.layout)
-    to = dict(sy_n=s_n, sy_p=s_p * h.out_step, sy_q=s_q * w.out_step, sy_k=s_k, y0=h.out0 * s_p + w.out0 * s_q)
+    to = dict(
+        sy_n=s_n,
+        sy_p=s_p * h.out_step,
+        sy_q=s_q * w.out_step,
+        sy_k=s_k,
+        y0=h.out0 * s_p + w.out0 * s_q,
+    )
     sizes = dict(P=h.out, Q=w.out, K=out * p.groups)
     total, sums, written = 0, [], to
     if split > 1:
@@ -477,22 +753,38 @@ def correlation_result(p: Problem, pass_: str, h: Axis, w: Axis, config: GemmCon
         n_, k_, p_, q_ = strides((p.n, out * p.groups, h.out, w.out), "nhwc")
         written = dict(sy_n=n_, sy_p=p_, sy_q=q_, sy_k=k_, y0=0)
         sums = [sum_splits(split, total, to, sizes, has_bias)]
-    scalars = dict(written, SPLIT_K=split, sy_split=total, N=p.n, P=h.out, Q=w.out, K=out, G=p.groups)
+    scalars = dict(
+        written, SPLIT_K=split, sy_split=total, N=p.n, P=h.out, Q=w.out, K=out, G=p.groups
+    )
     scalars |= dict(tap_r=h.tap0, tap_s=w.tap0, step_r=h.tap_step, step_s=w.tap_step)
     align_y = aligned(p, out) if split > 1 or p.layout == "nhwc" else 1
-    constexprs = dict(TRANSPOSED=pass_ == "dgrad", HAS_BIAS=has_bias and split == 1, IS_SPLIT=split > 1, ALIGN_Y=align_y)
+    constexprs = dict(
+        TRANSPOSED=pass_ == "dgrad",
+        HAS_BIAS=has_bias and split == 1,
+        IS_SPLIT=split > 1,
+        ALIGN_Y=align_y,
+    )
     return scalars, constexprs, "partials" if split > 1 else "out", split * total, sums
 
 
 def wgrad_result(p: Problem, config: GemmConfig, partial: bool):
-    """(scalars, strides (k, c, r, s) of what is written, its role, elements of partial sums, launches that sum them) of wgrad; partial: whether fp32
-    sums (SPLIT_K, K, R, S, C) are written and added by a second launch."""
+    """(scalars, strides (k, c, r, s) of what is written, its role, elements of partial sums,
+    launches that sum them) of wgrad; partial: whether fp32 sums (SPLIT_K, K, R, S, C) are written
+    and added by a second launch."""
     split, c, total = config.SPLIT_K, p.c // p.groups, prod(p.w_shape)
     s_k, s_c, s_r, s_s = strides(p.w_shape, p.layout)
     scalars = dict(SPLIT_K=split, N=p.n, P=p.p, Q=p.q, K=p.k // p.groups, G=p.groups)
     if not partial:
         return scalars, (s_k, s_c, s_r, s_s), "out", 0, []
-    sums = [sum_splits(split, total, dict(sy_n=s_k, sy_p=s_r, sy_q=s_s, sy_k=s_c, y0=0), dict(P=p.r, Q=p.s, K=c), False)]
+    sums = [
+        sum_splits(
+            split,
+            total,
+            dict(sy_n=s_k, sy_p=s_r, sy_q=s_s, sy_k=s_c, y0=0),
+            dict(P=p.r, Q=p.s, K=c),
+            False,
+        )
+    ]
     return scalars, (p.r * p.s * c, 1, p.s * c, c), "partials", split * total, sums
 
 
@@ -500,4 +792,11 @@ def sum_splits(split: int, total: int, to: dict, sizes: dict, has_bias: bool) ->
     """The launch that adds partial results in a fixed order."""
     tensors = (("part_ptr", "partials", None), ("bias_ptr", "bias", None), ("y_ptr", "out", None))
     scalars = dict(total=total, SPLIT_K=split, **sizes, **to)
-    return launch("common:sum_splits", -(-total // 256), tensors, scalars, dict(HAS_BIAS=has_bias, BLOCK=256), {})
+    return launch(
+        "common:sum_splits",
+        -(-total // 256),
+        tensors,
+        scalars,
+        dict(HAS_BIAS=has_bias, BLOCK=256),
+        {},
+    )

@@ -1,4 +1,5 @@
 """Tiles of matrix products in warp-specialised, persistent programs for sm_90: kernels/hopper.py."""
+
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -18,18 +19,23 @@ from .gemm import Gemm, GemmConfig, channels, correlation_result, has_mma, is_fl
 from .tma import box_of, nhwc_strides, no_descriptors, source_box
 
 TARGET = "cuda:90"
-REGISTERS = 168                    # of a thread as compiled; the consumers' warpgroups then take 240 each, the producer's gives most of its own away
+# of a thread as compiled; the consumers' warpgroups then take 240 each, the producer's gives most
+# of its own away
+REGISTERS = 168
 # (M, N, PINGPONG)
 TILES = ((128, 256, False), (256, 128, False), (128, 128, True), (64, 256, True), (128, 64, True))
-WIDTH = 128                        # bytes of a row of boxes in shared memory, and of what is stored at once
-EXTRA = 2 * 128 * WIDTH + 512      # bytes of shared memory beside the ring: what is being stored, barriers
-SUMMED = 4096                      # elements that a program of the sums adds up
+# bytes of a row of boxes in shared memory, and of what is stored at once
+WIDTH = 128
+# bytes of shared memory beside the ring: what is being stored, barriers
+EXTRA = 2 * 128 * WIDTH + 512
+SUMMED = 4096  # elements that a program of the sums adds up
 
 
 @dataclass(frozen=True)
 class Hopper(GemmConfig):
-    """PINGPONG: the consumers take turns at tiles, else they share them. STREAM: programs take equally many steps, else tiles. PROGRAMS: how many
-    there are, about one for each SM."""
+    """PINGPONG: the consumers take turns at tiles, else they share them. STREAM: programs take
+    equally many steps, else tiles. PROGRAMS: how many there are, about one for each SM."""
+
     PINGPONG: bool
     STREAM: bool
     PROGRAMS: int
@@ -38,6 +44,7 @@ class Hopper(GemmConfig):
 @dataclass(frozen=True)
 class Correlation(Hopper):
     """fprop and dgrad. GROUP: channel tiles that are walked together for the same pixels."""
+
     BLOCK_K: int
     GROUP: int
 
@@ -45,6 +52,7 @@ class Correlation(Hopper):
 @dataclass(frozen=True)
 class Reduction(Hopper):
     """wgrad."""
+
     BLOCK_M: int
 
 
@@ -59,11 +67,17 @@ def lacks() -> str | None:
 
 
 def unavailable(target: str) -> str | None:
-    """Why the kernels cannot run on a target; for any other than sm_90 they must never be compiled, which ends the process."""
+    """Why the kernels cannot run on a target; for any other than sm_90 they must never be compiled,
+    which ends the process."""
     from .. import drivers  # which imports torch
+
     if target != TARGET:
         return f"kernel hopper needs {TARGET}, got {target}"
-    return "Triton does not interpret Gluon, which kernel hopper is written in" if drivers.interpreted() else lacks()
+    return (
+        "Triton does not interpret Gluon, which kernel hopper is written in"
+        if drivers.interpreted()
+        else lacks()
+    )
 
 
 class HopperFamily(Gemm):
@@ -83,22 +97,49 @@ class HopperFamily(Gemm):
         for name in ("PINGPONG", "STREAM"):
             if not isinstance(getattr(config, name), bool):
                 return f"{name} must be True or False, got {getattr(config, name)!r}"
-        return (self.illegal(config, pass_, target, 16, [name for name in config.names() if name.startswith("BLOCK_")])
-                or self._no_tile(config, problem, pass_) or no_descriptors(problem, pass_) or self._no_share(config, problem, pass_)
-                or self.too_large(config, problem, pass_, target))
+        return (
+            self.illegal(
+                config,
+                pass_,
+                target,
+                16,
+                [name for name in config.names() if name.startswith("BLOCK_")],
+            )
+            or self._no_tile(config, problem, pass_)
+            or no_descriptors(problem, pass_)
+            or self._no_share(config, problem, pass_)
+            or self.too_large(config, problem, pass_, target)
+        )
 
     def _no_tile(self, config: Hopper, problem: Problem, pass_: str) -> str | None:
-        (m, n, k), rows, nbytes = self.tile(config, pass_), self.rows(config, pass_), DTYPE_BYTES[problem.dtype]
+        (m, n, k), rows, nbytes = (
+            self.tile(config, pass_),
+            self.rows(config, pass_),
+            DTYPE_BYTES[problem.dtype],
+        )
         if reason := wrong_dtype(problem, pass_):
             return reason
-        if rows not in (64, 128) or n not in (64, 128, 256) or rows * n > 64 * 256 or k * nbytes not in (WIDTH, 2 * WIDTH):
-            return (f"a consumer multiplies 64 or 128 rows, 64 to 256 columns, at most 64x256 or 128x128, and {WIDTH} or {2 * WIDTH} bytes of the "
-                    f"reduction, got {rows} rows of {m}x{n}x{k} with PINGPONG={config.PINGPONG}")
-        if pass_ == "wgrad" and config.BLOCK_M > 256 or max(config.BLOCK_IMG, config.BLOCK_P, config.BLOCK_Q) > 256:
+        if (
+            rows not in (64, 128)
+            or n not in (64, 128, 256)
+            or rows * n > 64 * 256
+            or k * nbytes not in (WIDTH, 2 * WIDTH)
+        ):
+            return (
+                f"a consumer multiplies 64 or 128 rows, 64 to 256 columns, at most 64x256 or 128x128, and {WIDTH} or {2 * WIDTH} bytes of the "
+                f"reduction, got {rows} rows of {m}x{n}x{k} with PINGPONG={config.PINGPONG}"
+            )
+        if (
+            pass_ == "wgrad"
+            and config.BLOCK_M > 256
+            or max(config.BLOCK_IMG, config.BLOCK_P, config.BLOCK_Q) > 256
+        ):
             return f"box sides must be at most 256, got {config}"
         if (config.num_warps, config.maxnreg, config.SPLIT_K) != (4, REGISTERS, 1):
-            return (f"kernel hopper has num_warps=4, maxnreg={REGISTERS} and SPLIT_K=1 (STREAM splits), "
-                    f"got {config.num_warps}, {config.maxnreg} and {config.SPLIT_K}")
+            return (
+                f"kernel hopper has num_warps=4, maxnreg={REGISTERS} and SPLIT_K=1 (STREAM splits), "
+                f"got {config.num_warps}, {config.maxnreg} and {config.SPLIT_K}"
+            )
         if config.num_stages < 2:
             return f"a ring needs num_stages of at least 2, got {config.num_stages}"
         if elements(problem) >= 2**31:
@@ -112,15 +153,28 @@ class HopperFamily(Gemm):
             value = getattr(config, name)
             if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 4096:
                 return f"{name} must be an int from 1 to 4096, got {value!r}"
-        reduced, block = problem.c if pass_ == "fprop" else problem.k, "BLOCK_M" if pass_ == "wgrad" else "BLOCK_K"
+        reduced, block = (
+            problem.c if pass_ == "fprop" else problem.k,
+            "BLOCK_M" if pass_ == "wgrad" else "BLOCK_K",
+        )
         if problem.groups > 1 and reduced // problem.groups % getattr(config, block):
-            return (f"with groups={problem.groups}, {block} (={getattr(config, block)}) must divide the {reduced // problem.groups} channels of a "
-                    "group")
-        if config.STREAM and self.executed_macs(problem, pass_, config) >= 2**31 * prod(self.tile(config, pass_)):
+            return (
+                f"with groups={problem.groups}, {block} (={getattr(config, block)}) must divide the {reduced // problem.groups} channels of a "
+                "group"
+            )
+        if config.STREAM and self.executed_macs(problem, pass_, config) >= 2**31 * prod(
+            self.tile(config, pass_)
+        ):
             return f"STREAM counts steps in 32 bits, {problem.key()} has more"
-        if config.STREAM and pass_ != "wgrad" and any(
-                (axis.live_blocks([side])[:1].sum() < -(-axis.out // side)) for axes in problem.axes(pass_)
-                for axis, side in zip(axes, (config.BLOCK_P, config.BLOCK_Q))):
+        if (
+            config.STREAM
+            and pass_ != "wgrad"
+            and any(
+                (axis.live_blocks([side])[:1].sum() < -(-axis.out // side))
+                for axes in problem.axes(pass_)
+                for axis, side in zip(axes, (config.BLOCK_P, config.BLOCK_Q))
+            )
+        ):
             return f"STREAM needs a live tap in every tile, {problem.key()} has tiles without"
         return None
 
@@ -129,18 +183,36 @@ class HopperFamily(Gemm):
         return self.tile(config, pass_)[0] // (1 if config.PINGPONG else 2)
 
     # ---- candidates
-    def tile_options(self, problem: Problem, pass_: str, target: str, precision: str) -> list[Config]:
-        is_meant = target == TARGET and has_mma(problem, precision) and not is_flat(problem, pass_) and not is_depthwise(problem)
-        is_meant = is_meant and not (unavailable(target) or wrong_dtype(problem, pass_) or no_descriptors(problem, pass_))
+    def tile_options(
+        self, problem: Problem, pass_: str, target: str, precision: str
+    ) -> list[Config]:
+        is_meant = (
+            target == TARGET
+            and has_mma(problem, precision)
+            and not is_flat(problem, pass_)
+            and not is_depthwise(problem)
+        )
+        is_meant = is_meant and not (
+            unavailable(target) or wrong_dtype(problem, pass_) or no_descriptors(problem, pass_)
+        )
         return list(self._tiles_of(problem, pass_)) if is_meant else []
 
     def why_not(self, problem: Problem, pass_: str, target: str, precision: str) -> str | None:
-        if target != TARGET or is_flat(problem, pass_) or is_depthwise(problem) or not has_mma(problem, precision):
+        if (
+            target != TARGET
+            or is_flat(problem, pass_)
+            or is_depthwise(problem)
+            or not has_mma(problem, precision)
+        ):
             return None
         return lacks() or wrong_dtype(problem, pass_) or no_descriptors(problem, pass_)
 
     def _tiles_of(self, problem: Problem, pass_: str) -> Iterator[Config]:
-        boxes, device, nbytes = search(problem, pass_), devices.of_target(TARGET), DTYPE_BYTES[problem.dtype]
+        boxes, device, nbytes = (
+            search(problem, pass_),
+            devices.of_target(TARGET),
+            DTYPE_BYTES[problem.dtype],
+        )
         rows, cols, reduced = channels(problem, pass_)
         for m, n, pingpong in TILES:
             if not suits(m, n, rows, cols, 2):
@@ -152,11 +224,24 @@ class HopperFamily(Gemm):
                 box = boxes.box(k if rows else m, powers=True)
                 tile = dict(BLOCK_M=m) if rows else dict(BLOCK_K=k, GROUP=8)
                 option = self.config_class(pass_)(
-                    kernel="hopper", SPLIT_K=1, num_warps=4, num_stages=int(stages), maxnreg=REGISTERS, BLOCK_IMG=box[0], BLOCK_P=box[1],
-                    BLOCK_Q=box[2], BLOCK_N=n, PINGPONG=pingpong, STREAM=False, PROGRAMS=device.sms, **tile)
+                    kernel="hopper",
+                    SPLIT_K=1,
+                    num_warps=4,
+                    num_stages=int(stages),
+                    maxnreg=REGISTERS,
+                    BLOCK_IMG=box[0],
+                    BLOCK_P=box[1],
+                    BLOCK_Q=box[2],
+                    BLOCK_N=n,
+                    PINGPONG=pingpong,
+                    STREAM=False,
+                    PROGRAMS=device.sms,
+                    **tile,
+                )
                 yield option
                 total = self.executed_macs(problem, pass_, option) // (m * n * k)
-                for least in (8, 4):                                     # steps of a program, so that it multiplies more than it adds up
+                # steps of a program, so that it multiplies more than it adds up
+                for least in (8, 4):
                     if total >= least * device.sms or least == 4 and total >= 2 * least:
                         yield replace(option, STREAM=True, PROGRAMS=min(device.sms, total // least))
                         break
@@ -172,22 +257,58 @@ class HopperFamily(Gemm):
     def resident(self, problem: Problem, pass_: str, c: dict, tile, device: Device) -> np.ndarray:
         return np.ones_like(c["PROGRAMS"])
 
-    def step_clocks(self, problem: Problem, pass_: str, c: dict, tile, device: Device, precision: str, flat: bool) -> dict[str, np.ndarray]:
+    def step_clocks(
+        self,
+        problem: Problem,
+        pass_: str,
+        c: dict,
+        tile,
+        device: Device,
+        precision: str,
+        flat: bool,
+    ) -> dict[str, np.ndarray]:
         (m, n, k), nbytes = tile, DTYPE_BYTES[problem.dtype]
         fma, moved, read = m * n * k, (m + n) * k * nbytes, (m + m // 64 * n) * k * nbytes
-        return {"tensor": fma / device.mma_rate(problem.dtype, precision), "issue": (fma / 2**16 + assumed.HOPPER_STEP) / 4,
-                "shared": (moved + read) / 128, "l2": moved / device.l2_clock / assumed.L2}
+        return {
+            "tensor": fma / device.mma_rate(problem.dtype, precision),
+            "issue": (fma / 2**16 + assumed.HOPPER_STEP) / 4,
+            "shared": (moved + read) / 128,
+            "l2": moved / device.l2_clock / assumed.L2,
+        }
 
-    def waves(self, problem: Problem, pass_: str, configs, axes, count, total, most, fit, alone, device: Device) -> np.ndarray:
+    def waves(
+        self,
+        problem: Problem,
+        pass_: str,
+        configs,
+        axes,
+        count,
+        total,
+        most,
+        fit,
+        alone,
+        device: Device,
+    ) -> np.ndarray:
         found = []
         for config, tiles, clocks in zip(configs, count.tolist(), total.tolist()):
             programs = config.PROGRAMS if config.STREAM else min(config.PROGRAMS, tiles)
-            most, tiles = (1 / programs, tiles / programs + 1) if config.STREAM else self.busiest(problem, pass_, config, axes)
-            found.append(-(-programs // device.sms) * (most * clocks + tiles * assumed.HOPPER_TILE[config.PINGPONG]) + assumed.PROGRAM)
+            most, tiles = (
+                (1 / programs, tiles / programs + 1)
+                if config.STREAM
+                else self.busiest(problem, pass_, config, axes)
+            )
+            found.append(
+                -(-programs // device.sms)
+                * (most * clocks + tiles * assumed.HOPPER_TILE[config.PINGPONG])
+                + assumed.PROGRAM
+            )
         return np.array(found)
 
-    def busiest(self, problem: Problem, pass_: str, config: Hopper, axes: tuple[Axis, Axis]) -> tuple[float, int]:
-        """(share of all steps, tiles) of the program with the most steps, when programs take every PROGRAMS-th tile."""
+    def busiest(
+        self, problem: Problem, pass_: str, config: Hopper, axes: tuple[Axis, Axis]
+    ) -> tuple[float, int]:
+        """(share of all steps, tiles) of the program with the most steps, when programs take every
+        PROGRAMS-th tile."""
         steps = []
         for axis, side in zip(axes, (config.BLOCK_P, config.BLOCK_Q)):
             if pass_ == "wgrad":
@@ -200,84 +321,203 @@ class HopperFamily(Gemm):
             steps.append(live[middle + np.where(at % 2, at // 2 + 1, -(at // 2))])
         tiles = Gemm.programs(self, problem, pass_, config, axes)
         walked = np.outer(*steps).ravel()
-        walked = np.repeat(walked, tiles // len(walked)) if pass_ == "wgrad" else grouped(walked, problem, pass_, config)
+        walked = (
+            np.repeat(walked, tiles // len(walked))
+            if pass_ == "wgrad"
+            else grouped(walked, problem, pass_, config)
+        )
         loads = np.bincount(np.arange(tiles) % config.PROGRAMS, walked)
         return loads.max() / max(walked.sum(), 1), -(-tiles // config.PROGRAMS)
 
     def sums(self, problem: Problem, pass_: str, c: dict, tile) -> np.ndarray:
         m, n, _ = tile
         shared = np.where(c["STREAM"], c["PROGRAMS"] - 1, 0) * m * n
-        return assumed.HOPPER_SUMS * shared * (3 * 4 + DTYPE_BYTES[problem.dtype])             # two fp32 parts of each, of which one is written before the end; the result
+        # two fp32 parts of each, of which one is written before the end; the result
+        return assumed.HOPPER_SUMS * shared * (3 * 4 + DTYPE_BYTES[problem.dtype])
 
     def partial_bytes(self, problem: Problem, pass_: str, config: Hopper) -> int:
         m, n, _ = self.tile(config, pass_)
         return 16 * (config.PROGRAMS - 1) * m * n * len(problem.axes(pass_)) if config.STREAM else 0
 
-    def why(self, problem: Problem, pass_: str, config: Config, device: Device, precision: str) -> str:
+    def why(
+        self, problem: Problem, pass_: str, config: Config, device: Device, precision: str
+    ) -> str:
         return f"persistent programs of {device.target} load boxes of the image while they multiply"
 
     # ---- launches
-    def plan(self, problem: Problem, pass_: str, config: Config, precision: str, has_bias: bool) -> list[Launch]:
+    def plan(
+        self, problem: Problem, pass_: str, config: Config, precision: str, has_bias: bool
+    ) -> list[Launch]:
         if problem.dtype == "float32" and precision != "tf32":
-            raise ValueError(f"kernel hopper multiplies float32 in tf32 only, got precision={precision!r}")
+            raise ValueError(
+                f"kernel hopper multiplies float32 in tf32 only, got precision={precision!r}"
+            )
         if pass_ == "wgrad":
             return self._wgrad(problem, config)
-        return [item for h, w in problem.axes(pass_) for item in self._correlation(problem, pass_, h, w, config, has_bias)]
+        return [
+            item
+            for h, w in problem.axes(pass_)
+            for item in self._correlation(problem, pass_, h, w, config, has_bias)
+        ]
 
-    def _correlation(self, p: Problem, pass_: str, h: Axis, w: Axis, config: Correlation, has_bias: bool) -> list[Launch]:
+    def _correlation(
+        self, p: Problem, pass_: str, h: Axis, w: Axis, config: Correlation, has_bias: bool
+    ) -> list[Launch]:
         """fprop, or one residue class of dgrad; axes h, w."""
         c, k = p.c // p.groups, p.k // p.groups
         source, out = (c, k) if pass_ == "fprop" else (k, c)
         tiles = self.programs(p, pass_, config, (h, w))
         scalars, known, _, _, _ = correlation_result(p, pass_, h, w, config, has_bias)
         scalars = {name: scalars[name] for name in scalars if name not in ("SPLIT_K", "sy_split")}
-        walked = [int(axis.steps([side])[0]) for axis, side in ((h, config.BLOCK_P), (w, config.BLOCK_Q))]
-        sizes, ends = (p.n, h.out, w.out, out * p.groups), [scalars[name] for name in ("sy_n", "sy_p", "sy_q")]
+        walked = [
+            int(axis.steps([side])[0]) for axis, side in ((h, config.BLOCK_P), (w, config.BLOCK_Q))
+        ]
+        sizes, ends = (
+            (p.n, h.out, w.out, out * p.groups),
+            [scalars[name] for name in ("sy_n", "sy_p", "sy_q")],
+        )
         store = stores_boxes(config, p, pass_)
         x, h, w = source_box(p.n, source * p.groups, h, w, config, config.BLOCK_K)
         y = Box(sizes, (*ends, 1), self.stored(config, p, pass_), scalars["y0"], WIDTH)
-        tile = (config.BLOCK_N, 1, config.BLOCK_K) if pass_ == "fprop" else (config.BLOCK_K, 1, config.BLOCK_N)
+        tile = (
+            (config.BLOCK_N, 1, config.BLOCK_K)
+            if pass_ == "fprop"
+            else (config.BLOCK_K, 1, config.BLOCK_N)
+        )
         weights = Box((p.k, p.r * p.s, c), (p.r * p.s * c, c, 1), tile, 0, WIDTH)
-        scalars |= dict(C=source, R=h.taps, S=w.taps, FILTER_S=p.s, **steps(h, w), sum_h=walked[0], sum_w=walked[1],
-                        GROUP=min(config.GROUP, -(-out // config.BLOCK_N)))
-        tensors = (("x", "a", replace(x, swizzle=WIDTH)), ("w", "b", weights), ("bias_ptr", "bias", None), ("y", "out", y if store else None),
-                   ("part_ptr", "partials" if config.STREAM else "out", None))
-        constexprs = dict(TRANSPOSED=pass_ == "dgrad", HAS_BIAS=has_bias, TMA_STORE=store, ROWS_FIRST=p.layout != "nhwc",
-                          ALIGN_Y=known["ALIGN_Y"]) | self.constants(config)
+        scalars |= dict(
+            C=source,
+            R=h.taps,
+            S=w.taps,
+            FILTER_S=p.s,
+            **steps(h, w),
+            sum_h=walked[0],
+            sum_w=walked[1],
+            GROUP=min(config.GROUP, -(-out // config.BLOCK_N)),
+        )
+        tensors = (
+            ("x", "a", replace(x, swizzle=WIDTH)),
+            ("w", "b", weights),
+            ("bias_ptr", "bias", None),
+            ("y", "out", y if store else None),
+            ("part_ptr", "partials" if config.STREAM else "out", None),
+        )
+        constexprs = dict(
+            TRANSPOSED=pass_ == "dgrad",
+            HAS_BIAS=has_bias,
+            TMA_STORE=store,
+            ROWS_FIRST=p.layout != "nhwc",
+            ALIGN_Y=known["ALIGN_Y"],
+        ) | self.constants(config)
         return self.launches("correlate", tiles, tensors, scalars, constexprs, config, pass_)
 
     def _wgrad(self, p: Problem, config: Reduction) -> list[Launch]:
         c, (h, w) = p.c // p.groups, p.fprop_axes
         tiles = self.programs(p, "wgrad", config, (h, w))
-        walked = [int(np.maximum(axis.steps_out([side]), 1).sum()) for axis, side in ((h, config.BLOCK_P), (w, config.BLOCK_Q))]
+        walked = [
+            int(np.maximum(axis.steps_out([side]), 1).sum())
+            for axis, side in ((h, config.BLOCK_P), (w, config.BLOCK_Q))
+        ]
         s_k, s_c, s_r, s_s = strides(p.w_shape, p.layout)
         x, h, w = source_box(p.n, p.c, h, w, config, config.BLOCK_N)
-        dy = Box((p.n, h.out, w.out, p.k), nhwc_strides(h.out, w.out, p.k), box_of(config, config.BLOCK_M), 0, WIDTH)
-        dw = Box((p.k, p.r, p.s, c), (s_k, s_r, s_s, s_c), self.stored(config, p, "wgrad"), 0, WIDTH)
+        dy = Box(
+            (p.n, h.out, w.out, p.k),
+            nhwc_strides(h.out, w.out, p.k),
+            box_of(config, config.BLOCK_M),
+            0,
+            WIDTH,
+        )
+        dw = Box(
+            (p.k, p.r, p.s, c), (s_k, s_r, s_s, s_c), self.stored(config, p, "wgrad"), 0, WIDTH
+        )
         store = p.layout == "nhwc"
-        scalars = dict(N=p.n, P=p.p, Q=p.q, C=c, K=p.k // p.groups, G=p.groups, R=p.r, S=p.s, **steps(h, w), sum_h=walked[0], sum_w=walked[1],
-                       sw_k=s_k, sw_c=s_c, sw_r=s_r, sw_s=s_s)
-        tensors = (("x", "b", replace(x, swizzle=WIDTH)), ("dy", "a", dy), ("dw", "out", dw if store else None),
-                   ("part_ptr", "partials" if config.STREAM else "out", None))
-        return self.launches("wgrad", tiles, tensors, scalars, dict(TMA_STORE=store) | self.constants(config), config, "wgrad")
+        scalars = dict(
+            N=p.n,
+            P=p.p,
+            Q=p.q,
+            C=c,
+            K=p.k // p.groups,
+            G=p.groups,
+            R=p.r,
+            S=p.s,
+            **steps(h, w),
+            sum_h=walked[0],
+            sum_w=walked[1],
+            sw_k=s_k,
+            sw_c=s_c,
+            sw_r=s_r,
+            sw_s=s_s,
+        )
+        tensors = (
+            ("x", "b", replace(x, swizzle=WIDTH)),
+            ("dy", "a", dy),
+            ("dw", "out", dw if store else None),
+            ("part_ptr", "partials" if config.STREAM else "out", None),
+        )
+        return self.launches(
+            "wgrad",
+            tiles,
+            tensors,
+            scalars,
+            dict(TMA_STORE=store) | self.constants(config),
+            config,
+            "wgrad",
+        )
 
-    def launches(self, name: str, programs: int, tensors, scalars: dict, constexprs: dict, config: Hopper, pass_: str) -> list[Launch]:
+    def launches(
+        self,
+        name: str,
+        programs: int,
+        tensors,
+        scalars: dict,
+        constexprs: dict,
+        config: Hopper,
+        pass_: str,
+    ) -> list[Launch]:
         """The launch of a pass, and (STREAM) the one that sums the tiles that programs share."""
         m, n, _ = self.tile(config, pass_)
         parts = 2 * programs * m * n if config.STREAM else 0
-        found = [launch(f"hopper:{name}_hopper", programs, tensors, scalars, constexprs, config.options(), parts)]
+        found = [
+            launch(
+                f"hopper:{name}_hopper",
+                programs,
+                tensors,
+                scalars,
+                constexprs,
+                config.options(),
+                parts,
+            )
+        ]
         if config.STREAM and programs > 1:
             rows = min(m, SUMMED // n)
-            sums = (("part_ptr", "partials", None), ("dw_ptr" if pass_ == "wgrad" else "y_ptr", "out", None))
+            sums = (
+                ("part_ptr", "partials", None),
+                ("dw_ptr" if pass_ == "wgrad" else "y_ptr", "out", None),
+            )
             sums += tuple(item for item in tensors if item[0] == "bias_ptr")
-            kept = {key: value for key, value in constexprs.items() if key.startswith("BLOCK_") or key in ("HAS_BIAS", "ROWS_FIRST", "ALIGN_Y")}
+            kept = {
+                key: value
+                for key, value in constexprs.items()
+                if key.startswith("BLOCK_") or key in ("HAS_BIAS", "ROWS_FIRST", "ALIGN_Y")
+            }
             scalars = scalars | {"programs": programs}
-            found.append(launch(f"hopper:add_{name}", (programs - 1) * (m // rows), sums, scalars, kept | {"ROWS": rows}, {}))
+            found.append(
+                launch(
+                    f"hopper:add_{name}",
+                    (programs - 1) * (m // rows),
+                    sums,
+                    scalars,
+                    kept | {"ROWS": rows},
+                    {},
+                )
+            )
         return found
 
     def constants(self, config: Hopper) -> dict:
         values = config.constexprs()
-        return {name: values[name] for name in values if name not in ("PROGRAMS", "GROUP")} | {"STAGES": config.num_stages}
+        return {name: values[name] for name in values if name not in ("PROGRAMS", "GROUP")} | {
+            "STAGES": config.num_stages
+        }
 
     def stored(self, config: Hopper, problem: Problem, pass_: str) -> tuple[int, ...]:
         """The box of one store by descriptor: a consumer's rows, WIDTH bytes of columns."""
@@ -289,28 +529,45 @@ class HopperFamily(Gemm):
         return rows // q // p, p, q, columns
 
     # ---- work
-    def programs(self, problem: Problem, pass_: str, config: Hopper, axes: tuple[Axis, Axis]) -> int:
-        return config.PROGRAMS if config.STREAM else min(config.PROGRAMS, super().programs(problem, pass_, config, axes))
+    def programs(
+        self, problem: Problem, pass_: str, config: Hopper, axes: tuple[Axis, Axis]
+    ) -> int:
+        return (
+            config.PROGRAMS
+            if config.STREAM
+            else min(config.PROGRAMS, super().programs(problem, pass_, config, axes))
+        )
 
 
 def wrong_dtype(problem: Problem, pass_: str) -> str | None:
     if problem.dtype == "float64" or problem.dtype == "float32" and pass_ != "fprop":
-        return ("kernel hopper takes float16, bfloat16 and, in fprop, float32: wgmma takes tf32 only where the reduction is innermost in memory, "
-                f"got {problem.dtype} in {pass_}")
+        return (
+            "kernel hopper takes float16, bfloat16 and, in fprop, float32: wgmma takes tf32 only where the reduction is innermost in memory, "
+            f"got {problem.dtype} in {pass_}"
+        )
     return None
 
 
 def stores_boxes(config: Hopper, problem: Problem, pass_: str) -> bool:
     """Whether results are stored by descriptor: NHWC, in multiples of 16 bytes per pixel."""
     _, out, _ = channels(problem, pass_)
-    return problem.layout == "nhwc" and out * DTYPE_BYTES[problem.dtype] % 16 == 0 and (problem.groups == 1 or out % config.BLOCK_N == 0)
+    return (
+        problem.layout == "nhwc"
+        and out * DTYPE_BYTES[problem.dtype] % 16 == 0
+        and (problem.groups == 1 or out % config.BLOCK_N == 0)
+    )
 
 
 def grouped(steps: np.ndarray, problem: Problem, pass_: str, config: Correlation) -> np.ndarray:
     """The steps of all tiles in their order, of those of all pixel boxes of an image."""
     tiles_n = -(-channels(problem, pass_)[1] // config.BLOCK_N)
     images = -(-problem.n // config.BLOCK_IMG) * problem.groups
-    return np.concatenate([np.repeat(steps, images * min(config.GROUP, tiles_n - first)) for first in range(0, tiles_n, config.GROUP)])
+    return np.concatenate(
+        [
+            np.repeat(steps, images * min(config.GROUP, tiles_n - first))
+            for first in range(0, tiles_n, config.GROUP)
+        ]
+    )
 
 
 FAMILY = HopperFamily()

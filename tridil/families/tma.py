@@ -1,5 +1,6 @@
-"""Tiles of matrix products whose operands are boxes that the hardware loads by descriptor (TMA), sm_90 and sm_100: kernels/tma.py. Box sides are powers of
-two."""
+"""Tiles of matrix products whose operands are boxes that the hardware loads by descriptor (TMA),
+sm_90 and sm_100: kernels/tma.py. Box sides are powers of two."""
+
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -13,15 +14,38 @@ from ..devices import Device
 from ..problem import DTYPE_BYTES, Axis, Problem
 from .base import Box, Config, Launch, elements, launch, steps, triton_version, vector
 from .depthwise import is_depthwise
-from .gemm import Gemm, GemmConfig, channels, correlation_result, has_mma, is_flat, reduction_steps, search, suits, wgrad_result
+from .gemm import (
+    Gemm,
+    GemmConfig,
+    channels,
+    correlation_result,
+    has_mma,
+    is_flat,
+    reduction_steps,
+    search,
+    suits,
+    wgrad_result,
+)
 
-TILES = ((128, 128, 4), (128, 256, 8), (256, 128, 8), (64, 256, 4), (256, 64, 4), (64, 128, 4), (128, 64, 4), (64, 64, 4), (128, 32, 4),
-         (32, 128, 4))             # (M, N, num_warps)
+TILES = (
+    (128, 128, 4),
+    (128, 256, 8),
+    (256, 128, 8),
+    (64, 256, 4),
+    (256, 64, 4),
+    (64, 128, 4),
+    (128, 64, 4),
+    (64, 64, 4),
+    (128, 32, 4),
+    (32, 128, 4),
+)  # (M, N, num_warps)
 
 
 @dataclass(frozen=True)
 class Correlation(GemmConfig):
-    """fprop and dgrad. WEIGHT_FIRST: the weight tile is the first operand of the product. WARP_SPECIALIZE: loads and products have warps of their own."""
+    """fprop and dgrad. WEIGHT_FIRST: the weight tile is the first operand of the product.
+    WARP_SPECIALIZE: loads and products have warps of their own."""
+
     BLOCK_K: int
     WEIGHT_FIRST: bool
     WARP_SPECIALIZE: bool
@@ -30,6 +54,7 @@ class Correlation(GemmConfig):
 @dataclass(frozen=True)
 class Reduction(GemmConfig):
     """wgrad."""
+
     BLOCK_M: int
     WARP_SPECIALIZE: bool
 
@@ -50,15 +75,23 @@ class Tma(Gemm):
 
     # ---- legality
     def fits(self, config: Config, problem: Problem, pass_: str, target: str) -> str | None:
-        for name in ("WARP_SPECIALIZE",) if pass_ == "wgrad" else ("WEIGHT_FIRST", "WARP_SPECIALIZE"):
+        for name in (
+            ("WARP_SPECIALIZE",) if pass_ == "wgrad" else ("WEIGHT_FIRST", "WARP_SPECIALIZE")
+        ):
             if not isinstance(getattr(config, name), bool):
                 return f"{name} must be True or False, got {getattr(config, name)!r}"
         blocks = [name for name in config.names() if name.startswith("BLOCK_")]
-        return (self.illegal(config, pass_, target, 16, blocks) or self._no_descriptors(config, problem, pass_, target)
-                or self.too_large(config, problem, pass_, target))
+        return (
+            self.illegal(config, pass_, target, 16, blocks)
+            or self._no_descriptors(config, problem, pass_, target)
+            or self.too_large(config, problem, pass_, target)
+        )
 
-    def _no_descriptors(self, config: Config, problem: Problem, pass_: str, target: str) -> str | None:
-        """Why tensor descriptors cannot describe the tensors or the tiles. Limits: CUDA driver API, cuTensorMapEncodeTiled."""
+    def _no_descriptors(
+        self, config: Config, problem: Problem, pass_: str, target: str
+    ) -> str | None:
+        """Why tensor descriptors cannot describe the tensors or the tiles. Limits: CUDA driver API,
+        cuTensorMapEncodeTiled."""
         if architecture(target) < 90:
             return f"kernel {config.kernel!r} needs sm_90 or later, got {target}"
         if config.WARP_SPECIALIZE and architecture(target) // 10 != 10:
@@ -68,56 +101,108 @@ class Tma(Gemm):
         sides = [getattr(config, name) for name in config.names() if name.startswith("BLOCK_")]
         return no_descriptors(problem, pass_) or self._no_boxes(config, problem, pass_, sides)
 
-    def _no_boxes(self, config: Config, problem: Problem, pass_: str, sides: list[int]) -> str | None:
+    def _no_boxes(
+        self, config: Config, problem: Problem, pass_: str, sides: list[int]
+    ) -> str | None:
         if max(sides) > 256:
             return f"box sides must be at most 256, got {sides}"
-        reduced, block = problem.c if pass_ == "fprop" else problem.k, "BLOCK_M" if pass_ == "wgrad" else "BLOCK_K"
+        reduced, block = (
+            problem.c if pass_ == "fprop" else problem.k,
+            "BLOCK_M" if pass_ == "wgrad" else "BLOCK_K",
+        )
         if problem.groups > 1 and reduced // problem.groups % getattr(config, block):
-            return (f"with groups={problem.groups}, {block} (={getattr(config, block)}) must divide the {reduced // problem.groups} channels of a "
-                    "group")
+            return (
+                f"with groups={problem.groups}, {block} (={getattr(config, block)}) must divide the {reduced // problem.groups} channels of a "
+                "group"
+            )
         return None
 
     # ---- candidates
-    def tile_options(self, problem: Problem, pass_: str, target: str, precision: str) -> list[Config]:
+    def tile_options(
+        self, problem: Problem, pass_: str, target: str, precision: str
+    ) -> list[Config]:
         is_meant = architecture(target) // 10 in (9, 10) and has_mma(problem, precision)
-        if not is_meant or is_flat(problem, pass_) or is_depthwise(problem) or no_descriptors(problem, pass_):
+        if (
+            not is_meant
+            or is_flat(problem, pass_)
+            or is_depthwise(problem)
+            or no_descriptors(problem, pass_)
+        ):
             return []
         return list(self._tiles_of(problem, pass_, target, precision))
 
     def why_not(self, problem: Problem, pass_: str, target: str, precision: str) -> str | None:
         if is_flat(problem, pass_) or is_depthwise(problem) or not has_mma(problem, precision):
             return None
-        return no_descriptors(problem, pass_) if architecture(target) // 10 in (9, 10) else f"{target} has no descriptors that pay"
+        return (
+            no_descriptors(problem, pass_)
+            if architecture(target) // 10 in (9, 10)
+            else f"{target} has no descriptors that pay"
+        )
 
-    def _tiles_of(self, problem: Problem, pass_: str, target: str, precision: str) -> Iterator[Config]:
+    def _tiles_of(
+        self, problem: Problem, pass_: str, target: str, precision: str
+    ) -> Iterator[Config]:
         nbytes, boxes = DTYPE_BYTES[problem.dtype], search(problem, pass_)
         specialize = architecture(target) // 10 == 10 and not (pass_ == "wgrad" and nbytes == 4)
         rows, cols, reduced = channels(problem, pass_)
         for m, n, warps in TILES:
-            if not suits(m, n, rows, cols, nbytes) or (warps == 8 and pass_ == "fprop" and target == "cuda:90" and triton_version() == (3, 6)):
-                continue                                                 # Triton 3.6 waits for each of fprop's products when 8 warps share a tile
-            for step in reduction_steps(pass_, reduced, nbytes)[:1 if rows else 2]:
+            if not suits(m, n, rows, cols, nbytes) or (
+                warps == 8
+                and pass_ == "fprop"
+                and target == "cuda:90"
+                and triton_version() == (3, 6)
+            ):
+                # Triton 3.6 waits for each of fprop's products when 8 warps share a tile
+                continue
+            for step in reduction_steps(pass_, reduced, nbytes)[: 1 if rows else 2]:
                 box = boxes.box(step if rows else m, powers=True)
                 # tcgen05 runs at full rate from 128 rows on
-                tile = dict(BLOCK_M=m) if rows else dict(BLOCK_K=step, WEIGHT_FIRST=n >= 64 and (not specialize or m < 128))
+                tile = (
+                    dict(BLOCK_M=m)
+                    if rows
+                    else dict(BLOCK_K=step, WEIGHT_FIRST=n >= 64 and (not specialize or m < 128))
+                )
                 option = self.config_class(pass_)(
-                    kernel="tma", SPLIT_K=1, num_warps=warps, num_stages=3, maxnreg=None, BLOCK_IMG=box[0], BLOCK_P=box[1], BLOCK_Q=box[2],
-                    BLOCK_N=n, WARP_SPECIALIZE=specialize, **tile)
+                    kernel="tma",
+                    SPLIT_K=1,
+                    num_warps=warps,
+                    num_stages=3,
+                    maxnreg=None,
+                    BLOCK_IMG=box[0],
+                    BLOCK_P=box[1],
+                    BLOCK_Q=box[2],
+                    BLOCK_N=n,
+                    WARP_SPECIALIZE=specialize,
+                    **tile,
+                )
                 for config in self.splits(option, boxes, target):
-                    if rows or m <= 128 or not specialize or stores_boxes(config, problem, pass_):     # else the store's addresses would spill
+                    # else the store's addresses would spill
+                    if rows or m <= 128 or not specialize or stores_boxes(config, problem, pass_):
                         yield config
 
     # ---- time
     def writes_partials(self, c: dict, pass_: str) -> np.ndarray:
-        return (c["SPLIT_K"] > 1) | (pass_ == "wgrad")                     # the epilogue of wgrad is as wide
+        # the epilogue of wgrad is as wide
+        return (c["SPLIT_K"] > 1) | (pass_ == "wgrad")
 
     def alone(self, c: dict) -> np.ndarray:
         return np.where(c["WARP_SPECIALIZE"], assumed.ALONE_SPECIALIZED, super().alone(c))
 
     def resident(self, problem: Problem, pass_: str, c: dict, tile, device: Device) -> np.ndarray:
-        return np.where(c["WARP_SPECIALIZE"], 1, super().resident(problem, pass_, c, tile, device))     # its warps take all registers
+        # its warps take all registers
+        return np.where(c["WARP_SPECIALIZE"], 1, super().resident(problem, pass_, c, tile, device))
 
-    def step_clocks(self, problem: Problem, pass_: str, c: dict, tile, device: Device, precision: str, flat: bool) -> dict[str, np.ndarray]:
+    def step_clocks(
+        self,
+        problem: Problem,
+        pass_: str,
+        c: dict,
+        tile,
+        device: Device,
+        precision: str,
+        flat: bool,
+    ) -> dict[str, np.ndarray]:
         (m, n, k), nbytes = tile, DTYPE_BYTES[problem.dtype]
         fma, moved = m * n * k, (m + n) * k * nbytes
         fixed, _ = assumed.LOOP["tma", pass_]
@@ -126,55 +211,122 @@ class Tma(Gemm):
         other = np.where(specialized, assumed.SPECIALIZED, c["num_warps"] * fixed)
         # operands stay in shared memory; a warpgroup reads its 64 rows and all columns
         read = (m + (-(-m // 64) if device.target == "cuda:90" else 1) * n) * k * nbytes
-        return {"tensor": fma / device.mma_rate(problem.dtype, precision), "issue": (products + other) / 4, "shared": (moved + read) / 128,
-                "l2": moved / device.l2_clock / assumed.L2}
+        return {
+            "tensor": fma / device.mma_rate(problem.dtype, precision),
+            "issue": (products + other) / 4,
+            "shared": (moved + read) / 128,
+            "l2": moved / device.l2_clock / assumed.L2,
+        }
 
-    def why(self, problem: Problem, pass_: str, config: Config, device: Device, precision: str) -> str:
+    def why(
+        self, problem: Problem, pass_: str, config: Config, device: Device, precision: str
+    ) -> str:
         return f"{device.target} loads boxes of the image by descriptor"
 
     # ---- launches
-    def plan(self, problem: Problem, pass_: str, config: Config, precision: str, has_bias: bool) -> list[Launch]:
+    def plan(
+        self, problem: Problem, pass_: str, config: Config, precision: str, has_bias: bool
+    ) -> list[Launch]:
         if pass_ == "wgrad":
             return self._wgrad(problem, config, precision)
-        return [item for h, w in problem.axes(pass_) for item in self._correlation(problem, pass_, h, w, config, precision, has_bias)]
+        return [
+            item
+            for h, w in problem.axes(pass_)
+            for item in self._correlation(problem, pass_, h, w, config, precision, has_bias)
+        ]
 
-    def _correlation(self, p: Problem, pass_: str, h: Axis, w: Axis, config: Config, precision: str, has_bias: bool) -> list[Launch]:
+    def _correlation(
+        self,
+        p: Problem,
+        pass_: str,
+        h: Axis,
+        w: Axis,
+        config: Config,
+        precision: str,
+        has_bias: bool,
+    ) -> list[Launch]:
         """fprop, or one residue class of dgrad; axes h, w."""
         c, k, split = p.c // p.groups, p.k // p.groups, config.SPLIT_K
         source, out = (c, k) if pass_ == "fprop" else (k, c)
         programs = self.programs(p, pass_, config, (h, w))
-        scalars, constexprs, result, total, sums = correlation_result(p, pass_, h, w, config, has_bias)
-        sizes, ends = (split, p.n, h.out, w.out, out * p.groups), [scalars[name] for name in ("sy_n", "sy_p", "sy_q")]
+        scalars, constexprs, result, total, sums = correlation_result(
+            p, pass_, h, w, config, has_bias
+        )
+        sizes, ends = (
+            (split, p.n, h.out, w.out, out * p.groups),
+            [scalars[name] for name in ("sy_n", "sy_p", "sy_q")],
+        )
         x, h, w = source_box(p.n, source * p.groups, h, w, config, config.BLOCK_K)
         store = stores_boxes(config, p, pass_)
-        y = Box(sizes, (prod(sizes[1:]), *ends, 1), (1, *box_of(config, config.BLOCK_N)), scalars["y0"])
+        y = Box(
+            sizes, (prod(sizes[1:]), *ends, 1), (1, *box_of(config, config.BLOCK_N)), scalars["y0"]
+        )
         ragged = pass_ == "fprop" and c % config.BLOCK_K != 0
-        taps, tile = p.r * p.s, (config.BLOCK_N, config.BLOCK_K) if pass_ == "fprop" else (config.BLOCK_K, config.BLOCK_N)
-        weights = Box((p.k, taps, c), (taps * c, c, 1), (tile[0], 1, tile[1])) if ragged else Box((p.k, taps * c), (taps * c, 1), tile)
-        tensors = (("x", "a", x), ("w", "b", weights), ("bias_ptr", "bias", None), ("y", result, y if store else None))
+        taps, tile = (
+            p.r * p.s,
+            (config.BLOCK_N, config.BLOCK_K)
+            if pass_ == "fprop"
+            else (config.BLOCK_K, config.BLOCK_N),
+        )
+        weights = (
+            Box((p.k, taps, c), (taps * c, c, 1), (tile[0], 1, tile[1]))
+            if ragged
+            else Box((p.k, taps * c), (taps * c, 1), tile)
+        )
+        tensors = (
+            ("x", "a", x),
+            ("w", "b", weights),
+            ("bias_ptr", "bias", None),
+            ("y", result, y if store else None),
+        )
         scalars |= dict(C=source, CW=c, R=h.taps, S=w.taps, FILTER_S=p.s, **steps(h, w))
-        constexprs |= config.constexprs() | dict(PRECISION=precision, TMA_STORE=store, INT64=not store and elements(p) >= 2**31, RAGGED=ragged)
-        return [launch("tma:correlate_tma", programs, tensors, scalars, constexprs, config.options(), total), *sums]
+        constexprs |= config.constexprs() | dict(
+            PRECISION=precision,
+            TMA_STORE=store,
+            INT64=not store and elements(p) >= 2**31,
+            RAGGED=ragged,
+        )
+        return [
+            launch(
+                "tma:correlate_tma", programs, tensors, scalars, constexprs, config.options(), total
+            ),
+            *sums,
+        ]
 
     def _wgrad(self, p: Problem, config: Config, precision: str) -> list[Launch]:
         c, (h, w) = p.c // p.groups, p.fprop_axes
         programs = self.programs(p, "wgrad", config, (h, w))
-        partial = config.SPLIT_K > 1 or p.layout != "nhwc"                 # the descriptor stores channels last
+        # the descriptor stores channels last
+        partial = config.SPLIT_K > 1 or p.layout != "nhwc"
         scalars, _, result, total, sums = wgrad_result(p, config, partial)
         x, h, w = source_box(p.n, p.c, h, w, config, config.BLOCK_N)
-        dy = Box((p.n, h.out, w.out, p.k), nhwc_strides(h.out, w.out, p.k), box_of(config, config.BLOCK_M))
+        dy = Box(
+            (p.n, h.out, w.out, p.k),
+            nhwc_strides(h.out, w.out, p.k),
+            box_of(config, config.BLOCK_M),
+        )
         whole = prod(p.w_shape), p.r * p.s * c, c, 1
         dw = Box((config.SPLIT_K, p.k, p.r * p.s, c), whole, (1, config.BLOCK_M, 1, config.BLOCK_N))
         tensors = (("x", "b", x), ("dy", "a", dy), ("dw", result, dw))
         scalars |= dict(C=c, R=p.r, S=p.s, **steps(h, w))
         constexprs = config.constexprs() | dict(PRECISION=precision)
-        return [launch("tma:wgrad_tma", programs, tensors, scalars, constexprs, config.options(), total), *sums]
+        return [
+            launch(
+                "tma:wgrad_tma", programs, tensors, scalars, constexprs, config.options(), total
+            ),
+            *sums,
+        ]
 
 
 def no_descriptors(problem: Problem, pass_: str) -> str | None:
     """Why the tensors of a pass cannot be described."""
     c, k = problem.c // problem.groups, problem.k // problem.groups
-    if problem.dtype == "float64" or c % vector(problem) or pass_ != "fprop" and k % vector(problem):
+    if (
+        problem.dtype == "float64"
+        or c % vector(problem)
+        or pass_ != "fprop"
+        and k % vector(problem)
+    ):
         return f"descriptors need channels in multiples of 16 bytes and at most 4 bytes each, got {c} and {k} of {problem.dtype} per group"
     if any(axis.subsampled is None for axes in problem.axes(pass_) for axis in axes):
         return f"descriptors need a dilation that is a multiple of the stride, got stride {problem.stride}, dilation {problem.dilation}"
@@ -182,17 +334,34 @@ def no_descriptors(problem: Problem, pass_: str) -> str | None:
 
 
 def stores_boxes(config: Config, problem: Problem, pass_: str) -> bool:
-    """Whether fprop or dgrad stores its result by descriptor: fp32 partial sums, or NHWC, in multiples of 16 bytes per pixel."""
+    """Whether fprop or dgrad stores its result by descriptor: fp32 partial sums, or NHWC, in
+    multiples of 16 bytes per pixel."""
     _, out, _ = channels(problem, pass_)
     nbytes = 4 if config.SPLIT_K > 1 else DTYPE_BYTES[problem.dtype]
-    return (config.SPLIT_K > 1 or problem.layout == "nhwc") and out * nbytes % 16 == 0 and (problem.groups == 1 or out % config.BLOCK_N == 0)
+    return (
+        (config.SPLIT_K > 1 or problem.layout == "nhwc")
+        and out * nbytes % 16 == 0
+        and (problem.groups == 1 or out % config.BLOCK_N == 0)
+    )
 
 
-def source_box(n: int, size: int, h: Axis, w: Axis, config: Config, block: int) -> tuple[Box, Axis, Axis]:
-    """The descriptor of the source of a correlation (NHWC, `size` channels), strided axes seen as views of stride 1, and the axes of that view."""
+def source_box(
+    n: int, size: int, h: Axis, w: Axis, config: Config, block: int
+) -> tuple[Box, Axis, Axis]:
+    """The descriptor of the source of a correlation (NHWC, `size` channels), strided axes seen as
+    views of stride 1, and the axes of that view."""
     (h_view, h0, h_step), (w_view, w0, w_step) = h.subsampled, w.subsampled
     s_n, s_h, s_w, _ = nhwc_strides(h.size, w.size, size)
-    return Box((n, h_view.size, w_view.size, size), (s_n, s_h * h_step, s_w * w_step, 1), box_of(config, block), h0 * s_h + w0 * s_w), h_view, w_view
+    return (
+        Box(
+            (n, h_view.size, w_view.size, size),
+            (s_n, s_h * h_step, s_w * w_step, 1),
+            box_of(config, block),
+            h0 * s_h + w0 * s_w,
+        ),
+        h_view,
+        w_view,
+    )
 
 
 def box_of(config: Config, size: int) -> tuple[int, ...]:

@@ -1,17 +1,21 @@
 """Pieces that the convolution kernels share: pixel boxes, live taps, addresses, epilogue."""
+
 import triton
 import triton.language as tl
 
-# scalars that need no specialisation, since what the loops need to know of them is said by constexprs (ALIGN*): one compiled kernel serves every
-# size, dilation, padding and split
-RUNTIME = ("N H W P Q K off_h off_w dil_h dil_w tap_r tap_s step_r SPLIT_K total "
-           "sy_split sy_n sy_p sy_q y0 sw_split sw_k sw_r sw_s").split()
+# scalars that need no specialisation, since what the loops need to know of them is said by
+# constexprs (ALIGN*): one compiled kernel serves every size, dilation, padding and split
+RUNTIME = (
+    "N H W P Q K off_h off_w dil_h dil_w tap_r tap_s step_r SPLIT_K total "
+    "sy_split sy_n sy_p sy_q y0 sw_split sw_k sw_r sw_s"
+).split()
 # those for which only 1 is a case of its own: contiguous results; no multiplication in wgrad's loop
 STEP_1 = "G stride_h stride_w step_s sy_k sw_c".split()
 
 
 def launch_metadata(grid, kernel, args):
-    """What Triton's launch hooks (Proton) show of a launch: the convolution in its name, dense FLOPs by the width of the type, compulsory bytes."""
+    """What Triton's launch hooks (Proton) show of a launch: the convolution in its name, dense
+    FLOPs by the width of the type, compulsory bytes."""
     x = args.get("x_ptr", args.get("x"))
     nbytes = getattr(x, "base", x).element_size()
     n, h, w, p, q, k, r, s = (args[name] for name in ("N", "H", "W", "P", "Q", "K", "R", "S"))
@@ -19,20 +23,37 @@ def launch_metadata(grid, kernel, args):
     c, g = (1, k) if depthwise else (args["C"], args["G"])
     k = 1 if depthwise else k
     pass_ = "wgrad" if "TRANSPOSED" not in args else "dgrad" if args["TRANSPOSED"] else "fprop"
-    macs = n * (h * w if pass_ == "dgrad" else p * q) * k * c * g * r * s * (args["MULT"] if depthwise and pass_ == "dgrad" else 1)
-    name = f"{pass_} n{n} c{c * g} {h}x{w} k{k * g} {r}x{s} dil{args['dil_h']}x{args['dil_w']}" + (f" g{g}" if g > 1 else "")
-    return {"name": name, f"flops{8 * nbytes}": 2 * macs, "bytes": nbytes * (n * g * (h * w * c + p * q * k) + k * c * g * r * s)}
+    macs = (
+        n
+        * (h * w if pass_ == "dgrad" else p * q)
+        * k
+        * c
+        * g
+        * r
+        * s
+        * (args["MULT"] if depthwise and pass_ == "dgrad" else 1)
+    )
+    name = f"{pass_} n{n} c{c * g} {h}x{w} k{k * g} {r}x{s} dil{args['dil_h']}x{args['dil_w']}" + (
+        f" g{g}" if g > 1 else ""
+    )
+    return {
+        "name": name,
+        f"flops{8 * nbytes}": 2 * macs,
+        "bytes": nbytes * (n * g * (h * w * c + p * q * k) + k * c * g * r * s),
+    }
 
 
 @triton.jit
 def cdiv_pos(a, b):
-    """ceil(max(a, 0) / b): the numerator stays non-negative, since compiled `//` truncates toward zero."""
+    """ceil(max(a, 0) / b): the numerator stays non-negative, since compiled `//` truncates toward
+    zero."""
     return (tl.maximum(a, 0) + b - 1) // b
 
 
 @triton.jit
 def live_taps(first, last, size, offset, stride, dilation, taps):
-    """(first, count) of the taps that touch an axis of `size` for some output first..last (inclusive)."""
+    """(first, count) of the taps that touch an axis of `size` for some output first..last
+    (inclusive)."""
     lo = cdiv_pos(-offset - last * stride, dilation)
     hi = tl.minimum(cdiv_pos(size - offset - first * stride, dilation), taps)
     return tl.minimum(lo, taps), tl.maximum(hi - lo, 0)
@@ -48,17 +69,22 @@ def live_outputs(t, size, offset, stride, dilation, out):
 
 @triton.jit
 def box_pixels(BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr, PIXELS: tl.constexpr):
-    """(image, row, column) inside a pixel box of each of the PIXELS rows of a tile; rows beyond the box have images beyond it."""
+    """(image, row, column) inside a pixel box of each of the PIXELS rows of a tile; rows beyond the
+    box have images beyond it."""
     m = tl.arange(0, PIXELS)
-    # m // d as (m * ceil(2**20 / d)) >> 20, exact for m, d <= 1024: shifts where d is a power of two
+    # m // d as (m * ceil(2**20 / d)) >> 20, exact for m, d <= 1024: shifts where d is a power of
+    # two
     row = (m * ((1048576 + BLOCK_Q - 1) // BLOCK_Q)) >> 20
     i = (m * ((1048576 + BLOCK_P * BLOCK_Q - 1) // (BLOCK_P * BLOCK_Q))) >> 20
     return i, row - i * BLOCK_P, m - row * BLOCK_Q
 
 
 @triton.jit
-def output_tile(N, P, Q, K, G, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_N: tl.constexpr, IS_SPLIT: tl.constexpr):
-    """(split, group, image, row, column, channel) where this program's output tile begins; channel tiles are neighbours, so they share x in L2."""
+def output_tile(
+    N, P, Q, K, G, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_N: tl.constexpr, IS_SPLIT: tl.constexpr
+):
+    """(split, group, image, row, column, channel) where this program's output tile begins; channel
+    tiles are neighbours, so they share x in L2."""
     pid = tl.program_id(0)
     tiles_n = tl.cdiv(K, BLOCK_N)
     tiles_q = tl.cdiv(Q, BLOCK_Q)
@@ -80,7 +106,8 @@ def output_tile(N, P, Q, K, G, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_N: tl.constexp
 
 @triton.jit
 def split_steps(split, nr, ns, blocks, SPLIT_K, IS_SPLIT: tl.constexpr):
-    """(count, r, s, c): how many of the nr*ns*blocks (live tap, channel block) steps split z of SPLIT_K walks, and its first one."""
+    """(count, r, s, c): how many of the nr*ns*blocks (live tap, channel block) steps split z of
+    SPLIT_K walks, and its first one."""
     steps = nr * ns * blocks
     if not IS_SPLIT:
         return steps, 0, 0, 0
@@ -88,12 +115,19 @@ def split_steps(split, nr, ns, blocks, SPLIT_K, IS_SPLIT: tl.constexpr):
         per_split = tl.cdiv(steps, SPLIT_K)
         first = tl.minimum(split * per_split, steps)
         tap = first // blocks
-        return tl.minimum(per_split, steps - first), tap // tl.maximum(ns, 1), tap % tl.maximum(ns, 1), first % blocks
+        return (
+            tl.minimum(per_split, steps - first), tap // tl.maximum(ns, 1), tap % tl.maximum(ns, 1),
+            first % blocks
+        )
 
 
 @triton.jit
-def wgrad_boxes(split, r_lo, r_hi, s_lo, s_hi, N, H, W, P, Q, stride_h, stride_w, off_h, off_w, dil_h, dil_w, BLOCK_IMG, BLOCK_P, BLOCK_Q, SPLIT_K):
-    """(count, image, row, column, rectangle): the boxes of split z in the live output rectangle of taps r_lo..r_hi x s_lo..s_hi (inclusive)."""
+def wgrad_boxes(
+    split, r_lo, r_hi, s_lo, s_hi, N, H, W, P, Q, stride_h, stride_w, off_h, off_w, dil_h, dil_w,
+    BLOCK_IMG, BLOCK_P, BLOCK_Q, SPLIT_K,
+):
+    """(count, image, row, column, rectangle): the boxes of split z in the live output rectangle of
+    taps r_lo..r_hi x s_lo..s_hi (inclusive)."""
     # larger taps begin earlier and end earlier
     p_lo, _ = live_outputs(r_hi, H, off_h, stride_h, dil_h, P)
     _, p_hi = live_outputs(r_lo, H, off_h, stride_h, dil_h, P)
@@ -113,7 +147,8 @@ def wgrad_boxes(split, r_lo, r_hi, s_lo, s_hi, N, H, W, P, Q, stride_h, stride_w
 
 @triton.jit
 def address(x, INT64: tl.constexpr):
-    """Row offsets as unsigned 32-bit (scalar base + offset addressing), or 64-bit for tensors of 2**31 elements and more."""
+    """Row offsets as unsigned 32-bit (scalar base + offset addressing), or 64-bit for tensors of
+    2**31 elements and more."""
     return x.to(tl.int64) if INT64 else x.to(tl.uint32)
 
 
@@ -125,7 +160,8 @@ def along(x, AXIS: tl.constexpr):
 
 @triton.jit
 def dot(a, b, acc, PRECISION: tl.constexpr):
-    """acc + a @ b; "upcast" is for Triton's interpreter, which multiplies bfloat16 as if it were integer."""
+    """acc + a @ b; "upcast" is for Triton's interpreter, which multiplies bfloat16 as if it were
+    integer."""
     if PRECISION == "upcast":
         return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
     else:
@@ -133,14 +169,21 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def load_masked(ptr, base, offsets, mask, AXIS: tl.constexpr, ALIGN: tl.constexpr, CLAMP: tl.constexpr):
-    """ptr[base + offsets], zero where masked; CLAMP also gives masked lanes an address inside the tensor (pytorch#187222).
+def load_masked(
+    ptr, base, offsets, mask, AXIS: tl.constexpr, ALIGN: tl.constexpr, CLAMP: tl.constexpr
+):
+    """ptr[base + offsets], zero where masked; CLAMP also gives masked lanes an address inside the
+    tensor (pytorch#187222).
 
-    Runs of ALIGN elements along AXIS are aligned and share their mask: said here, since a clamped offset no longer shows it.
+    Runs of ALIGN elements along AXIS are aligned and share their mask: said here, since a clamped
+    offset no longer shows it.
     """
     if CLAMP:
         offsets = tl.where(mask, offsets + base, 0)
-        offsets = tl.max_contiguous(tl.multiple_of(offsets, [1, ALIGN] if AXIS else [ALIGN, 1]), [1, ALIGN] if AXIS else [ALIGN, 1])
+        offsets = tl.max_contiguous(
+            tl.multiple_of(offsets, [1, ALIGN] if AXIS else [ALIGN, 1]),
+            [1, ALIGN] if AXIS else [ALIGN, 1],
+        )
         return tl.load(ptr + offsets, mask=mask, other=0.0)
     else:
         return tl.load(ptr + base + offsets, mask=mask, other=0.0)
@@ -148,36 +191,55 @@ def load_masked(ptr, base, offsets, mask, AXIS: tl.constexpr, ALIGN: tl.constexp
 
 @triton.jit
 def below(x, limit, ALIGN: tl.constexpr):
-    """x < limit, where limit is a multiple of ALIGN: in a form that shows that aligned runs of ALIGN elements share the answer."""
+    """x < limit, where limit is a multiple of ALIGN: in a form that shows that aligned runs of
+    ALIGN elements share the answer."""
     return x // ALIGN < limit // ALIGN
 
 
 @triton.jit
-def store_tile(y_ptr, bias_ptr, acc, g, img, p0, q0, n0, N, P, Q, K, sy_n, sy_p, sy_q, sy_k, y0,
-               BLOCK_IMG: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, PIXELS: tl.constexpr,
-               ALIGN_Y: tl.constexpr, HAS_BIAS: tl.constexpr, INT64: tl.constexpr):
-    """acc [pixels, BLOCK_N] (+ bias) -> y + y0, through y's own strides: NHWC, all but sy_k multiples of ALIGN_Y, or NCHW with ALIGN_Y = 1."""
+def store_tile(
+    y_ptr, bias_ptr, acc, g, img, p0, q0, n0, N, P, Q, K, sy_n, sy_p, sy_q, sy_k, y0,
+    BLOCK_IMG: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr,
+    PIXELS: tl.constexpr, ALIGN_Y: tl.constexpr, HAS_BIAS: tl.constexpr, INT64: tl.constexpr,
+):
+    """acc [pixels, BLOCK_N] (+ bias) -> y + y0, through y's own strides: NHWC, all but sy_k
+    multiples of ALIGN_Y, or NCHW with ALIGN_Y = 1."""
     n = tl.arange(0, BLOCK_N)
     in_k = below(n0 + n, K, ALIGN_Y)
     if HAS_BIAS:
         acc += tl.load(bias_ptr + g * K + n0 + n, mask=in_k, other=0.0).to(acc.dtype)[None, :]
     i, p, q = box_pixels(BLOCK_P, BLOCK_Q, PIXELS)
     in_y = (i < tl.minimum(N - img, BLOCK_IMG)) & (p0 + p < P) & (q0 + q < Q)
-    base = y0 + img.to(tl.int64) * sy_n + p0.to(tl.int64) * sy_p + q0.to(tl.int64) * sy_q + (g * K + n0).to(tl.int64) * sy_k
+    base = (
+        y0
+        + img.to(tl.int64) * sy_n
+        + p0.to(tl.int64) * sy_p
+        + q0.to(tl.int64) * sy_q
+        + (g * K + n0).to(tl.int64) * sy_k
+    )
     if INT64:
         i, p, q, n = i.to(tl.int64), p.to(tl.int64), q.to(tl.int64), n.to(tl.int64)
     offset = tl.multiple_of(i * sy_n + p * sy_p + q * sy_q, ALIGN_Y)[:, None] + (n * sy_k)[None, :]
-    tl.store(y_ptr + tl.multiple_of(base, ALIGN_Y) + offset, acc.to(y_ptr.dtype.element_ty), mask=in_y[:, None] & in_k[None, :])
+    tl.store(
+        y_ptr + tl.multiple_of(base, ALIGN_Y) + offset,
+        acc.to(y_ptr.dtype.element_ty),
+        mask=in_y[:, None] & in_k[None, :],
+    )
 
 
 @triton.jit(do_not_specialize=RUNTIME, do_not_specialize_on_alignment=STEP_1)
-def sum_splits(part_ptr, bias_ptr, y_ptr, P, Q, K, total, sy_n, sy_p, sy_q, sy_k, y0, SPLIT_K, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr):
-    """y = sum of SPLIT_K partial results (N, P, Q, K), always in the same order, + bias. dw: its K, R, S, C are N, P, Q, K here."""
+def sum_splits(
+    part_ptr, bias_ptr, y_ptr, P, Q, K, total, sy_n, sy_p, sy_q, sy_k, y0, SPLIT_K,
+    HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr,
+):
+    """y = sum of SPLIT_K partial results (N, P, Q, K), always in the same order, + bias. dw: its K,
+    R, S, C are N, P, Q, K here."""
     j = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     in_y = j < total
     acc = tl.load(part_ptr + j, mask=in_y, other=0.0)
     part = j
-    for _ in tl.range(1, SPLIT_K, loop_unroll_factor=4):                # loads that do not wait for each other
+    # loads that do not wait for each other
+    for _ in tl.range(1, SPLIT_K, loop_unroll_factor=4):
         part += total
         acc += tl.load(part_ptr + part, mask=in_y, other=0.0)
     k = j % K
@@ -186,4 +248,8 @@ def sum_splits(part_ptr, bias_ptr, y_ptr, P, Q, K, total, sy_n, sy_p, sy_q, sy_k
     n = j // K // Q // P
     if HAS_BIAS:
         acc += tl.load(bias_ptr + k, mask=in_y, other=0.0).to(acc.dtype)
-    tl.store(y_ptr + y0 + n * sy_n + p * sy_p + q * sy_q + k * sy_k, acc.to(y_ptr.dtype.element_ty), mask=in_y)
+    tl.store(
+        y_ptr + y0 + n * sy_n + p * sy_p + q * sy_q + k * sy_k,
+        acc.to(y_ptr.dtype.element_ty),
+        mask=in_y,
+    )

@@ -1,15 +1,21 @@
-"""Direct kernels for one channel per group: no matrix product, fp32 FMA. NHWC and NCHW tensors are read and written in place.
+"""Direct kernels for one channel per group: no matrix product, fp32 FMA. NHWC and NCHW tensors are
+read and written in place.
 
-Dilation is only an address along a row, too: outputs that lie `grid` apart (dilation / gcd(stride, dilation)) read the same columns, and on that
-grid the layer is a dense one. Each lane of a tile owns COLS such outputs: it loads COLS + S - 1 columns of a source row for COLS * S products per
-channel (stride 1), whatever the dilation is. A tile is a box of lanes [BLOCK_IMG, BLOCK_P, BLOCK_Q] times BLOCK_N channels; the rows of a box lie
-on the grid of the rows, so that lanes share source rows in L1. Rows of taps that read only padding are not walked, columns that do are
-not multiplied. fprop and dgrad are one correlation, as in gather.py; wgrad is a reduction with a fixed order in two passes.
+Dilation is only an address along a row, too: outputs that lie `grid` apart (dilation / gcd(stride,
+dilation)) read the same columns, and on that grid the layer is a dense one. Each lane of a tile
+owns COLS such outputs: it loads COLS + S - 1 columns of a source row for COLS * S products per
+channel (stride 1), whatever the dilation is. A tile is a box of lanes [BLOCK_IMG, BLOCK_P, BLOCK_Q]
+times BLOCK_N channels; the rows of a box lie on the grid of the rows, so that lanes share source
+rows in L1. Rows of taps that read only padding are not walked, columns that do are not multiplied.
+fprop and dgrad are one correlation, as in gather.py; wgrad is a reduction with a fixed order in two
+passes.
 
-MULT is the channel multiplier. TAPS filter columns are unrolled at a time, SHIFT columns lie between neighbouring outputs of a lane.
-Strides of images, rows and pixels come in units of ALIGN elements, so that the compiler sees 16-byte vectors in what it multiplies by ALIGN.
-Loads that are masked off issue no address (no cp.async here), so none is clamped.
+MULT is the channel multiplier. TAPS filter columns are unrolled at a time, SHIFT columns lie
+between neighbouring outputs of a lane. Strides of images, rows and pixels come in units of ALIGN
+elements, so that the compiler sees 16-byte vectors in what it multiplies by ALIGN. Loads that are
+masked off issue no address (no cp.async here), so none is clamped.
 """
+
 import triton
 import triton.language as tl
 
@@ -18,7 +24,8 @@ from .common import address, below, box_pixels, launch_metadata, live_outputs, l
 
 @triton.jit
 def grid_points(first, grid, BLOCK: tl.constexpr):
-    """Output of anchor `first`: anchors count the residues of `grid` within each run of BLOCK * grid outputs."""
+    """Output of anchor `first`: anchors count the residues of `grid` within each run of BLOCK *
+    grid outputs."""
     return first // grid * (grid * BLOCK) + first % grid
 
 
@@ -29,14 +36,22 @@ def anchors(size, grid, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def live_columns(a0, grid, Q, W, off_w, stride_w, dil_w, BLOCK_Q: tl.constexpr, COLS: tl.constexpr, COUNT: tl.constexpr):
-    """(first, count) of the COUNT columns that lie in the image for some lane of the box that begins at anchor a0."""
+def live_columns(
+    a0, grid, Q, W, off_w, stride_w, dil_w, BLOCK_Q: tl.constexpr, COLS: tl.constexpr,
+    COUNT: tl.constexpr,
+):
+    """(first, count) of the COUNT columns that lie in the image for some lane of the box that
+    begins at anchor a0."""
     last = tl.minimum(a0 + BLOCK_Q, anchors(Q, grid, COLS)) - 1
-    return live_taps(grid_points(a0, grid, COLS), grid_points(last, grid, COLS), W, off_w, stride_w, dil_w, COUNT)
+    return live_taps(
+        grid_points(a0, grid, COLS), grid_points(last, grid, COLS), W, off_w, stride_w, dil_w, COUNT
+    )
 
 
 @triton.jit
-def column_products(acc, x, w, COLUMN: tl.constexpr, SHIFT: tl.constexpr, COLS: tl.constexpr, TAPS: tl.constexpr):
+def column_products(
+    acc, x, w, COLUMN: tl.constexpr, SHIFT: tl.constexpr, COLS: tl.constexpr, TAPS: tl.constexpr
+):
     """acc[j] + x * w[tap] for the outputs j that read this column through one of the taps."""
     out = ()
     for j in tl.static_range(COLS):
@@ -48,8 +63,12 @@ def column_products(acc, x, w, COLUMN: tl.constexpr, SHIFT: tl.constexpr, COLS: 
 
 
 @triton.jit
-def tap_products(acc, dy, x, BASE: tl.constexpr, COLUMN: tl.constexpr, SHIFT: tl.constexpr, COLS: tl.constexpr, TAPS: tl.constexpr):
-    """acc[BASE + s] + dy[j] * x for the taps s through which outputs j read this column; the others as they are."""
+def tap_products(
+    acc, dy, x, BASE: tl.constexpr, COLUMN: tl.constexpr, SHIFT: tl.constexpr, COLS: tl.constexpr,
+    TAPS: tl.constexpr,
+):
+    """acc[BASE + s] + dy[j] * x for the taps s through which outputs j read this column; the others
+    as they are."""
     out = ()
     for a in tl.static_range(len(acc)):
         value = acc[a]
@@ -60,22 +79,32 @@ def tap_products(acc, dy, x, BASE: tl.constexpr, COLUMN: tl.constexpr, SHIFT: tl
     return out
 
 
-@triton.jit(do_not_specialize=["N", "H", "W", "P", "Q", "K", "R", "stride_h", "stride_w", "off_h", "off_w", "dil_h", "dil_w", "grid_h", "grid_w",
-                               "tap_r", "tap_s", "step_r", "sx_n", "sx_h", "sx_w", "sx_k", "sy_n", "sy_p", "sy_q", "sy_k", "y0", "size_h", "size_w",
-                               "step_p", "step_q"], launch_metadata=launch_metadata)
-def correlate_depthwise(x_ptr, w_ptr, bias_ptr, y_ptr, N, H, W, P, Q, K, R, stride_h, stride_w, off_h, off_w, dil_h, dil_w, grid_h, grid_w,
-                        tap_r, tap_s, step_r, sx_n, sx_h, sx_w, sx_k, sy_n, sy_p, sy_q, sy_k, y0, size_h, size_w, step_p, step_q,
-                        S: tl.constexpr, SHIFT: tl.constexpr, STEP_S: tl.constexpr, FILTER_R: tl.constexpr, FILTER_S: tl.constexpr,
-                        MULT: tl.constexpr, TRANSPOSED: tl.constexpr, HAS_BIAS: tl.constexpr, CHANNELS_LAST: tl.constexpr, ALIGN: tl.constexpr,
-                        ACC: tl.constexpr, INT64: tl.constexpr,
-                        BLOCK_IMG: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, PIXELS: tl.constexpr,
-                        COLS: tl.constexpr, TAPS: tl.constexpr, FILL_H: tl.constexpr, FILL_W: tl.constexpr):
-    """y (+ bias) over K channels. TRANSPOSED (dgrad): a channel of y sums MULT channels of x; else MULT channels of y read one of x.
+@triton.jit(
+    do_not_specialize=[
+        "N", "H", "W", "P", "Q", "K", "R", "stride_h", "stride_w", "off_h", "off_w", "dil_h",
+        "dil_w", "grid_h", "grid_w", "tap_r", "tap_s", "step_r", "sx_n", "sx_h", "sx_w", "sx_k",
+        "sy_n", "sy_p", "sy_q", "sy_k", "y0", "size_h", "size_w", "step_p", "step_q"
+    ],
+    launch_metadata=launch_metadata,
+)
+def correlate_depthwise(
+    x_ptr, w_ptr, bias_ptr, y_ptr, N, H, W, P, Q, K, R, stride_h, stride_w, off_h, off_w, dil_h,
+    dil_w, grid_h, grid_w, tap_r, tap_s, step_r, sx_n, sx_h, sx_w, sx_k, sy_n, sy_p, sy_q, sy_k, y0,
+    size_h, size_w, step_p, step_q, S: tl.constexpr, SHIFT: tl.constexpr, STEP_S: tl.constexpr,
+    FILTER_R: tl.constexpr, FILTER_S: tl.constexpr, MULT: tl.constexpr, TRANSPOSED: tl.constexpr,
+    HAS_BIAS: tl.constexpr, CHANNELS_LAST: tl.constexpr, ALIGN: tl.constexpr, ACC: tl.constexpr,
+    INT64: tl.constexpr, BLOCK_IMG: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr,
+    BLOCK_N: tl.constexpr, PIXELS: tl.constexpr, COLS: tl.constexpr, TAPS: tl.constexpr,
+    FILL_H: tl.constexpr, FILL_W: tl.constexpr,
+):
+    """y (+ bias) over K channels. TRANSPOSED (dgrad): a channel of y sums MULT channels of x; else
+    MULT channels of y read one of x.
 
-    Output (p, q) is stored at row p * step_p and column q * step_q from y0 of a tensor of size_h x size_w. FILL_H, FILL_W: the steps, where the
-    outputs in between are zeros and stored, too; else 1.
+    Output (p, q) is stored at row p * step_p and column q * step_q from y0 of a tensor of size_h x
+    size_w. FILL_H, FILL_W: the steps, where the outputs in between are zeros and stored, too; else
+    1.
     """
-    COUNT: tl.constexpr = (COLS - 1) * SHIFT + TAPS                      # columns that a lane loads
+    COUNT: tl.constexpr = (COLS - 1) * SHIFT + TAPS  # columns that a lane loads
     CHUNKS: tl.constexpr = (S + TAPS - 1) // TAPS
     REP: tl.constexpr = MULT if TRANSPOSED else 1
     pid = tl.program_id(0)
@@ -88,7 +117,8 @@ def correlate_depthwise(x_ptr, w_ptr, bias_ptr, y_ptr, N, H, W, P, Q, K, R, stri
     t = t // tiles_q
     p0 = grid_points(t % tiles_p, grid_h, BLOCK_P)
     img = t // tiles_p * BLOCK_IMG
-    x_h, x_w, y_q = sx_h.to(tl.int64), sx_w.to(tl.int64), sy_q.to(tl.int64)             # of scalar offsets
+    # of scalar offsets
+    x_h, x_w, y_q = sx_h.to(tl.int64), sx_w.to(tl.int64), sy_q.to(tl.int64)
     i, p, q = box_pixels(BLOCK_P, BLOCK_Q, PIXELS)
     q = grid_points(a0 + q, grid_w, COLS)
     p = p * grid_h
@@ -106,12 +136,20 @@ def correlate_depthwise(x_ptr, w_ptr, bias_ptr, y_ptr, N, H, W, P, Q, K, R, stri
         sx_k = 1
         sy_k = 1
     channel = n if MULT == 1 else (n0 + n) * MULT if TRANSPOSED else (n0 + n) // MULT
-    x_lanes = address((i * sx_n + p * stride_h * sx_h + q * stride_w * sx_w) * ALIGN, INT64)[:, None] + address(channel * sx_k, INT64)[None, :]
+    x_lanes = (
+        address((i * sx_n + p * stride_h * sx_h + q * stride_w * sx_w) * ALIGN, INT64)[:, None]
+        + address(channel * sx_k, INT64)[None, :]
+    )
     x0 = img.to(tl.int64) * sx_n + (p0 * stride_h + off_h) * x_h + off_w * x_w
     c0 = n0.to(tl.int64) * sx_k if MULT == 1 else n0.to(tl.int64) * 0
-    # every lane loads the weights of its channels itself: a layout of their own would be exchanged through shared memory
+    # every lane loads the weights of its channels itself: a layout of their own would be exchanged
+    # through shared memory
     filters: tl.constexpr = REP * FILTER_R * FILTER_S
-    w_lanes = tl.zeros((PIXELS,), tl.int64)[:, None] + (n.to(tl.int64) * filters)[None, :] + n0.to(tl.int64) * filters
+    w_lanes = (
+        tl.zeros((PIXELS,), tl.int64)[:, None]
+        + (n.to(tl.int64) * filters)[None, :]
+        + n0.to(tl.int64) * filters
+    )
     acc = ()
     for _ in tl.static_range(COLS):
         acc = acc + (tl.zeros((PIXELS, BLOCK_N), ACC),)
@@ -119,7 +157,8 @@ def correlate_depthwise(x_ptr, w_ptr, bias_ptr, y_ptr, N, H, W, P, Q, K, R, stri
         r = r_lo + it // (REP * CHUNKS)
         m = it // CHUNKS % REP
         s0 = it % CHUNKS * TAPS
-        in_x = (in_lane & ((h + r * dil_h).to(tl.uint32) < H))[:, None] & in_k               # negative is huge
+        # negative is huge
+        in_x = (in_lane & ((h + r * dil_h).to(tl.uint32) < H))[:, None] & in_k
         xo = x0 + r * dil_h * x_h + s0 * dil_w * x_w
         co = c0 + m * sx_k if MULT > 1 else c0
         wo = (tap_r + r * step_r) * FILTER_S + tap_s + s0 * STEP_S + m * (FILTER_R * FILTER_S)
@@ -132,13 +171,23 @@ def correlate_depthwise(x_ptr, w_ptr, bias_ptr, y_ptr, N, H, W, P, Q, K, R, stri
         for s in tl.static_range(TAPS):
             in_w = in_k if S % TAPS == 0 else in_k & (s0 + s < S)
             w = w + (tl.load(w_ptr + wo + s * STEP_S + w_lanes, mask=in_w, other=0.0).to(ACC),)
-        first, count = live_columns(a0, grid_w, Q, W, off_w + s0 * dil_w, stride_w, dil_w, BLOCK_Q, COLS, COUNT)
+        first, count = live_columns(
+            a0, grid_w, Q, W, off_w + s0 * dil_w, stride_w, dil_w, BLOCK_Q, COLS, COUNT
+        )
         for u in tl.static_range(COUNT):
             if (u >= first) & (u < first + count):
                 acc = column_products(acc, x[u].to(ACC), w, u, SHIFT, COLS, TAPS)
     if HAS_BIAS:
-        bias = tl.load(bias_ptr + n0 + (tl.zeros((PIXELS,), tl.int32)[:, None] + tl.arange(0, BLOCK_N)[None, :]), mask=in_k, other=0.0).to(ACC)
-    y_lanes = ((i * sy_n + p * step_p * sy_p + q * step_q * sy_q) * ALIGN)[:, None] + (n * sy_k)[None, :]
+        bias = tl.load(
+            bias_ptr
+            + n0
+            + (tl.zeros((PIXELS,), tl.int32)[:, None] + tl.arange(0, BLOCK_N)[None, :]),
+            mask=in_k,
+            other=0.0,
+        ).to(ACC)
+    y_lanes = ((i * sy_n + p * step_p * sy_p + q * step_q * sy_q) * ALIGN)[:, None] + (n * sy_k)[
+        None, :
+    ]
     y0 += img.to(tl.int64) * sy_n + p0.to(tl.int64) * step_p * sy_p
     k0 = n0.to(tl.int64) * sy_k
     for j in tl.static_range(COLS):
@@ -150,20 +199,33 @@ def correlate_depthwise(x_ptr, w_ptr, bias_ptr, y_ptr, N, H, W, P, Q, K, R, stri
                 if dh + dw == 0:
                     tl.store(y + y_lanes, value, mask=in_y)
                 else:
-                    in_fill = ((p0 + p) * step_p + dh < size_h) & ((q + j * grid_w) * step_q + dw < size_w)
-                    tl.store(y + y_lanes, tl.zeros((PIXELS, BLOCK_N), y_ptr.dtype.element_ty), mask=in_y & in_fill[:, None])
+                    in_fill = ((p0 + p) * step_p + dh < size_h) & (
+                        (q + j * grid_w) * step_q + dw < size_w
+                    )
+                    tl.store(
+                        y + y_lanes,
+                        tl.zeros((PIXELS, BLOCK_N), y_ptr.dtype.element_ty),
+                        mask=in_y & in_fill[:, None],
+                    )
 
 
-@triton.jit(do_not_specialize=["N", "H", "W", "P", "Q", "K", "R", "stride_h", "stride_w", "off_h", "off_w", "dil_h", "dil_w", "grid_w",
-                               "sx_n", "sx_h", "sx_w", "sx_k", "sy_n", "sy_p", "sy_q", "sy_k", "splits"],
-            launch_metadata=launch_metadata)
-def wgrad_depthwise(x_ptr, dy_ptr, part_ptr, N, H, W, P, Q, K, R, stride_h, stride_w, off_h, off_w, dil_h, dil_w, grid_w,
-                    sx_n, sx_h, sx_w, sx_k, sy_n, sy_p, sy_q, sy_k, splits,
-                    S: tl.constexpr, SHIFT: tl.constexpr, MULT: tl.constexpr, CHANNELS_LAST: tl.constexpr, ALIGN: tl.constexpr,
-                    ACC: tl.constexpr, INT64: tl.constexpr,
-                    BLOCK_IMG: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, PIXELS: tl.constexpr,
-                    COLS: tl.constexpr, TAPS: tl.constexpr, ROWS: tl.constexpr):
-    """part (split, R, S, K): the sums of ROWS x TAPS taps over one of `splits` shares of the boxes of dy."""
+@triton.jit(
+    do_not_specialize=[
+        "N", "H", "W", "P", "Q", "K", "R", "stride_h", "stride_w", "off_h", "off_w", "dil_h",
+        "dil_w", "grid_w", "sx_n", "sx_h", "sx_w", "sx_k", "sy_n", "sy_p", "sy_q", "sy_k", "splits"
+    ],
+    launch_metadata=launch_metadata,
+)
+def wgrad_depthwise(
+    x_ptr, dy_ptr, part_ptr, N, H, W, P, Q, K, R, stride_h, stride_w, off_h, off_w, dil_h, dil_w,
+    grid_w, sx_n, sx_h, sx_w, sx_k, sy_n, sy_p, sy_q, sy_k, splits, S: tl.constexpr,
+    SHIFT: tl.constexpr, MULT: tl.constexpr, CHANNELS_LAST: tl.constexpr, ALIGN: tl.constexpr,
+    ACC: tl.constexpr, INT64: tl.constexpr, BLOCK_IMG: tl.constexpr, BLOCK_P: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, PIXELS: tl.constexpr, COLS: tl.constexpr,
+    TAPS: tl.constexpr, ROWS: tl.constexpr,
+):
+    """part (split, R, S, K): the sums of ROWS x TAPS taps over one of `splits` shares of the boxes
+    of dy."""
     COUNT: tl.constexpr = (COLS - 1) * SHIFT + TAPS
     CHUNKS: tl.constexpr = (S + TAPS - 1) // TAPS
     pid = tl.program_id(0)
@@ -187,7 +249,8 @@ def wgrad_depthwise(x_ptr, dy_ptr, part_ptr, N, H, W, P, Q, K, R, stride_h, stri
     t = box // tl.maximum(boxes_p, 1)
     img = t % tl.cdiv(N, BLOCK_IMG) * BLOCK_IMG
     a0 = t // tl.cdiv(N, BLOCK_IMG) * BLOCK_Q
-    x_h, x_w, y_q = sx_h.to(tl.int64), sx_w.to(tl.int64), sy_q.to(tl.int64)             # of scalar offsets
+    # of scalar offsets
+    x_h, x_w, y_q = sx_h.to(tl.int64), sx_w.to(tl.int64), sy_q.to(tl.int64)
     i, bp, bq = box_pixels(BLOCK_P, BLOCK_Q, PIXELS)
     n = tl.arange(0, BLOCK_N)
     in_k = below(n0 + n, K, ALIGN)[None, :]
@@ -207,17 +270,26 @@ def wgrad_depthwise(x_ptr, dy_ptr, part_ptr, N, H, W, P, Q, K, R, stride_h, stri
         in_lane = (i < tl.minimum(N - img, BLOCK_IMG)) & (bp < p_hi - p0) & (q < Q)
         h = (p0 + bp) * stride_h + off_h + r0 * dil_h
         v = q * stride_w + off_w + s0 * dil_w
-        y_lanes = address((i * sy_n + bp * sy_p + q * sy_q) * ALIGN, INT64)[:, None] + address(n * sy_k, INT64)[None, :]
+        y_lanes = (
+            address((i * sy_n + bp * sy_p + q * sy_q) * ALIGN, INT64)[:, None]
+            + address(n * sy_k, INT64)[None, :]
+        )
         x_pixel = (i * sx_n + bp * stride_h * sx_h + q * stride_w * sx_w) * ALIGN
         x_lanes = address(x_pixel, INT64)[:, None] + address(channel * sx_k, INT64)[None, :]
         yo = img.to(tl.int64) * sy_n + p0.to(tl.int64) * sy_p
-        xo = img.to(tl.int64) * sx_n + (p0 * stride_h + off_h + r0 * dil_h) * x_h + (off_w + s0 * dil_w) * x_w
+        xo = (
+            img.to(tl.int64) * sx_n
+            + (p0 * stride_h + off_h + r0 * dil_h) * x_h
+            + (off_w + s0 * dil_w) * x_w
+        )
         dy = ()
         for j in tl.static_range(COLS):
             in_y = (in_lane & (q + j * grid_w < Q))[:, None] & in_k
             offset = (yo + j * grid_w * y_q) * ALIGN + k0
             dy = dy + (tl.load(dy_ptr + offset + y_lanes, mask=in_y, other=0.0).to(ACC),)
-        first, count = live_columns(a0, grid_w, Q, W, off_w + s0 * dil_w, stride_w, dil_w, BLOCK_Q, COLS, COUNT)
+        first, count = live_columns(
+            a0, grid_w, Q, W, off_w + s0 * dil_w, stride_w, dil_w, BLOCK_Q, COLS, COUNT
+        )
         for row in tl.static_range(ROWS):
             p_first, p_last = live_outputs(r0 + row, H, off_h, stride_h, dil_h, P)
             if (r0 + row < R) & (p0 < p_last) & (p0 + BLOCK_P > p_first):
@@ -243,12 +315,18 @@ def wgrad_depthwise(x_ptr, dy_ptr, part_ptr, N, H, W, P, Q, K, R, stride_h, stri
     for row in tl.static_range(ROWS):
         for s in tl.static_range(TAPS):
             in_dw = (n0 + n < K) & (r0 + row < R) & (s0 + s < S)
-            tl.store(out + ((r0 + row) * S + s0 + s) * K, tl.sum(acc[row * TAPS + s], axis=0), mask=in_dw)
+            tl.store(
+                out + ((r0 + row) * S + s0 + s) * K, tl.sum(acc[row * TAPS + s], axis=0), mask=in_dw
+            )
 
 
 @triton.jit(do_not_specialize=["K", "total", "splits"])
-def sum_partials(part_ptr, dw_ptr, K, total, splits, TAPS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_Z: tl.constexpr):
-    """dw (K, TAPS) = the sum over splits of part (splits, TAPS, K), always in the same order, BLOCK_Z of them at a time."""
+def sum_partials(
+    part_ptr, dw_ptr, K, total, splits, TAPS: tl.constexpr, BLOCK: tl.constexpr,
+    BLOCK_Z: tl.constexpr,
+):
+    """dw (K, TAPS) = the sum over splits of part (splits, TAPS, K), always in the same order,
+    BLOCK_Z of them at a time."""
     j = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     z = tl.arange(0, BLOCK_Z)
     part = part_ptr + z.to(tl.int64)[:, None] * total + j[None, :]
@@ -256,4 +334,8 @@ def sum_partials(part_ptr, dw_ptr, K, total, splits, TAPS: tl.constexpr, BLOCK: 
     for z0 in range(0, splits, BLOCK_Z):
         acc += tl.load(part, mask=(z0 + z < splits)[:, None] & (j < total)[None, :], other=0.0)
         part += total.to(tl.int64) * BLOCK_Z
-    tl.store(dw_ptr + j % K * TAPS + j // K, tl.sum(acc, axis=0).to(dw_ptr.dtype.element_ty), mask=j < total)
+    tl.store(
+        dw_ptr + j % K * TAPS + j // K,
+        tl.sum(acc, axis=0).to(dw_ptr.dtype.element_ty),
+        mask=j < total,
+    )

@@ -1,9 +1,12 @@
-"""Implicit GEMM with pointer loads: fprop and dgrad are one correlation, wgrad reduces over pixels. Every GPU, every geometry.
+"""Implicit GEMM with pointer loads: fprop and dgrad are one correlation, wgrad reduces over pixels.
+Every GPU, every geometry.
 
-x, w, y are NHWC, KRSC, NPQK. A correlation is described by two `tridil.problem.Axis`; H, W / P, Q are the sizes of its source / result, C and K
-its reduced and its output channels per group. dgrad is the correlation of dy, one residue class of dx at a time, with w read in place
-(TRANSPOSED), so C is then the layer's output channels. CW is the innermost size of w.
+x, w, y are NHWC, KRSC, NPQK. A correlation is described by two `tridil.problem.Axis`; H, W / P, Q
+are the sizes of its source / result, C and K its reduced and its output channels per group. dgrad
+is the correlation of dy, one residue class of dx at a time, with w read in place (TRANSPOSED), so C
+is then the layer's output channels. CW is the innermost size of w.
 """
+
 import triton
 import triton.language as tl
 
@@ -25,19 +28,28 @@ from .common import (
 )
 
 
-@triton.jit(do_not_specialize=RUNTIME, do_not_specialize_on_alignment=STEP_1, launch_metadata=launch_metadata)
-def correlate(x_ptr, w_ptr, bias_ptr, y_ptr, N, H, W, P, Q, K, G, stride_h, stride_w, off_h, off_w, dil_h, dil_w,
-              tap_r, tap_s, step_r, step_s, sy_split, sy_n, sy_p, sy_q, sy_k, y0, SPLIT_K,
-              C: tl.constexpr, CW: tl.constexpr, R: tl.constexpr, S: tl.constexpr, FILTER_R: tl.constexpr, FILTER_S: tl.constexpr,
-              TRANSPOSED: tl.constexpr, HAS_BIAS: tl.constexpr, ALIGN: tl.constexpr, ALIGN_W: tl.constexpr, ALIGN_Y: tl.constexpr,
-              EVEN_N: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr, INT64: tl.constexpr, CLAMP: tl.constexpr,
-              BLOCK_IMG: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-              IS_SPLIT: tl.constexpr, PIXELS: tl.constexpr):
+@triton.jit(
+    do_not_specialize=RUNTIME,
+    do_not_specialize_on_alignment=STEP_1,
+    launch_metadata=launch_metadata,
+)
+def correlate(
+    x_ptr, w_ptr, bias_ptr, y_ptr, N, H, W, P, Q, K, G, stride_h, stride_w, off_h, off_w, dil_h,
+    dil_w, tap_r, tap_s, step_r, step_s, sy_split, sy_n, sy_p, sy_q, sy_k, y0, SPLIT_K,
+    C: tl.constexpr, CW: tl.constexpr, R: tl.constexpr, S: tl.constexpr, FILTER_R: tl.constexpr,
+    FILTER_S: tl.constexpr, TRANSPOSED: tl.constexpr, HAS_BIAS: tl.constexpr, ALIGN: tl.constexpr,
+    ALIGN_W: tl.constexpr, ALIGN_Y: tl.constexpr, EVEN_N: tl.constexpr, PRECISION: tl.constexpr,
+    ACC: tl.constexpr, INT64: tl.constexpr, CLAMP: tl.constexpr, BLOCK_IMG: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    IS_SPLIT: tl.constexpr, PIXELS: tl.constexpr,
+):
     """One flat loop over (live tap, channel block), so that cp.async runs ahead across taps."""
     BITS: tl.constexpr = R * S <= 31
     EVEN_C: tl.constexpr = C % BLOCK_K == 0
     CB: tl.constexpr = (C + BLOCK_K - 1) // BLOCK_K
-    split, g, img, p0, q0, n0 = output_tile(N, P, Q, K, G, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_N, IS_SPLIT)
+    split, g, img, p0, q0, n0 = output_tile(
+        N, P, Q, K, G, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_N, IS_SPLIT
+    )
     r_lo, nr = live_taps(p0, tl.minimum(p0 + BLOCK_P, P) - 1, H, off_h, stride_h, dil_h, R)
     s_lo, ns = live_taps(q0, tl.minimum(q0 + BLOCK_Q, Q) - 1, W, off_w, stride_w, dil_w, S)
     steps, r, s, c = split_steps(split, nr, ns, CB, SPLIT_K, IS_SPLIT)
@@ -51,20 +63,28 @@ def correlate(x_ptr, w_ptr, bias_ptr, y_ptr, N, H, W, P, Q, K, G, stride_h, stri
         for tap_h in tl.static_range(R):
             in_h = in_y & (h + tap_h * dil_h >= 0) & (h + tap_h * dil_h < H)
             for tap_w in tl.static_range(S):
-                bits |= (in_h & (v + tap_w * dil_w >= 0) & (v + tap_w * dil_w < W)).to(tl.int32) << (tap_h * S + tap_w)
+                bits |= (in_h & (v + tap_w * dil_w >= 0) & (v + tap_w * dil_w < W)).to(
+                    tl.int32
+                ) << (tap_h * S + tap_w)
         bits = (bits >> (r_lo * S + s_lo))[:, None]
     else:
         h = tl.where(in_y, h + r_lo * dil_h, -(1 << 30))
         v = v + s_lo * dil_w
-    cg = C * G                                                          # channels of a source pixel
+    cg = C * G  # channels of a source pixel
     kk = tl.arange(0, BLOCK_K)
     if INT64:
         i, p, q = i.to(tl.int64), p.to(tl.int64), q.to(tl.int64)
     pixel = address(tl.multiple_of(((i * H + p * stride_h) * W + q * stride_w) * cg, ALIGN), INT64)
     x_rows = pixel[:, None] + address(kk, INT64)[None, :]
-    pixel0 = (img.to(tl.int64) * H + p0 * stride_h + off_h + (r_lo + r) * dil_h) * W + q0 * stride_w + off_w + (s_lo + s) * dil_w
+    pixel0 = (
+        (img.to(tl.int64) * H + p0 * stride_h + off_h + (r_lo + r) * dil_h) * W
+        + q0 * stride_w
+        + off_w
+        + (s_lo + s) * dil_w
+    )
     xo = pixel0 * cg + g * C + c * BLOCK_K
-    # weights: rows beyond K are clamped where they are rows of w, masked where they are its innermost axis
+    # weights: rows beyond K are clamped where they are rows of w, masked where they are its
+    # innermost axis
     n = tl.arange(0, BLOCK_N)
     tap = (tap_r + (r_lo + r) * step_r) * FILTER_S + tap_s + (s_lo + s) * step_s
     if TRANSPOSED:
@@ -97,21 +117,26 @@ def correlate(x_ptr, w_ptr, bias_ptr, y_ptr, N, H, W, P, Q, K, G, stride_h, stri
         if BITS:
             in_x = (bits & bit) != 0
         else:
-            in_x = (((h + dh).to(tl.uint32) < H) & ((v + dv).to(tl.uint32) < W))[:, None]       # negative is huge
+            # negative is huge
+            in_x = (((h + dh).to(tl.uint32) < H) & ((v + dv).to(tl.uint32) < W))[:, None]
         if not EVEN_C:
             in_x = in_x & (kk < C - c)[None, :]
         a = load_masked(x_ptr, xo, x_rows, in_x, 1, ALIGN, CLAMP)
         if EVEN_C and (EVEN_N or not TRANSPOSED):
             b = tl.load(w_ptr + wo + w_rows)
         else:
-            b = load_masked(w_ptr, wo, w_rows, in_n & (kk < C - c)[:, None], 1 if TRANSPOSED else 0, ALIGN_W, CLAMP)
+            b = load_masked(
+                w_ptr, wo, w_rows, in_n & (kk < C - c)[:, None], 1 if TRANSPOSED else 0, ALIGN_W,
+                CLAMP
+            )
         acc = dot(a, b, acc, PRECISION)
         c += BLOCK_K
         wrap = c == CB * BLOCK_K
         end = wrap & (u == ns)
         xo += BLOCK_K + tl.where(wrap, tl.where(end, x_row, x_tap), 0)
         wo_next = wo + w_step + tl.where(wrap, tl.where(end, w_row, w_tap), 0)
-        wo = tl.where(it + 1 < steps, wo_next, 0) if CLAMP else wo_next         # prefetches behind the last step stay inside w
+        # prefetches behind the last step stay inside w
+        wo = tl.where(it + 1 < steps, wo_next, 0) if CLAMP else wo_next
         if BITS:
             bit = tl.where(wrap, bit << tl.where(end, S - ns + 1, 1), bit)
         else:
@@ -121,21 +146,34 @@ def correlate(x_ptr, w_ptr, bias_ptr, y_ptr, N, H, W, P, Q, K, G, stride_h, stri
         c = tl.where(wrap, 0, c)
     if IS_SPLIT:
         y_ptr += tl.multiple_of(split.to(tl.int64) * sy_split, ALIGN_Y)
-    store_tile(y_ptr, bias_ptr, acc, g, img, p0, q0, n0, N, P, Q, K, sy_n, sy_p, sy_q, sy_k, y0,
-               BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_N, PIXELS, ALIGN_Y, HAS_BIAS, INT64)
+    store_tile(
+        y_ptr, bias_ptr, acc, g, img, p0, q0, n0, N, P, Q, K, sy_n, sy_p, sy_q, sy_k, y0, BLOCK_IMG,
+        BLOCK_P, BLOCK_Q, BLOCK_N, PIXELS, ALIGN_Y, HAS_BIAS, INT64
+    )
 
 
-@triton.jit(do_not_specialize=RUNTIME, do_not_specialize_on_alignment=STEP_1, launch_metadata=launch_metadata)
-def correlate_flat(x_ptr, w_ptr, bias_ptr, y_ptr, N, H, W, P, Q, K, G, stride_h, stride_w, off_h, off_w, dil_h, dil_w,
-                   tap_r, tap_s, step_r, step_s, sy_split, sy_n, sy_p, sy_q, sy_k, y0, SPLIT_K,
-                   C: tl.constexpr, CW: tl.constexpr, R: tl.constexpr, S: tl.constexpr, FILTER_R: tl.constexpr, FILTER_S: tl.constexpr,
-                   TRANSPOSED: tl.constexpr, HAS_BIAS: tl.constexpr, ALIGN: tl.constexpr, ALIGN_W: tl.constexpr, ALIGN_Y: tl.constexpr,
-                   PRECISION: tl.constexpr, ACC: tl.constexpr, INT64: tl.constexpr, CLAMP: tl.constexpr,
-                   BLOCK_IMG: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-                   IS_SPLIT: tl.constexpr, PIXELS: tl.constexpr):
-    """The same for few channels: the reduction runs over the flattened (live tap, channel) index, in blocks of BLOCK_K."""
-    FAR: tl.constexpr = -(1 << 30)                                       # outside every image, twice that, too
-    _, g, img, p0, q0, n0 = output_tile(N, P, Q, K, G, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_N, IS_SPLIT)
+@triton.jit(
+    do_not_specialize=RUNTIME,
+    do_not_specialize_on_alignment=STEP_1,
+    launch_metadata=launch_metadata,
+)
+def correlate_flat(
+    x_ptr, w_ptr, bias_ptr, y_ptr, N, H, W, P, Q, K, G, stride_h, stride_w, off_h, off_w, dil_h,
+    dil_w, tap_r, tap_s, step_r, step_s, sy_split, sy_n, sy_p, sy_q, sy_k, y0, SPLIT_K,
+    C: tl.constexpr, CW: tl.constexpr, R: tl.constexpr, S: tl.constexpr, FILTER_R: tl.constexpr,
+    FILTER_S: tl.constexpr, TRANSPOSED: tl.constexpr, HAS_BIAS: tl.constexpr, ALIGN: tl.constexpr,
+    ALIGN_W: tl.constexpr, ALIGN_Y: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
+    INT64: tl.constexpr, CLAMP: tl.constexpr, BLOCK_IMG: tl.constexpr, BLOCK_P: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, IS_SPLIT: tl.constexpr,
+    PIXELS: tl.constexpr,
+):
+    """The same for few channels: the reduction runs over the flattened (live tap, channel) index,
+    in blocks of BLOCK_K."""
+    # outside every image, twice that, too
+    FAR: tl.constexpr = -(1 << 30)
+    _, g, img, p0, q0, n0 = output_tile(
+        N, P, Q, K, G, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_N, IS_SPLIT
+    )
     r_lo, nr = live_taps(p0, tl.minimum(p0 + BLOCK_P, P) - 1, H, off_h, stride_h, dil_h, R)
     s_lo, ns = live_taps(q0, tl.minimum(q0 + BLOCK_Q, Q) - 1, W, off_w, stride_w, dil_w, S)
     total = nr * ns * C
@@ -148,7 +186,12 @@ def correlate_flat(x_ptr, w_ptr, bias_ptr, y_ptr, N, H, W, P, Q, K, G, stride_h,
     if INT64:
         i, p, q = i.to(tl.int64), p.to(tl.int64), q.to(tl.int64)
     pixel = ((i * H + p * stride_h) * W + q * stride_w) * cg
-    pixel0 = (img.to(tl.int64) * H + p0 * stride_h + off_h + r_lo * dil_h) * W + q0 * stride_w + off_w + s_lo * dil_w
+    pixel0 = (
+        (img.to(tl.int64) * H + p0 * stride_h + off_h + r_lo * dil_h) * W
+        + q0 * stride_w
+        + off_w
+        + s_lo * dil_w
+    )
     xo = pixel0 * cg + g * C
     n = n0 + tl.arange(0, BLOCK_N)
     per_row = ((1 << 20) + ns - 1) // ns
@@ -163,7 +206,8 @@ def correlate_flat(x_ptr, w_ptr, bias_ptr, y_ptr, N, H, W, P, Q, K, G, stride_h,
         dv = s * dil_w
         hr = h[:, None] + tl.where(j < total, dh, FAR)[None, :]
         vs = v[:, None] + dv[None, :]
-        in_x = (hr.to(tl.uint32) < H) & (vs.to(tl.uint32) < W)                                  # negative is huge
+        # negative is huge
+        in_x = (hr.to(tl.uint32) < H) & (vs.to(tl.uint32) < W)
         shift = dh * W + dv
         if INT64:
             shift = shift.to(tl.int64)
@@ -177,23 +221,34 @@ def correlate_flat(x_ptr, w_ptr, bias_ptr, y_ptr, N, H, W, P, Q, K, G, stride_h,
             w_offs = (tap * CW + c)[:, None] + ((g * K + n) * (FILTER_R * FILTER_S * CW))[None, :]
         b = load_masked(w_ptr, 0, w_offs, in_w, 1, 1, CLAMP)
         acc = dot(a, b, acc, PRECISION)
-    store_tile(y_ptr, bias_ptr, acc, g, img, p0, q0, n0, N, P, Q, K, sy_n, sy_p, sy_q, sy_k, y0,
-               BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_N, PIXELS, ALIGN_Y, HAS_BIAS, INT64)
+    store_tile(
+        y_ptr, bias_ptr, acc, g, img, p0, q0, n0, N, P, Q, K, sy_n, sy_p, sy_q, sy_k, y0, BLOCK_IMG,
+        BLOCK_P, BLOCK_Q, BLOCK_N, PIXELS, ALIGN_Y, HAS_BIAS, INT64
+    )
 
 
-@triton.jit(do_not_specialize=[*RUNTIME, "C"], do_not_specialize_on_alignment=STEP_1, launch_metadata=launch_metadata)
-def wgrad(x_ptr, dy_ptr, dw_ptr, N, H, W, P, Q, K, G, stride_h, stride_w, off_h, off_w, dil_h, dil_w,
-          sw_split, sw_k, sw_r, sw_s, sw_c, SPLIT_K, C,
-          R: tl.constexpr, S: tl.constexpr, FLAT: tl.constexpr, ALIGN_C: tl.constexpr, ALIGN_K: tl.constexpr,
-          ALIGN_W: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr, INT64: tl.constexpr, CLAMP: tl.constexpr,
-          BLOCK_IMG: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-          PIXELS: tl.constexpr):
-    """dw[k, columns] over pixel boxes of the tap's live output rectangle; split z of SPLIT_K writes its own partial sum.
+@triton.jit(
+    do_not_specialize=[*RUNTIME, "C"],
+    do_not_specialize_on_alignment=STEP_1,
+    launch_metadata=launch_metadata,
+)
+def wgrad(
+    x_ptr, dy_ptr, dw_ptr, N, H, W, P, Q, K, G, stride_h, stride_w, off_h, off_w, dil_h, dil_w,
+    sw_split, sw_k, sw_r, sw_s, sw_c, SPLIT_K, C, R: tl.constexpr, S: tl.constexpr,
+    FLAT: tl.constexpr, ALIGN_C: tl.constexpr, ALIGN_K: tl.constexpr, ALIGN_W: tl.constexpr,
+    PRECISION: tl.constexpr, ACC: tl.constexpr, INT64: tl.constexpr, CLAMP: tl.constexpr,
+    BLOCK_IMG: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, PIXELS: tl.constexpr,
+):
+    """dw[k, columns] over pixel boxes of the tap's live output rectangle; split z of SPLIT_K writes
+    its own partial sum.
 
-    Columns are BLOCK_N channels of one tap, or (FLAT) BLOCK_N flattened (tap, channel) pairs, whose live rectangles are united.
+    Columns are BLOCK_N channels of one tap, or (FLAT) BLOCK_N flattened (tap, channel) pairs, whose
+    live rectangles are united.
     """
     cols = R * S * C if FLAT else C
-    # axes of the tile: fewer than 16 output channels are columns of the product, of which 8 are enough
+    # axes of the tile: fewer than 16 output channels are columns of the product, of which 8 are
+    # enough
     ROW: tl.constexpr = 1 if BLOCK_M < 16 else 0
     COL: tl.constexpr = 1 - ROW
     pid = tl.program_id(0)
@@ -210,7 +265,10 @@ def wgrad(x_ptr, dy_ptr, dw_ptr, N, H, W, P, Q, K, G, stride_h, stride_w, off_h,
         r = tl.max_constancy(n // C // S, ALIGN_C)
         s = tl.max_constancy(n // C % S, ALIGN_C)
         r_lo, r_hi = tl.min(r, axis=0), tl.max(tl.where(n < cols, r, 0), axis=0)
-        s_lo, s_hi = tl.min(tl.where(n < cols, s, S), axis=0), tl.max(tl.where(n < cols, s, 0), axis=0)
+        s_lo, s_hi = (
+            tl.min(tl.where(n < cols, s, S), axis=0),
+            tl.max(tl.where(n < cols, s, 0), axis=0),
+        )
     else:
         c = n
         r = t % (R * S) // S
@@ -219,8 +277,10 @@ def wgrad(x_ptr, dy_ptr, dw_ptr, N, H, W, P, Q, K, G, stride_h, stride_w, off_h,
         t = t // (R * S)
     g = t % G
     split = t // G
-    count, img, p, q, p_lo, p_hi, q_lo, q_hi = wgrad_boxes(split, r_lo, r_hi, s_lo, s_hi, N, H, W, P, Q, stride_h, stride_w, off_h, off_w,
-                                                           dil_h, dil_w, BLOCK_IMG, BLOCK_P, BLOCK_Q, SPLIT_K)
+    count, img, p, q, p_lo, p_hi, q_lo, q_hi = wgrad_boxes(
+        split, r_lo, r_hi, s_lo, s_hi, N, H, W, P, Q, stride_h, stride_w, off_h, off_w, dil_h,
+        dil_w, BLOCK_IMG, BLOCK_P, BLOCK_Q, SPLIT_K
+    )
     i, bp, bq = box_pixels(BLOCK_P, BLOCK_Q, PIXELS)
     kk = tl.arange(0, BLOCK_M)
     in_k = along(below(k0 + kk, K, ALIGN_K), ROW)
@@ -238,10 +298,12 @@ def wgrad(x_ptr, dy_ptr, dw_ptr, N, H, W, P, Q, K, G, stride_h, stride_w, off_h,
         x_offs = along(x_pixel, ROW) + along(x_cols, COL)
         xt = g * C
     else:
-        x_offs = along(address(x_pixel, INT64), ROW) + along(address(tl.arange(0, BLOCK_N), INT64), COL)
+        x_offs = along(address(x_pixel, INT64), ROW) + along(
+            address(tl.arange(0, BLOCK_N), INT64), COL
+        )
         xt = (shift_h * W + shift_w).to(tl.int64) * cg + g * C + n0
-    # scalar offsets of a box and what they gain at the next box, the next row of boxes, the next images: in units of ALIGN_C elements, which shows
-    # that they are multiples
+    # scalar offsets of a box and what they gain at the next box, the next row of boxes, the next
+    # images: in units of ALIGN_C elements, which shows that they are multiples
     cg = cg // ALIGN_C
     kg = kg // ALIGN_K
     xo = ((img.to(tl.int64) * H + p * stride_h) * W + q * stride_w) * cg + xt // ALIGN_C
@@ -262,7 +324,8 @@ def wgrad(x_ptr, dy_ptr, dw_ptr, N, H, W, P, Q, K, G, stride_h, stride_w, off_h,
         if FLAT:
             hr = along((p + bp) * stride_h, ROW) + along(shift_h, COL)
             vs = along((q + bq) * stride_w, ROW) + along(shift_w, COL)
-            in_x = in_x & ((hr.to(tl.uint32) < H) & (vs.to(tl.uint32) < W))                   # negative is huge
+            # negative is huge
+            in_x = in_x & ((hr.to(tl.uint32) < H) & (vs.to(tl.uint32) < W))
         a = load_masked(dy_ptr, dyo * ALIGN_K, dy_offs, in_dy, ROW, ALIGN_K, CLAMP)
         b = load_masked(x_ptr, xo * ALIGN_C, x_offs, in_x, COL, ALIGN_C, CLAMP)
         acc = dot(b, a, acc, PRECISION) if ROW else dot(a, b, acc, PRECISION)
@@ -279,7 +342,13 @@ def wgrad(x_ptr, dy_ptr, dw_ptr, N, H, W, P, Q, K, G, stride_h, stride_w, off_h,
         img = tl.where(wrap, img + BLOCK_IMG, img)
         xo = tl.where(wrap, xo + x_img, xo)
         dyo = tl.where(wrap, dyo + dy_img, dyo)
-    dw = dw_ptr + tl.multiple_of(split.to(tl.int64) * sw_split + (g * K + k0).to(tl.int64) * sw_k, ALIGN_C)
+    dw = dw_ptr + tl.multiple_of(
+        split.to(tl.int64) * sw_split + (g * K + k0).to(tl.int64) * sw_k, ALIGN_C
+    )
     rows = tl.multiple_of((kk.to(tl.int64) if INT64 else kk) * sw_k, ALIGN_C)
     columns = c * sw_c + tl.multiple_of(r * sw_r + s * sw_s, ALIGN_W)
-    tl.store(dw + address(along(rows, ROW) + along(columns, COL), INT64), acc.to(dw_ptr.dtype.element_ty), mask=in_k & in_c)
+    tl.store(
+        dw + address(along(rows, ROW) + along(columns, COL), INT64),
+        acc.to(dw_ptr.dtype.element_ty),
+        mask=in_k & in_c,
+    )

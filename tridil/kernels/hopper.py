@@ -1,17 +1,27 @@
-"""Implicit GEMM for sm_90, warp-specialised and persistent, in Gluon: one producer warp loads boxes by descriptor (TMA) into a ring of STAGES
-buffers, two consumer warpgroups multiply them with wgmma, and the next tile's boxes arrive while this tile's result is stored.
+"""Implicit GEMM for sm_90, warp-specialised and persistent, in Gluon: one producer warp loads boxes
+by descriptor (TMA) into a ring of STAGES buffers, two consumer warpgroups multiply them with wgmma,
+and the next tile's boxes arrive while this tile's result is stored.
 
-Operands as in kernels/tma.py, but w is always a descriptor over (K, R*S, C). The consumers share a tile, each its half of the rows, or (PINGPONG)
-take turns: one multiplies while the other stores. The tiles of a launch are a sequence. A program takes every num_programs-th one, those in the
-middle of the map, where most taps are live, first; or (STREAM) all programs take equally many steps, a contiguous part of the sequence of (tile,
-step): a tile that several of them share is written as fp32 parts, which `add_correlate` and `add_wgrad` sum in a fixed order.
-Within a tile the taps are innermost, so that a block of channels is read while it is in L2.
+Operands as in kernels/tma.py, but w is always a descriptor over (K, R*S, C). The consumers share a
+tile, each its half of the rows, or (PINGPONG) take turns: one multiplies while the other stores.
+The tiles of a launch are a sequence. A program takes every num_programs-th one, those in the middle
+of the map, where most taps are live, first; or (STREAM) all programs take equally many steps, a
+contiguous part of the sequence of (tile, step): a tile that several of them share is written as
+fp32 parts, which `add_correlate` and `add_wgrad` sum in a fixed order. Within a tile the taps are
+innermost, so that a block of channels is read while it is in L2.
 """
+
 import triton
 import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
 
 from .common import RUNTIME, launch_metadata, live_outputs, live_taps, store_tile
 
@@ -42,7 +52,8 @@ def taps_before(block, size, offset, dilation, taps, out, BLOCK: tl.constexpr):
 
 @triton.jit
 def find_block(step, unit, blocks, size, offset, dilation, taps, out, BLOCK: tl.constexpr):
-    """(block, live taps before it) of an axis that holds a step, when each live tap is worth `unit` steps."""
+    """(block, live taps before it) of an axis that holds a step, when each live tap is worth `unit`
+    steps."""
     low = 0
     before = 0
     high = blocks
@@ -57,21 +68,39 @@ def find_block(step, unit, blocks, size, offset, dilation, taps, out, BLOCK: tl.
 
 
 @triton.jit
-def correlation_size(geo, BLOCK_IMG: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+def correlation_size(
+    geo, BLOCK_IMG: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):
     """(channel blocks, tiles along images and groups, rows, columns, channels)."""
-    N, H, W, P, Q, C, K, G, R, S, FILTER_S, off_h, off_w, dil_h, dil_w, tap_r, tap_s, step_r, step_s, sum_h, sum_w, GROUP = geo
-    return tl.cdiv(C, BLOCK_K), tl.cdiv(N, BLOCK_IMG) * G, tl.cdiv(P, BLOCK_P), tl.cdiv(Q, BLOCK_Q), tl.cdiv(K, BLOCK_N)
+    (
+        N, H, W, P, Q, C, K, G, R, S, FILTER_S, off_h, off_w, dil_h, dil_w, tap_r, tap_s, step_r,
+        step_s, sum_h, sum_w, GROUP
+    ) = geo
+    return (
+        tl.cdiv(C, BLOCK_K), tl.cdiv(N, BLOCK_IMG) * G, tl.cdiv(P, BLOCK_P), tl.cdiv(Q, BLOCK_Q),
+        tl.cdiv(K, BLOCK_N)
+    )
 
 
 @triton.jit
-def correlation_tile(tile, geo, BLOCK_IMG: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-                     STREAM: tl.constexpr):
-    """(group, image, row, column, channel) where a tile begins, its first live taps and their numbers (r, s), its steps.
+def correlation_tile(
+    tile, geo, BLOCK_IMG: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STREAM: tl.constexpr,
+):
+    """(group, image, row, column, channel) where a tile begins, its first live taps and their
+    numbers (r, s), its steps.
 
-    GROUP channel tiles are walked together, so that they share x in L2: rows, columns, images and groups, these channel tiles are the inner loops.
+    GROUP channel tiles are walked together, so that they share x in L2: rows, columns, images and
+    groups, these channel tiles are the inner loops.
     """
-    N, H, W, P, Q, C, K, G, R, S, FILTER_S, off_h, off_w, dil_h, dil_w, tap_r, tap_s, step_r, step_s, sum_h, sum_w, GROUP = geo
-    blocks, images, tiles_p, tiles_q, tiles_n = correlation_size(geo, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_N, BLOCK_K)
+    (
+        N, H, W, P, Q, C, K, G, R, S, FILTER_S, off_h, off_w, dil_h, dil_w, tap_r, tap_s, step_r,
+        step_s, sum_h, sum_w, GROUP
+    ) = geo
+    blocks, images, tiles_p, tiles_q, tiles_n = correlation_size(
+        geo, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_N, BLOCK_K
+    )
     part = tile // (GROUP * images * tiles_p * tiles_q)
     t = tile % (GROUP * images * tiles_p * tiles_q)
     group = tl.minimum(tiles_n - part * GROUP, GROUP)
@@ -82,7 +111,7 @@ def correlation_tile(tile, geo, BLOCK_IMG: tl.constexpr, BLOCK_P: tl.constexpr, 
     t = t // images
     q = t % tiles_q
     p = t // tiles_q
-    if not STREAM:                                                       # from the middle outwards
+    if not STREAM:  # from the middle outwards
         p = (tiles_p - 1) // 2 + tl.where(p % 2 == 1, p // 2 + 1, -(p // 2))
         q = (tiles_q - 1) // 2 + tl.where(q % 2 == 1, q // 2 + 1, -(q // 2))
     p0 = p * BLOCK_P
@@ -93,13 +122,21 @@ def correlation_tile(tile, geo, BLOCK_IMG: tl.constexpr, BLOCK_P: tl.constexpr, 
 
 
 @triton.jit
-def correlation_start(step, geo, BLOCK_IMG: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+def correlation_start(
+    step, geo, BLOCK_IMG: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):
     """(tile, step of the tile) of a step of the sequence."""
-    N, H, W, P, Q, C, K, G, R, S, FILTER_S, off_h, off_w, dil_h, dil_w, tap_r, tap_s, step_r, step_s, sum_h, sum_w, GROUP = geo
-    blocks, images, tiles_p, tiles_q, tiles_n = correlation_size(geo, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_N, BLOCK_K)
+    (
+        N, H, W, P, Q, C, K, G, R, S, FILTER_S, off_h, off_w, dil_h, dil_w, tap_r, tap_s, step_r,
+        step_s, sum_h, sum_w, GROUP
+    ) = geo
+    blocks, images, tiles_p, tiles_q, tiles_n = correlation_size(
+        geo, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_N, BLOCK_K
+    )
     part = step // (GROUP * images * blocks * sum_h * sum_w)
     step -= part * (GROUP * images * blocks * sum_h * sum_w)
-    inner = images * tl.minimum(tiles_n - part * GROUP, GROUP)           # tiles of the same pixels
+    inner = images * tl.minimum(tiles_n - part * GROUP, GROUP)  # tiles of the same pixels
     unit = inner * blocks * sum_w
     p, before = find_block(step, unit, tiles_p, H, off_h, dil_h, R, P, BLOCK_P)
     step -= before * unit
@@ -109,15 +146,24 @@ def correlation_start(step, geo, BLOCK_IMG: tl.constexpr, BLOCK_P: tl.constexpr,
     step -= before * unit
     _, ns = live_taps(q * BLOCK_Q, tl.minimum(q * BLOCK_Q + BLOCK_Q, Q) - 1, W, off_w, 1, dil_w, S)
     steps = blocks * nr * ns
-    return part * GROUP * images * tiles_p * tiles_q + (p * tiles_q + q) * inner + step // steps, step % steps
+    return part * GROUP * images * tiles_p * tiles_q + (
+        p * tiles_q + q
+    ) * inner + step // steps, step % steps
 
 
 @triton.jit
-def correlation_share(geo, BLOCK_IMG: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-                      STREAM: tl.constexpr):
+def correlation_share(
+    geo, BLOCK_IMG: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STREAM: tl.constexpr,
+):
     """(first tile, where in it this program begins, its steps at most, tiles)."""
-    N, H, W, P, Q, C, K, G, R, S, FILTER_S, off_h, off_w, dil_h, dil_w, tap_r, tap_s, step_r, step_s, sum_h, sum_w, GROUP = geo
-    blocks, images, tiles_p, tiles_q, tiles_n = correlation_size(geo, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_N, BLOCK_K)
+    (
+        N, H, W, P, Q, C, K, G, R, S, FILTER_S, off_h, off_w, dil_h, dil_w, tap_r, tap_s, step_r,
+        step_s, sum_h, sum_w, GROUP
+    ) = geo
+    blocks, images, tiles_p, tiles_q, tiles_n = correlation_size(
+        geo, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_N, BLOCK_K
+    )
     tiles = images * tiles_p * tiles_q * tiles_n
     pid = tl.program_id(0)
     if not STREAM:
@@ -132,14 +178,19 @@ def correlation_share(geo, BLOCK_IMG: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK
 # ---- the ring
 @gluon.jit
 def ring(a, b, M: gl.constexpr, N: gl.constexpr, PINGPONG: gl.constexpr, STAGES: gl.constexpr):
-    """Shared memory of a program: STAGES boxes of both operands, buffers of the result, barriers (full and empty boxes, whose turn it is)."""
+    """Shared memory of a program: STAGES boxes of both operands, buffers of the result, barriers
+    (full and empty boxes, whose turn it is)."""
     ROWS: gl.constexpr = M if PINGPONG else M // 2
     BITS: gl.constexpr = a.dtype.primitive_bitwidth
-    PART: gl.constexpr = 1024 // BITS                      # columns that are stored at once: 128 bytes, the widest swizzle
-    BUFFERS: gl.constexpr = 4 if ROWS == 64 and N > PART else 2           # two for each consumer, which the parts of a tile take in turn
+    # columns that are stored at once: 128 bytes, the widest swizzle
+    PART: gl.constexpr = 1024 // BITS
+    # two for each consumer, which the parts of a tile take in turn
+    BUFFERS: gl.constexpr = 4 if ROWS == 64 and N > PART else 2
     a_bufs = gl.allocate_shared_memory(a.dtype, [STAGES] + a.block_type.shape, a.layout)
     b_bufs = gl.allocate_shared_memory(b.dtype, [STAGES] + b.block_type.shape, b.layout)
-    y_bufs = gl.allocate_shared_memory(a.dtype, [BUFFERS, ROWS, PART], gl.NVMMASharedLayout(128, BITS, 2))
+    y_bufs = gl.allocate_shared_memory(
+        a.dtype, [BUFFERS, ROWS, PART], gl.NVMMASharedLayout(128, BITS, 2)
+    )
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     order = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
@@ -159,10 +210,13 @@ def advance(stage, phase, STAGES: gl.constexpr):
 
 
 @gluon.jit
-def multiply(acc, a_bufs, b_bufs, full, empty, steps, stage, phase, prev, ROW: gl.constexpr, A_T: gl.constexpr, B_T: gl.constexpr,
-             STAGES: gl.constexpr):
-    """acc plus the products of `steps` stages: one is in flight while the buffers of the one before go back to the producer. A_T, B_T: whether the
-    rows of a buffer are the reduction's (else the tile's)."""
+def multiply(
+    acc, a_bufs, b_bufs, full, empty, steps, stage, phase, prev, ROW: gl.constexpr,
+    A_T: gl.constexpr, B_T: gl.constexpr, STAGES: gl.constexpr,
+):
+    """acc plus the products of `steps` stages: one is in flight while the buffers of the one before
+    go back to the producer. A_T, B_T: whether the rows of a buffer are the reduction's (else the
+    tile's)."""
     ROWS: gl.constexpr = acc.shape[0]
     for i in range(steps):
         mbarrier.wait(full.index(stage), phase)
@@ -176,7 +230,8 @@ def multiply(acc, a_bufs, b_bufs, full, empty, steps, stage, phase, prev, ROW: g
         acc = warpgroup_mma(a, b, acc, is_async=True)
         acc = warpgroup_mma_wait(1, [acc])
         mbarrier.arrive(empty.index(prev), count=1, pred=i > 0)
-        # frontend: a variable that enters the loop as the same value as the one that is assigned to it here is not carried (3.6 to 3.9)
+        # frontend: a variable that enters the loop as the same value as the one that is assigned to
+        # it here is not carried (3.6 to 3.9)
         prev = stage
         stage, phase = advance(stage, phase, STAGES)
     acc = warpgroup_mma_wait(0, [acc])
@@ -198,19 +253,26 @@ def halves(t):
 
 
 @gluon.jit
-def store_parts(y, bias_ptr, bufs, t, i0, i1, i2, i3, sizes, strides, BOX_1: gl.constexpr, BOX_2: gl.constexpr, HAS_BIAS: gl.constexpr,
-                TMA_STORE: gl.constexpr, ROWS_FIRST: gl.constexpr, ALIGN_Y: gl.constexpr, FIRST: gl.constexpr, SLOTS: gl.constexpr,
-                SLOT: gl.constexpr):
-    """t [rows of a box with sides ..., BOX_1, BOX_2, columns] (+ bias) -> y at these coordinates, in parts, through SLOTS buffers from FIRST on: by
-    descriptor, or through y's strides within `sizes`, where rows (ROWS_FIRST) or runs of ALIGN_Y columns are neighbours in memory."""
+def store_parts(
+    y, bias_ptr, bufs, t, i0, i1, i2, i3, sizes, strides, BOX_1: gl.constexpr, BOX_2: gl.constexpr,
+    HAS_BIAS: gl.constexpr, TMA_STORE: gl.constexpr, ROWS_FIRST: gl.constexpr,
+    ALIGN_Y: gl.constexpr, FIRST: gl.constexpr, SLOTS: gl.constexpr, SLOT: gl.constexpr,
+):
+    """t [rows of a box with sides ..., BOX_1, BOX_2, columns] (+ bias) -> y at these coordinates,
+    in parts, through SLOTS buffers from FIRST on: by descriptor, or through y's strides within
+    `sizes`, where rows (ROWS_FIRST) or runs of ALIGN_Y columns are neighbours in memory."""
     COLUMNS: gl.constexpr = t.shape[1]
     PART: gl.constexpr = bufs.shape[2]
     if COLUMNS > PART:
         left, right = halves(t)
-        store_parts(y, bias_ptr, bufs, left, i0, i1, i2, i3, sizes, strides, BOX_1, BOX_2, HAS_BIAS, TMA_STORE, ROWS_FIRST, ALIGN_Y, FIRST, SLOTS,
-                    SLOT)
-        store_parts(y, bias_ptr, bufs, right, i0, i1, i2, i3 + COLUMNS // 2, sizes, strides, BOX_1, BOX_2, HAS_BIAS, TMA_STORE, ROWS_FIRST, ALIGN_Y,
-                    FIRST, SLOTS, SLOT + COLUMNS // (2 * PART))
+        store_parts(
+            y, bias_ptr, bufs, left, i0, i1, i2, i3, sizes, strides, BOX_1, BOX_2, HAS_BIAS,
+            TMA_STORE, ROWS_FIRST, ALIGN_Y, FIRST, SLOTS, SLOT
+        )
+        store_parts(
+            y, bias_ptr, bufs, right, i0, i1, i2, i3 + COLUMNS // 2, sizes, strides, BOX_1, BOX_2,
+            HAS_BIAS, TMA_STORE, ROWS_FIRST, ALIGN_Y, FIRST, SLOTS, SLOT + COLUMNS // (2 * PART)
+        )
     else:
         n_0, n_1, n_2, n_3 = sizes
         s_0, s_1, s_2, s_3, y0 = strides
@@ -227,18 +289,27 @@ def store_parts(y, bias_ptr, bufs, t, i0, i1, i2, i3, sizes, strides, BOX_1: gl.
         else:
             ROWS: gl.constexpr = t.shape[0]
             LANES: gl.constexpr = 32 if ALIGN_Y <= 2 else PART // ALIGN_Y
-            layout: gl.constexpr = (gl.BlockedLayout([1, 8], [32, 1], [ROWS // 32, 128 // ROWS], [0, 1]) if ROWS_FIRST else
-                                    gl.BlockedLayout([1, ALIGN_Y], [32 // LANES, LANES], [4, 1], [1, 0]))
+            layout: gl.constexpr = (
+                gl.BlockedLayout([1, 8], [32, 1], [ROWS // 32, 128 // ROWS], [0, 1])
+                if ROWS_FIRST
+                else gl.BlockedLayout([1, ALIGN_Y], [32 // LANES, LANES], [4, 1], [1, 0])
+            )
             m = gl.arange(0, ROWS, gl.SliceLayout(1, layout))
             n = gl.arange(0, PART, gl.SliceLayout(0, layout))
             j0 = m // (BOX_1 * BOX_2)
             j1 = m // BOX_2 % BOX_1
             j2 = m % BOX_2
-            in_y = ((j0 < n_0 - i0) & (j1 < n_1 - i1) & (j2 < n_2 - i2))[:, None] & (n // ALIGN_Y < (n_3 - i3) // ALIGN_Y)[None, :]
-            # the tile's coordinates stand inside the products: else these would not depend on the tile, and be kept in registers
+            in_y = ((j0 < n_0 - i0) & (j1 < n_1 - i1) & (j2 < n_2 - i2))[:, None] & (
+                n // ALIGN_Y < (n_3 - i3) // ALIGN_Y
+            )[None, :]
+            # the tile's coordinates stand inside the products: else these would not depend on the
+            # tile, and be kept in registers
             rows = (i0 + j0) * s_0 + (i1 + j1) * s_1 + (i2 + j2) * s_2 + y0
-            if ALIGN_Y > 1:                                              # columns are neighbours
-                offset = gl.multiple_of(rows, ALIGN_Y)[:, None] + (gl.multiple_of(i3, ALIGN_Y) + n)[None, :]
+            if ALIGN_Y > 1:  # columns are neighbours
+                offset = (
+                    gl.multiple_of(rows, ALIGN_Y)[:, None]
+                    + (gl.multiple_of(i3, ALIGN_Y) + n)[None, :]
+                )
             else:
                 offset = rows[:, None] + ((i3 + n) * s_3)[None, :]
             gl.store(y + offset, buf.load(layout), mask=in_y)
@@ -249,39 +320,57 @@ def store_partial(part_ptr, acc, slot, ROW: gl.constexpr, ROWS: gl.constexpr):
     """acc -> its rows of the part of a tile of ROWS that lies at `slot`."""
     m = gl.arange(0, acc.shape[0], gl.SliceLayout(1, acc.type.layout)) + ROW
     n = gl.arange(0, acc.shape[1], gl.SliceLayout(0, acc.type.layout))
-    gl.store(part_ptr + slot * (ROWS * acc.shape[1]) + (m * acc.shape[1])[:, None] + n[None, :], acc)
+    gl.store(
+        part_ptr + slot * (ROWS * acc.shape[1]) + (m * acc.shape[1])[:, None] + n[None, :], acc
+    )
 
 
 @gluon.jit
-def consume(y, bias_ptr, part_ptr, strides, a_bufs, b_bufs, y_bufs, full, empty, order, geo, WGRAD: gl.constexpr, TRANSPOSED: gl.constexpr,
-            HAS_BIAS: gl.constexpr, TMA_STORE: gl.constexpr, ROWS_FIRST: gl.constexpr, ALIGN_Y: gl.constexpr, PINGPONG: gl.constexpr,
-            STREAM: gl.constexpr, BLOCK_IMG: gl.constexpr, BLOCK_P: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
-            BLOCK_K: gl.constexpr, STAGES: gl.constexpr, ME: gl.constexpr):
+def consume(
+    y, bias_ptr, part_ptr, strides, a_bufs, b_bufs, y_bufs, full, empty, order, geo,
+    WGRAD: gl.constexpr, TRANSPOSED: gl.constexpr, HAS_BIAS: gl.constexpr, TMA_STORE: gl.constexpr,
+    ROWS_FIRST: gl.constexpr, ALIGN_Y: gl.constexpr, PINGPONG: gl.constexpr, STREAM: gl.constexpr,
+    BLOCK_IMG: gl.constexpr, BLOCK_P: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_M: gl.constexpr,
+    BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr, ME: gl.constexpr,
+):
     """Consumer ME of any pass: multiplies its tiles, or its half of each, and stores them."""
     ROWS: gl.constexpr = BLOCK_M if PINGPONG else BLOCK_M // 2
     ROW: gl.constexpr = 0 if PINGPONG else ME * ROWS
-    BOX_1: gl.constexpr = 1 if WGRAD else BLOCK_P                        # dw's rows are channels
+    BOX_1: gl.constexpr = 1 if WGRAD else BLOCK_P  # dw's rows are channels
     BOX_2: gl.constexpr = 1 if WGRAD else BLOCK_Q
     SLOTS: gl.constexpr = y_bufs.shape[0] // 2
-    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 256 // a_bufs.dtype.primitive_bitwidth])
+    layout: gl.constexpr = gl.NVMMADistributedLayout(
+        [3, 0], [4, 1], [16, BLOCK_N, 256 // a_bufs.dtype.primitive_bitwidth]
+    )
     stage = 0
     phase = 0
     prev = STAGES - 1
     turn = 0
     go = 1 - ME
     if WGRAD:
-        tile, begin, left, tiles = reduction_share(geo, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_M, BLOCK_N, STREAM)
+        tile, begin, left, tiles = reduction_share(
+            geo, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_M, BLOCK_N, STREAM
+        )
     else:
-        tile, begin, left, tiles = correlation_share(geo, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_N, BLOCK_K, STREAM)
+        tile, begin, left, tiles = correlation_share(
+            geo, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_N, BLOCK_K, STREAM
+        )
     while (tile < tiles) & (left > 0):
         if WGRAD:
             N, H, W, P, Q, C, K, G, R, S, off_h, off_w, dil_h, dil_w, sum_h, sum_w = geo
-            g, k0, i3, i1, i2, p_lo, q_lo, boxes_p, boxes_q, steps = reduction_tile(tile, geo, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_M, BLOCK_N)
+            g, k0, i3, i1, i2, p_lo, q_lo, boxes_p, boxes_q, steps = reduction_tile(
+                tile, geo, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_M, BLOCK_N
+            )
             i0 = g * K + k0
             sizes = ((g + 1) * K, R, S, C)
         else:
-            N, H, W, P, Q, C, K, G, R, S, FILTER_S, off_h, off_w, dil_h, dil_w, tap_r, tap_s, step_r, step_s, sum_h, sum_w, GROUP = geo
-            g, i0, i1, i2, n0, r_lo, nr, s_lo, ns, steps = correlation_tile(tile, geo, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_N, BLOCK_K, STREAM)
+            (
+                N, H, W, P, Q, C, K, G, R, S, FILTER_S, off_h, off_w, dil_h, dil_w, tap_r, tap_s,
+                step_r, step_s, sum_h, sum_w, GROUP
+            ) = geo
+            g, i0, i1, i2, n0, r_lo, nr, s_lo, ns, steps = correlation_tile(
+                tile, geo, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_N, BLOCK_K, STREAM
+            )
             i3 = g * K + n0
             sizes = (N, P, Q, (g + 1) * K)
         count = gl.minimum(steps - begin, left)
@@ -290,19 +379,29 @@ def consume(y, bias_ptr, part_ptr, strides, a_bufs, b_bufs, y_bufs, full, empty,
             mine = turn == ME
             turn ^= 1
         if mine:
-            if PINGPONG:        # a wait for a parity cannot tell this tile's boxes from those two rounds before: only after the other's loop
+            # a wait for a parity cannot tell this tile's boxes from those two rounds before: only
+            # after the other's loop
+            if PINGPONG:
                 mbarrier.wait(order.index(ME), go)
                 go ^= 1
             acc = gl.zeros((ROWS, BLOCK_N), gl.float32, layout)
-            acc, stage, phase, prev = multiply(acc, a_bufs, b_bufs, full, empty, count, stage, phase, prev, ROW, WGRAD, WGRAD or TRANSPOSED, STAGES)
+            acc, stage, phase, prev = multiply(
+                acc, a_bufs, b_bufs, full, empty, count, stage, phase, prev, ROW, WGRAD,
+                WGRAD or TRANSPOSED, STAGES
+            )
             if PINGPONG:
                 mbarrier.arrive(order.index(1 - ME), count=1)
             if count == steps:
-                store_parts(y, bias_ptr, y_bufs, acc, i0 + ROW // (BOX_1 * BOX_2), i1 + ROW // BOX_2 % BOX_1, i2 + ROW % BOX_2, i3, sizes, strides,
-                            BOX_1, BOX_2, HAS_BIAS, TMA_STORE, ROWS_FIRST, ALIGN_Y, SLOTS * ME, SLOTS, 0)
+                store_parts(
+                    y, bias_ptr, y_bufs, acc, i0 + ROW // (BOX_1 * BOX_2),
+                    i1 + ROW // BOX_2 % BOX_1, i2 + ROW % BOX_2, i3, sizes, strides, BOX_1, BOX_2,
+                    HAS_BIAS, TMA_STORE, ROWS_FIRST, ALIGN_Y, SLOTS * ME, SLOTS, 0
+                )
             elif STREAM:
-                store_partial(part_ptr, acc, 2 * gl.program_id(0) + gl.where(begin == 0, 1, 0), ROW, BLOCK_M)
-        else:                                    # the other consumer's stages
+                store_partial(
+                    part_ptr, acc, 2 * gl.program_id(0) + gl.where(begin == 0, 1, 0), ROW, BLOCK_M
+                )
+        else:  # the other consumer's stages
             last = stage + count
             stage = last % STAGES
             phase ^= last // STAGES & 1
@@ -317,14 +416,24 @@ def consume(y, bias_ptr, part_ptr, strides, a_bufs, b_bufs, y_bufs, full, empty,
 
 # ---- fprop and dgrad
 @gluon.jit
-def produce(x, w, a_bufs, b_bufs, full, empty, geo, TRANSPOSED: gl.constexpr, STREAM: gl.constexpr, BLOCK_IMG: gl.constexpr, BLOCK_P: gl.constexpr,
-            BLOCK_Q: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr):
-    N, H, W, P, Q, C, K, G, R, S, FILTER_S, off_h, off_w, dil_h, dil_w, tap_r, tap_s, step_r, step_s, sum_h, sum_w, GROUP = geo
+def produce(
+    x, w, a_bufs, b_bufs, full, empty, geo, TRANSPOSED: gl.constexpr, STREAM: gl.constexpr,
+    BLOCK_IMG: gl.constexpr, BLOCK_P: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_N: gl.constexpr,
+    BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
+):
+    (
+        N, H, W, P, Q, C, K, G, R, S, FILTER_S, off_h, off_w, dil_h, dil_w, tap_r, tap_s, step_r,
+        step_s, sum_h, sum_w, GROUP
+    ) = geo
     stage = 0
     phase = 1
-    tile, begin, left, tiles = correlation_share(geo, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_N, BLOCK_K, STREAM)
+    tile, begin, left, tiles = correlation_share(
+        geo, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_N, BLOCK_K, STREAM
+    )
     while (tile < tiles) & (left > 0):
-        g, img, p0, q0, n0, r_lo, nr, s_lo, ns, steps = correlation_tile(tile, geo, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_N, BLOCK_K, STREAM)
+        g, img, p0, q0, n0, r_lo, nr, s_lo, ns, steps = correlation_tile(
+            tile, geo, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_N, BLOCK_K, STREAM
+        )
         count = gl.minimum(steps - begin, left)
         taps = gl.maximum(nr * ns, 1)
         r = begin % taps // gl.maximum(ns, 1)
@@ -336,7 +445,8 @@ def produce(x, w, a_bufs, b_bufs, full, empty, geo, TRANSPOSED: gl.constexpr, ST
         h = h_lo + r * dil_h
         v = v_lo + s * dil_w
         c = begin // taps * BLOCK_K
-        # w is read at row g*K + n0, this tap, column c; (TRANSPOSED) at row g*C + c, this tap, column n0
+        # w is read at row g*K + n0, this tap, column c; (TRANSPOSED) at row g*C + c, this tap,
+        # column n0
         row_step = step_r * FILTER_S - ns * step_s
         rows_step = nr * step_r * FILTER_S
         tap = (tap_r + (r_lo + r) * step_r) * FILTER_S + tap_s + (s_lo + s) * step_s
@@ -369,31 +479,65 @@ def produce(x, w, a_bufs, b_bufs, full, empty, geo, TRANSPOSED: gl.constexpr, ST
 
 
 @gluon.jit(do_not_specialize=RUNTIME, launch_metadata=launch_metadata)
-def correlate_hopper(x, w, bias_ptr, y, part_ptr, N, H, W, P, Q, C, K, G, R, S, FILTER_S, off_h, off_w, dil_h, dil_w, tap_r, tap_s, step_r, step_s,
-                     sum_h, sum_w, GROUP, sy_n, sy_p, sy_q, sy_k, y0,
-                     TRANSPOSED: gl.constexpr, HAS_BIAS: gl.constexpr, TMA_STORE: gl.constexpr, ROWS_FIRST: gl.constexpr, ALIGN_Y: gl.constexpr,
-                     PINGPONG: gl.constexpr, STREAM: gl.constexpr, BLOCK_IMG: gl.constexpr, BLOCK_P: gl.constexpr, BLOCK_Q: gl.constexpr,
-                     BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr):
+def correlate_hopper(
+    x, w, bias_ptr, y, part_ptr, N, H, W, P, Q, C, K, G, R, S, FILTER_S, off_h, off_w, dil_h, dil_w,
+    tap_r, tap_s, step_r, step_s, sum_h, sum_w, GROUP, sy_n, sy_p, sy_q, sy_k, y0,
+    TRANSPOSED: gl.constexpr, HAS_BIAS: gl.constexpr, TMA_STORE: gl.constexpr,
+    ROWS_FIRST: gl.constexpr, ALIGN_Y: gl.constexpr, PINGPONG: gl.constexpr, STREAM: gl.constexpr,
+    BLOCK_IMG: gl.constexpr, BLOCK_P: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_N: gl.constexpr,
+    BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
+):
     """sum_h, sum_w: live taps of all tiles along an axis, for STREAM."""
-    a_bufs, b_bufs, y_bufs, full, empty, order = ring(x, w, BLOCK_IMG * BLOCK_P * BLOCK_Q, BLOCK_N, PINGPONG, STAGES)
-    geo = (N, H, W, P, Q, C, K, G, R, S, FILTER_S, off_h, off_w, dil_h, dil_w, tap_r, tap_s, step_r, step_s, sum_h, sum_w, GROUP)
+    a_bufs, b_bufs, y_bufs, full, empty, order = ring(
+        x, w, BLOCK_IMG * BLOCK_P * BLOCK_Q, BLOCK_N, PINGPONG, STAGES
+    )
+    geo = (
+        N, H, W, P, Q, C, K, G, R, S, FILTER_S, off_h, off_w, dil_h, dil_w, tap_r, tap_s, step_r,
+        step_s, sum_h, sum_w, GROUP
+    )
     strides = (sy_n, sy_p, sy_q, sy_k, y0)
     M: gl.constexpr = BLOCK_IMG * BLOCK_P * BLOCK_Q
     # constexprs that go through a tuple variable become tensors: the arguments are written out
-    gl.warp_specialize([
-        (consume, (y, bias_ptr, part_ptr, strides, a_bufs, b_bufs, y_bufs, full, empty, order, geo, False, TRANSPOSED, HAS_BIAS, TMA_STORE,
-                   ROWS_FIRST, ALIGN_Y, PINGPONG, STREAM, BLOCK_IMG, BLOCK_P, BLOCK_Q, M, BLOCK_N, BLOCK_K, STAGES, 0)),
-        (consume, (y, bias_ptr, part_ptr, strides, a_bufs, b_bufs, y_bufs, full, empty, order, geo, False, TRANSPOSED, HAS_BIAS, TMA_STORE,
-                   ROWS_FIRST, ALIGN_Y, PINGPONG, STREAM, BLOCK_IMG, BLOCK_P, BLOCK_Q, M, BLOCK_N, BLOCK_K, STAGES, 1)),
-        (produce, (x, w, a_bufs, b_bufs, full, empty, geo, TRANSPOSED, STREAM, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_N, BLOCK_K, STAGES)),
-    ], [4, 1], [240, 24])
+    gl.warp_specialize(
+        [
+            (
+                consume,
+                (
+                    y, bias_ptr, part_ptr, strides, a_bufs, b_bufs, y_bufs, full, empty, order, geo,
+                    False, TRANSPOSED, HAS_BIAS, TMA_STORE, ROWS_FIRST, ALIGN_Y, PINGPONG, STREAM,
+                    BLOCK_IMG, BLOCK_P, BLOCK_Q, M, BLOCK_N, BLOCK_K, STAGES, 0
+                ),
+            ),
+            (
+                consume,
+                (
+                    y, bias_ptr, part_ptr, strides, a_bufs, b_bufs, y_bufs, full, empty, order, geo,
+                    False, TRANSPOSED, HAS_BIAS, TMA_STORE, ROWS_FIRST, ALIGN_Y, PINGPONG, STREAM,
+                    BLOCK_IMG, BLOCK_P, BLOCK_Q, M, BLOCK_N, BLOCK_K, STAGES, 1
+                ),
+            ),
+            (
+                produce,
+                (
+                    x, w, a_bufs, b_bufs, full, empty, geo, TRANSPOSED, STREAM, BLOCK_IMG, BLOCK_P,
+                    BLOCK_Q, BLOCK_N, BLOCK_K, STAGES
+                ),
+            ),
+        ],
+        [4, 1],
+        [240, 24],
+    )
 
 
 # ---- wgrad
 @triton.jit
-def reduction_tile(tile, geo, BLOCK_IMG: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """(group, row, column, tap (r, s), first live output (row, column), boxes of live outputs (rows, columns), steps) of a tile of dw; taps are the
-    outer loops. A tap that reads padding only has one box, where x is zero."""
+def reduction_tile(
+    tile, geo, BLOCK_IMG: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):
+    """(group, row, column, tap (r, s), first live output (row, column), boxes of live outputs
+    (rows, columns), steps) of a tile of dw; taps are the outer loops. A tap that reads padding only
+    has one box, where x is zero."""
     N, H, W, P, Q, C, K, G, R, S, off_h, off_w, dil_h, dil_w, sum_h, sum_w = geo
     tiles_m = tl.cdiv(K, BLOCK_M)
     tiles_n = tl.cdiv(C, BLOCK_N)
@@ -419,7 +563,8 @@ def live_boxes(t, size, offset, dilation, out, BLOCK: tl.constexpr):
 
 @triton.jit
 def find_tap(step, unit, size, offset, dilation, out, BLOCK: tl.constexpr):
-    """(tap, boxes of the taps before it) of an axis that holds a step, when each box is worth `unit` steps."""
+    """(tap, boxes of the taps before it) of an axis that holds a step, when each box is worth
+    `unit` steps."""
     tap = 0
     before = 0
     _, boxes = live_boxes(0, size, offset, dilation, out, BLOCK)
@@ -431,10 +576,13 @@ def find_tap(step, unit, size, offset, dilation, out, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def reduction_start(step, geo, BLOCK_IMG: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+def reduction_start(
+    step, geo, BLOCK_IMG: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):
     """(tile, step of the tile) of a step of the sequence."""
     N, H, W, P, Q, C, K, G, R, S, off_h, off_w, dil_h, dil_w, sum_h, sum_w = geo
-    tiles = tl.cdiv(K, BLOCK_M) * tl.cdiv(C, BLOCK_N) * G                 # of one tap
+    tiles = tl.cdiv(K, BLOCK_M) * tl.cdiv(C, BLOCK_N) * G  # of one tap
     unit = tiles * tl.cdiv(N, BLOCK_IMG) * sum_w
     r, before = find_tap(step, unit, H, off_h, dil_h, P, BLOCK_P)
     step -= before * unit
@@ -448,8 +596,10 @@ def reduction_start(step, geo, BLOCK_IMG: tl.constexpr, BLOCK_P: tl.constexpr, B
 
 
 @triton.jit
-def reduction_share(geo, BLOCK_IMG: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-                    STREAM: tl.constexpr):
+def reduction_share(
+    geo, BLOCK_IMG: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STREAM: tl.constexpr,
+):
     """(first tile, where in it this program begins, its steps at most, tiles)."""
     N, H, W, P, Q, C, K, G, R, S, off_h, off_w, dil_h, dil_w, sum_h, sum_w = geo
     tiles = tl.cdiv(K, BLOCK_M) * tl.cdiv(C, BLOCK_N) * G
@@ -464,14 +614,21 @@ def reduction_share(geo, BLOCK_IMG: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q
 
 
 @gluon.jit
-def produce_boxes(x, dy, a_bufs, b_bufs, full, empty, geo, STREAM: gl.constexpr, BLOCK_IMG: gl.constexpr, BLOCK_P: gl.constexpr,
-                  BLOCK_Q: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr):
+def produce_boxes(
+    x, dy, a_bufs, b_bufs, full, empty, geo, STREAM: gl.constexpr, BLOCK_IMG: gl.constexpr,
+    BLOCK_P: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
+    STAGES: gl.constexpr,
+):
     N, H, W, P, Q, C, K, G, R, S, off_h, off_w, dil_h, dil_w, sum_h, sum_w = geo
     stage = 0
     phase = 1
-    tile, begin, left, tiles = reduction_share(geo, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_M, BLOCK_N, STREAM)
+    tile, begin, left, tiles = reduction_share(
+        geo, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_M, BLOCK_N, STREAM
+    )
     while (tile < tiles) & (left > 0):
-        g, k0, n0, r, s, p_lo, q_lo, boxes_p, boxes_q, steps = reduction_tile(tile, geo, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_M, BLOCK_N)
+        g, k0, n0, r, s, p_lo, q_lo, boxes_p, boxes_q, steps = reduction_tile(
+            tile, geo, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_M, BLOCK_N
+        )
         count = gl.minimum(steps - begin, left)
         p_end = p_lo + boxes_p * BLOCK_P
         q_end = q_lo + boxes_q * BLOCK_Q
@@ -484,7 +641,8 @@ def produce_boxes(x, dy, a_bufs, b_bufs, full, empty, geo, STREAM: gl.constexpr,
             mbarrier.wait(empty.index(stage), phase)
             bar = full.index(stage)
             mbarrier.expect(bar, x.block_type.nbytes + dy.block_type.nbytes)
-            # where a box reaches over the tap's live rectangle, dy or x lies outside its tensor and is zero
+            # where a box reaches over the tap's live rectangle, dy or x lies outside its tensor and
+            # is zero
             tma_load(dy, [img, p, q, g * K + k0], bar, a_bufs.index(stage))
             tma_load(x, [img, p + h, q + v, g * C + n0], bar, b_bufs.index(stage))
             q += BLOCK_Q
@@ -504,30 +662,62 @@ def produce_boxes(x, dy, a_bufs, b_bufs, full, empty, geo, STREAM: gl.constexpr,
 
 
 @gluon.jit(do_not_specialize=RUNTIME, launch_metadata=launch_metadata)
-def wgrad_hopper(x, dy, dw, part_ptr, N, H, W, P, Q, C, K, G, R, S, off_h, off_w, dil_h, dil_w, sum_h, sum_w, sw_k, sw_c, sw_r, sw_s,
-                 TMA_STORE: gl.constexpr, PINGPONG: gl.constexpr, STREAM: gl.constexpr, BLOCK_IMG: gl.constexpr, BLOCK_P: gl.constexpr,
-                 BLOCK_Q: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr):
+def wgrad_hopper(
+    x, dy, dw, part_ptr, N, H, W, P, Q, C, K, G, R, S, off_h, off_w, dil_h, dil_w, sum_h, sum_w,
+    sw_k, sw_c, sw_r, sw_s, TMA_STORE: gl.constexpr, PINGPONG: gl.constexpr, STREAM: gl.constexpr,
+    BLOCK_IMG: gl.constexpr, BLOCK_P: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_M: gl.constexpr,
+    BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+):
     """sum_h, sum_w: boxes of all taps along an axis, for STREAM."""
     a_bufs, b_bufs, y_bufs, full, empty, order = ring(dy, x, BLOCK_M, BLOCK_N, PINGPONG, STAGES)
     geo = (N, H, W, P, Q, C, K, G, R, S, off_h, off_w, dil_h, dil_w, sum_h, sum_w)
     strides = (sw_k, sw_r, sw_s, sw_c, 0)
-    gl.warp_specialize([
-        (consume, (dw, part_ptr, part_ptr, strides, a_bufs, b_bufs, y_bufs, full, empty, order, geo, True, False, False, TMA_STORE, False, 1,
-                   PINGPONG, STREAM, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_M, BLOCK_N, 0, STAGES, 0)),
-        (consume, (dw, part_ptr, part_ptr, strides, a_bufs, b_bufs, y_bufs, full, empty, order, geo, True, False, False, TMA_STORE, False, 1,
-                   PINGPONG, STREAM, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_M, BLOCK_N, 0, STAGES, 1)),
-        (produce_boxes, (x, dy, a_bufs, b_bufs, full, empty, geo, STREAM, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_M, BLOCK_N, STAGES)),
-    ], [4, 1], [240, 24])
+    gl.warp_specialize(
+        [
+            (
+                consume,
+                (
+                    dw, part_ptr, part_ptr, strides, a_bufs, b_bufs, y_bufs, full, empty, order,
+                    geo, True, False, False, TMA_STORE, False, 1, PINGPONG, STREAM, BLOCK_IMG,
+                    BLOCK_P, BLOCK_Q, BLOCK_M, BLOCK_N, 0, STAGES, 0
+                ),
+            ),
+            (
+                consume,
+                (
+                    dw, part_ptr, part_ptr, strides, a_bufs, b_bufs, y_bufs, full, empty, order,
+                    geo, True, False, False, TMA_STORE, False, 1, PINGPONG, STREAM, BLOCK_IMG,
+                    BLOCK_P, BLOCK_Q, BLOCK_M, BLOCK_N, 0, STAGES, 1
+                ),
+            ),
+            (
+                produce_boxes,
+                (
+                    x, dy, a_bufs, b_bufs, full, empty, geo, STREAM, BLOCK_IMG, BLOCK_P, BLOCK_Q,
+                    BLOCK_M, BLOCK_N, STAGES
+                ),
+            ),
+        ],
+        [4, 1],
+        [240, 24],
+    )
 
 
 # ---- sums of the tiles that programs share
 @triton.jit
-def sum_parts(part_ptr, program, total, programs, first, begin, steps, row, ROWS: tl.constexpr, SIZE: tl.constexpr, BLOCK_N: tl.constexpr):
-    """ROWS rows, from `row` on, of the tile of SIZE elements whose step `begin` is step `first` of the sequence, the first one of `program`."""
+def sum_parts(
+    part_ptr, program, total, programs, first, begin, steps, row, ROWS: tl.constexpr,
+    SIZE: tl.constexpr, BLOCK_N: tl.constexpr,
+):
+    """ROWS rows, from `row` on, of the tile of SIZE elements whose step `begin` is step `first` of
+    the sequence, the first one of `program`."""
     last = first - begin + steps - 1
     much = total // programs
     more = total % programs
-    end = tl.where(last < more * (much + 1), last // (much + 1), (last - more) // tl.maximum(much, 1))     # the program of the tile's last step
+    # the program of the tile's last step
+    end = tl.where(
+        last < more * (much + 1), last // (much + 1), (last - more) // tl.maximum(much, 1)
+    )
     part_ptr += (row + tl.arange(0, ROWS))[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
     acc = tl.load(part_ptr + (2 * program - 1) * SIZE)
     for i in tl.range(program, end + 1):
@@ -536,33 +726,53 @@ def sum_parts(part_ptr, program, total, programs, first, begin, steps, row, ROWS
 
 
 @triton.jit(do_not_specialize=RUNTIME)
-def add_correlate(part_ptr, bias_ptr, y_ptr, N, H, W, P, Q, C, K, G, R, S, FILTER_S, off_h, off_w, dil_h, dil_w, tap_r, tap_s, step_r, step_s,
-                    sum_h, sum_w, GROUP, sy_n, sy_p, sy_q, sy_k, y0, programs,
-                    HAS_BIAS: tl.constexpr, ROWS_FIRST: tl.constexpr, ALIGN_Y: tl.constexpr, BLOCK_IMG: tl.constexpr, BLOCK_P: tl.constexpr,
-                    BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, ROWS: tl.constexpr):
-    """Sums the tiles that programs of `correlate_hopper` share: for each program but the first, ROWS rows at a time, the tile in whose middle it
-    begins, if the program before began that tile."""
+def add_correlate(
+    part_ptr, bias_ptr, y_ptr, N, H, W, P, Q, C, K, G, R, S, FILTER_S, off_h, off_w, dil_h, dil_w,
+    tap_r, tap_s, step_r, step_s, sum_h, sum_w, GROUP, sy_n, sy_p, sy_q, sy_k, y0, programs,
+    HAS_BIAS: tl.constexpr, ROWS_FIRST: tl.constexpr, ALIGN_Y: tl.constexpr,
+    BLOCK_IMG: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr, ROWS: tl.constexpr,
+):
+    """Sums the tiles that programs of `correlate_hopper` share: for each program but the first,
+    ROWS rows at a time, the tile in whose middle it begins, if the program before began that tile.
+    """
     PIXELS: tl.constexpr = BLOCK_IMG * BLOCK_P * BLOCK_Q
     SUM_Q: tl.constexpr = BLOCK_Q if BLOCK_Q < ROWS else ROWS
     SUM_P: tl.constexpr = BLOCK_P if BLOCK_P < ROWS // SUM_Q else ROWS // SUM_Q
-    geo = (N, H, W, P, Q, C, K, G, R, S, FILTER_S, off_h, off_w, dil_h, dil_w, tap_r, tap_s, step_r, step_s, sum_h, sum_w, GROUP)
-    blocks, images, tiles_p, tiles_q, tiles_n = correlation_size(geo, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_N, BLOCK_K)
+    geo = (
+        N, H, W, P, Q, C, K, G, R, S, FILTER_S, off_h, off_w, dil_h, dil_w, tap_r, tap_s, step_r,
+        step_s, sum_h, sum_w, GROUP
+    )
+    blocks, images, tiles_p, tiles_q, tiles_n = correlation_size(
+        geo, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_N, BLOCK_K
+    )
     total = images * tiles_n * blocks * sum_h * sum_w
     program = tl.program_id(0) // (PIXELS // ROWS) + 1
     row = tl.program_id(0) % (PIXELS // ROWS) * ROWS
     first = start_of(program, total, programs)
     tile, begin = correlation_start(first, geo, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_N, BLOCK_K)
     if (begin > 0) & (start_of(program - 1, total, programs) <= first - begin):
-        g, img, p0, q0, n0, r_lo, nr, s_lo, ns, steps = correlation_tile(tile, geo, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_N, BLOCK_K, True)
-        acc = sum_parts(part_ptr, program, total, programs, first, begin, steps, row, ROWS, PIXELS * BLOCK_N, BLOCK_N)
-        store_tile(y_ptr, bias_ptr, acc, g, img + row // (BLOCK_P * BLOCK_Q), p0 + row // BLOCK_Q % BLOCK_P, q0 + row % BLOCK_Q, n0, N, P, Q, K,
-                   sy_n, sy_p, sy_q, sy_k if ROWS_FIRST else 1, y0, ROWS // SUM_P // SUM_Q, SUM_P, SUM_Q, BLOCK_N, ROWS, ALIGN_Y, HAS_BIAS, False)
+        g, img, p0, q0, n0, r_lo, nr, s_lo, ns, steps = correlation_tile(
+            tile, geo, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_N, BLOCK_K, True
+        )
+        acc = sum_parts(
+            part_ptr, program, total, programs, first, begin, steps, row, ROWS, PIXELS * BLOCK_N,
+            BLOCK_N
+        )
+        store_tile(
+            y_ptr, bias_ptr, acc, g, img + row // (BLOCK_P * BLOCK_Q),
+            p0 + row // BLOCK_Q % BLOCK_P, q0 + row % BLOCK_Q, n0, N, P, Q, K, sy_n, sy_p, sy_q,
+            sy_k if ROWS_FIRST else 1, y0, ROWS // SUM_P // SUM_Q, SUM_P, SUM_Q, BLOCK_N, ROWS,
+            ALIGN_Y, HAS_BIAS, False
+        )
 
 
 @triton.jit(do_not_specialize=RUNTIME)
-def add_wgrad(part_ptr, dw_ptr, N, H, W, P, Q, C, K, G, R, S, off_h, off_w, dil_h, dil_w, sum_h, sum_w, sw_k, sw_c, sw_r, sw_s, programs,
-              BLOCK_IMG: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-              ROWS: tl.constexpr):
+def add_wgrad(
+    part_ptr, dw_ptr, N, H, W, P, Q, C, K, G, R, S, off_h, off_w, dil_h, dil_w, sum_h, sum_w, sw_k,
+    sw_c, sw_r, sw_s, programs, BLOCK_IMG: tl.constexpr, BLOCK_P: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ROWS: tl.constexpr,
+):
     """The same for `wgrad_hopper`."""
     geo = (N, H, W, P, Q, C, K, G, R, S, off_h, off_w, dil_h, dil_w, sum_h, sum_w)
     total = tl.cdiv(K, BLOCK_M) * tl.cdiv(C, BLOCK_N) * G * tl.cdiv(N, BLOCK_IMG) * sum_h * sum_w
@@ -571,10 +781,19 @@ def add_wgrad(part_ptr, dw_ptr, N, H, W, P, Q, C, K, G, R, S, off_h, off_w, dil_
     first = start_of(program, total, programs)
     tile, begin = reduction_start(first, geo, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_M, BLOCK_N)
     if (begin > 0) & (start_of(program - 1, total, programs) <= first - begin):
-        g, k0, n0, r, s, p_lo, q_lo, boxes_p, boxes_q, steps = reduction_tile(tile, geo, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_M, BLOCK_N)
-        acc = sum_parts(part_ptr, program, total, programs, first, begin, steps, row, ROWS, BLOCK_M * BLOCK_N, BLOCK_N)
+        g, k0, n0, r, s, p_lo, q_lo, boxes_p, boxes_q, steps = reduction_tile(
+            tile, geo, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_M, BLOCK_N
+        )
+        acc = sum_parts(
+            part_ptr, program, total, programs, first, begin, steps, row, ROWS, BLOCK_M * BLOCK_N,
+            BLOCK_N
+        )
         k = k0 + row + tl.arange(0, ROWS)
         c = n0 + tl.arange(0, BLOCK_N)
         dw_ptr += r * sw_r + s * sw_s
         in_w = (k < K)[:, None] & (c < C)[None, :]
-        tl.store(dw_ptr + ((g * K + k) * sw_k)[:, None] + (c * sw_c)[None, :], acc.to(dw_ptr.dtype.element_ty), mask=in_w)
+        tl.store(
+            dw_ptr + ((g * K + k) * sw_k)[:, None] + (c * sw_c)[None, :],
+            acc.to(dw_ptr.dtype.element_ty),
+            mask=in_w,
+        )

@@ -1,32 +1,59 @@
-"""Implicit GEMM with tensor descriptors (TMA), sm_90 and later: a tap is the coordinate of a box, and what lies outside the image arrives as zeros.
+"""Implicit GEMM with tensor descriptors (TMA), sm_90 and later: a tap is the coordinate of a box,
+and what lies outside the image arrives as zeros.
 
-x and dy are descriptors over NHWC with pixel boxes [BLOCK_IMG, BLOCK_P, BLOCK_Q, channels], y is one over (splits, N, P, Q, K), w one over
-(K, R*S*C), or (K, R*S, C) where the channels are RAGGED: the overhang of a channel block is zero in both operands, not the next tap. Axes have
-stride 1 (`tridil.problem.Axis.subsampled` views strided ones as such). WEIGHT_FIRST makes the weight tile the first operand of the product: on
-sm_90 it then stays in shared memory, since it is a 2D box. WARP_SPECIALIZE (sm_100) gives loads and products warps of their own.
+x and dy are descriptors over NHWC with pixel boxes [BLOCK_IMG, BLOCK_P, BLOCK_Q, channels], y is
+one over (splits, N, P, Q, K), w one over (K, R*S*C), or (K, R*S, C) where the channels are RAGGED:
+the overhang of a channel block is zero in both operands, not the next tap. Axes have stride 1
+(`tridil.problem.Axis.subsampled` views strided ones as such). WEIGHT_FIRST makes the weight tile
+the first operand of the product: on sm_90 it then stays in shared memory, since it is a 2D box.
+WARP_SPECIALIZE (sm_100) gives loads and products warps of their own.
 """
+
 import triton
 import triton.language as tl
 
-from .common import RUNTIME, STEP_1, dot, launch_metadata, live_taps, output_tile, split_steps, store_tile, wgrad_boxes
+from .common import (
+    RUNTIME,
+    STEP_1,
+    dot,
+    launch_metadata,
+    live_taps,
+    output_tile,
+    split_steps,
+    store_tile,
+    wgrad_boxes,
+)
 
-RUNTIME = RUNTIME + "C G CW R S FILTER_S step_s".split()                      # here coordinates, which need no alignment
+# here coordinates, which need no alignment
+RUNTIME = RUNTIME + "C G CW R S FILTER_S step_s".split()
 
 
-@triton.jit(do_not_specialize=RUNTIME, do_not_specialize_on_alignment=STEP_1, launch_metadata=launch_metadata)
-def correlate_tma(x, w, bias_ptr, y, N, H, W, P, Q, C, K, G, CW, R, S, FILTER_S, off_h, off_w, dil_h, dil_w, tap_r, tap_s, step_r, step_s,
-                  sy_split, sy_n, sy_p, sy_q, sy_k, y0, SPLIT_K,
-                  TRANSPOSED: tl.constexpr, HAS_BIAS: tl.constexpr, ALIGN_Y: tl.constexpr, TMA_STORE: tl.constexpr, INT64: tl.constexpr,
-                  PRECISION: tl.constexpr, WEIGHT_FIRST: tl.constexpr, WARP_SPECIALIZE: tl.constexpr, IS_SPLIT: tl.constexpr, RAGGED: tl.constexpr,
-                  BLOCK_IMG: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
-    """`gather.correlate` with coordinates in place of addresses: one flat loop over (live tap, channel block)."""
+@triton.jit(
+    do_not_specialize=RUNTIME,
+    do_not_specialize_on_alignment=STEP_1,
+    launch_metadata=launch_metadata,
+)
+def correlate_tma(
+    x, w, bias_ptr, y, N, H, W, P, Q, C, K, G, CW, R, S, FILTER_S, off_h, off_w, dil_h, dil_w,
+    tap_r, tap_s, step_r, step_s, sy_split, sy_n, sy_p, sy_q, sy_k, y0, SPLIT_K,
+    TRANSPOSED: tl.constexpr, HAS_BIAS: tl.constexpr, ALIGN_Y: tl.constexpr,
+    TMA_STORE: tl.constexpr, INT64: tl.constexpr, PRECISION: tl.constexpr,
+    WEIGHT_FIRST: tl.constexpr, WARP_SPECIALIZE: tl.constexpr, IS_SPLIT: tl.constexpr,
+    RAGGED: tl.constexpr, BLOCK_IMG: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):
+    """`gather.correlate` with coordinates in place of addresses: one flat loop over (live tap,
+    channel block)."""
     PIXELS: tl.constexpr = BLOCK_IMG * BLOCK_P * BLOCK_Q
-    split, g, img, p0, q0, n0 = output_tile(N, P, Q, K, G, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_N, IS_SPLIT)
+    split, g, img, p0, q0, n0 = output_tile(
+        N, P, Q, K, G, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_N, IS_SPLIT
+    )
     r_lo, nr = live_taps(p0, tl.minimum(p0 + BLOCK_P, P) - 1, H, off_h, 1, dil_h, R)
     s_lo, ns = live_taps(q0, tl.minimum(q0 + BLOCK_Q, Q) - 1, W, off_w, 1, dil_w, S)
     blocks = tl.cdiv(C, BLOCK_K)
     steps, r, s, c = split_steps(split, nr, ns, blocks, SPLIT_K, IS_SPLIT)
-    # coordinates of the first box; v runs over the live taps of a row, c over the channels of group g
+    # coordinates of the first box; v runs over the live taps of a row, c over the channels of group
+    # g
     h = p0 + off_h + (r_lo + r) * dil_h
     v_lo = q0 + off_w + s_lo * dil_w
     v_hi = v_lo + ns * dil_w
@@ -34,7 +61,8 @@ def correlate_tma(x, w, bias_ptr, y, N, H, W, P, Q, C, K, G, CW, R, S, FILTER_S,
     c_lo = g * C
     c_hi = c_lo + blocks * BLOCK_K
     c = c_lo + c * BLOCK_K
-    # w is read at row g*K + n0, column tap*CW + channel; (TRANSPOSED) at row c, column tap*CW + n0; (RAGGED) at g*K + n0, tap, channel
+    # w is read at row g*K + n0, column tap*CW + channel; (TRANSPOSED) at row c, column tap*CW + n0;
+    # (RAGGED) at g*K + n0, tap, channel
     tap_size = 1 if RAGGED else CW
     col = ((tap_r + (r_lo + r) * step_r) * FILTER_S + tap_s + (s_lo + s) * step_s) * tap_size
     tap_step = step_s * tap_size
@@ -69,19 +97,31 @@ def correlate_tma(x, w, bias_ptr, y, N, H, W, P, Q, C, K, G, CW, R, S, FILTER_S,
         if HAS_BIAS:
             n = n0 + tl.arange(0, BLOCK_N)
             acc += tl.load(bias_ptr + g * K + n, mask=n < K, other=0.0).to(tl.float32)[None, :]
-        y.store([split, img, p0, q0, g * K + n0], acc.to(y.dtype).reshape(1, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_N))
+        y.store(
+            [split, img, p0, q0, g * K + n0],
+            acc.to(y.dtype).reshape(1, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_N),
+        )
     else:
         if IS_SPLIT:
             y += tl.multiple_of(split.to(tl.int64) * sy_split, ALIGN_Y)
-        store_tile(y, bias_ptr, acc, g, img, p0, q0, n0, N, P, Q, K, sy_n, sy_p, sy_q, sy_k, y0,
-                   BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_N, PIXELS, ALIGN_Y, HAS_BIAS, INT64)
+        store_tile(
+            y, bias_ptr, acc, g, img, p0, q0, n0, N, P, Q, K, sy_n, sy_p, sy_q, sy_k, y0, BLOCK_IMG,
+            BLOCK_P, BLOCK_Q, BLOCK_N, PIXELS, ALIGN_Y, HAS_BIAS, INT64
+        )
 
 
-@triton.jit(do_not_specialize=RUNTIME, do_not_specialize_on_alignment=STEP_1, launch_metadata=launch_metadata)
-def wgrad_tma(x, dy, dw, N, H, W, P, Q, C, K, G, R, S, off_h, off_w, dil_h, dil_w, SPLIT_K,
-              PRECISION: tl.constexpr, WARP_SPECIALIZE: tl.constexpr,
-              BLOCK_IMG: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """`gather.wgrad` with coordinates: where a box reaches over the tap's live rectangle, dy or x lies outside its tensor and is zero."""
+@triton.jit(
+    do_not_specialize=RUNTIME,
+    do_not_specialize_on_alignment=STEP_1,
+    launch_metadata=launch_metadata,
+)
+def wgrad_tma(
+    x, dy, dw, N, H, W, P, Q, C, K, G, R, S, off_h, off_w, dil_h, dil_w, SPLIT_K,
+    PRECISION: tl.constexpr, WARP_SPECIALIZE: tl.constexpr, BLOCK_IMG: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):
+    """`gather.wgrad` with coordinates: where a box reaches over the tap's live rectangle, dy or x
+    lies outside its tensor and is zero."""
     PIXELS: tl.constexpr = BLOCK_IMG * BLOCK_P * BLOCK_Q
     pid = tl.program_id(0)
     tiles_m = tl.cdiv(K, BLOCK_M)
@@ -96,8 +136,10 @@ def wgrad_tma(x, dy, dw, N, H, W, P, Q, C, K, G, R, S, off_h, off_w, dil_h, dil_
     t = t // R
     g = t % G
     split = t // G
-    count, img, p, q, p_lo, p_hi, q_lo, q_hi = wgrad_boxes(split, r, r, s, s, N, H, W, P, Q, 1, 1, off_h, off_w, dil_h, dil_w,
-                                                           BLOCK_IMG, BLOCK_P, BLOCK_Q, SPLIT_K)
+    count, img, p, q, p_lo, p_hi, q_lo, q_hi = wgrad_boxes(
+        split, r, r, s, s, N, H, W, P, Q, 1, 1, off_h, off_w, dil_h, dil_w, BLOCK_IMG, BLOCK_P,
+        BLOCK_Q, SPLIT_K
+    )
     h = r * dil_h + off_h
     v = s * dil_w + off_w
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
