@@ -741,8 +741,6 @@ def test_weights_that_know_atens_operators(dim, launches, monkeypatch, device, s
 
 @pytest.mark.parametrize("watcher", ["mode", "weight"])
 def test_compiled_layers_show_conv2d_too(watcher, backend, device, seed):
-    torch._dynamo.reset()
-
     class Doubled(torch.Tensor):
         @classmethod
         def __torch_function__(cls, func, types, args=(), kwargs=None):
@@ -754,12 +752,21 @@ def test_compiled_layers_show_conv2d_too(watcher, backend, device, seed):
         torch.randn(1, 3, 7, 7, device=device),
     )
     expected = layer(x).detach() * (2 if watcher == "weight" else 1)
-    convert(layer, backend=backend)
+
+    def watched():
+        torch._dynamo.reset()
+        compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+        with Seen() if watcher == "mode" else nullcontext() as seen:
+            return compiled(x), seen
+
     if watcher == "weight":
         layer.weight = nn.Parameter(layer.weight.detach().as_subclass(Doubled))
-    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
-    with Seen() if watcher == "mode" else nullcontext() as seen:
-        y = compiled(x)
+    try:
+        watched()
+    except (AssertionError, TypeError) as e:
+        pytest.skip(f"torch {torch.__version__} compiles no plain layer so: {str(e)[:80]}")
+    convert(layer, backend=backend)
+    y, seen = watched()
     torch.testing.assert_close(y.detach().as_subclass(torch.Tensor), expected, rtol=1e-4, atol=1e-4)
     assert watcher == "weight" or F.conv2d in seen.functions
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from .problem import ROLES
+
 # The operand that has no vmap batch, if any -> the axis of each other tensor that takes the batch,
 # so that one convolution computes all: images of x and y, output channels of each group, input
 # channels of each group, or groups.
@@ -28,7 +30,7 @@ def rule(
     auto=False,
 ):
     """(result, its batch axis) of an operator under vmap."""
-    size, roles, bias, bias_dim = info.batch_size, function.roles, None, in_dims[2]
+    size, roles, bias, bias_dim = info.batch_size, ROLES[function.pass_], None, in_dims[2]
     unbatched = "".join(role for role, dim in zip(roles, in_dims[:2]) if dim is None)
     places = _PLACES.get(unbatched, {})
 

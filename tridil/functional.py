@@ -175,21 +175,22 @@ def dilated_conv1d(
         and (_is_foreign(input) or _is_foreign(weight))
     ):
         if causal:
-            input, weight = _padded(input, weight, problem)
+            input, weight, dilation = _padded(input, weight, dilation, problem)
         return F.conv1d(input, weight, bias, stride, padding, dilation, groups)
     x = input if input.dim() == 3 else input.unsqueeze(0)
     y = _run(x, weight, bias, problem, dtype, autocast, auto)
     return y if input.dim() == 3 else y.squeeze(0)
 
 
-def _padded(input, weight, problem: Problem) -> tuple[torch.Tensor, torch.Tensor]:
-    """A causal convolution's input with its zeros, and weight: without taps that read zeros alone,
-    where these may be too many for any memory."""
-    zeros, dilation = problem.padding[1][0], problem.dilation[1]
+def _padded(input, weight, dilation, problem: Problem) -> tuple:
+    """A causal convolution's input with its zeros, weight and dilation: without taps that read
+    zeros alone, where these may be too many for any memory."""
+    zeros, step = problem.padding[1][0], problem.dilation[1]
     if not torch.compiler.is_compiling() and problem.beyond_int32:
-        zeros = min(zeros, (problem.w - 1) // dilation * dilation)
-        weight = weight[..., problem.s - 1 - zeros // dilation :]
-    return F.pad(input, (zeros, 0)) if zeros else input, weight
+        zeros = min(zeros, (problem.w - 1) // step * step)
+        weight = weight[..., problem.s - 1 - zeros // step :]
+        dilation = dilation if zeros else 1  # of one tap, which cuDNN would refuse
+    return F.pad(input, (zeros, 0)) if zeros else input, weight, dilation
 
 
 def _is_foreign(t) -> bool:
@@ -224,10 +225,10 @@ def _show(function, plain, tensors, *args, **kwargs):
     if not (compiling or modes or values) or any(knowing):
         return handle_torch_function(function, tensors, *tensors, *args, **kwargs)
     if kwargs.pop("causal", False):
-        tensors = (
-            *_padded(*tensors[:2], _problem_1d(*tensors, *args, True, _dtype(*tensors)[0])),
-            tensors[2],
-        )
+        stride, padding, dilation, groups = args
+        problem = _problem_1d(*tensors, *args, True, _dtype(*tensors)[0])
+        x, w, dilation = _padded(*tensors[:2], dilation, problem)
+        tensors, args = (x, w, tensors[2]), (stride, padding, dilation, groups)
     if compiling:
         return plain(*tensors, *args)
     with _at_the_bottom(_Below(function, plain, kwargs)):

@@ -12,7 +12,7 @@ from torch.autograd.function import BackwardCFunction
 
 from . import batching, late, passes
 from .passes import empty, has_channels_last, map_shape
-from .problem import Problem
+from .problem import ROLES, Problem
 
 # tensors are 4D (N, C, H, W), or 3D (N, C, L): maps of height 1, whose results are 3D, too, and no
 # views
@@ -109,10 +109,9 @@ def _will_run(node) -> bool:
 
 class _Pass(torch.autograd.Function):
     """A pass: linear in its two tensors a and b, so that its derivatives are the other two passes.
-    `pass_` is its name, `roles` are those of a, b and the result. `third` is the bias of fprop, and
-    else the shape of the result; geometry is (stride, padding (h_lo, h_hi, w_lo, w_hi), dilation,
-    groups), channels_last the format of the result, auto whether ATen may run it, plain whether
-    nobody watches. `op` is the operator, for whoever watches: its autograd kernel applies the
+    `pass_` is its name. `third` is the bias of fprop, and else the shape of the result; geometry is
+    (stride, padding (h_lo, h_hi, w_lo, w_hi), dilation, groups), channels_last the format of the
+    result, auto whether ATen may run it, plain whether nobody watches. `op` is the operator, for whoever watches: its autograd kernel applies the
     Function, which is the only one that knows derivatives."""
 
     @classmethod
@@ -128,19 +127,6 @@ class _Pass(torch.autograd.Function):
         ctx.save_for_forward(a, b)
         ctx.set_materialize_grads(False)
         ctx.shape = output.shape
-
-    @classmethod
-    def backward(cls, ctx, grad):
-        if grad is None:
-            return (None,) * 7
-        (a, b), needs = ctx.saved_tensors, _wanted(ctx)
-        tensors, plain = dict(zip(cls.roles, (a, b, grad))), _is_plain_backward(a, b, grad)
-        grads = [
-            _derivative(cls, ctx, role, tensors, plain) if need else None
-            for role, need in zip(cls.roles[:2], needs)
-        ]
-        dbias = grad.sum((0, *range(2, grad.dim()))) if cls is Fprop and needs[2] else None
-        return *grads, dbias, None, None, None, None
 
     @classmethod
     def jvp(cls, ctx, da, db, dbias, *_):
@@ -159,17 +145,34 @@ class _Pass(torch.autograd.Function):
             return reduce(torch.add, terms)
 
 
-def _derivative(cls, ctx, role, tensors, plain):
+def _backward(pass_, ctx, grad):
+    """What all three Functions do backward; each has a plain function of its own, since Dynamo of
+    torch 2.11 takes no class method."""
+    if grad is None:
+        return (None,) * 7
+    (a, b), needs = ctx.saved_tensors, _wanted(ctx)
+    tensors, plain = dict(zip(ROLES[pass_], (a, b, grad))), _is_plain_backward(a, b, grad)
+    grads = [
+        _derivative(pass_, ctx, role, tensors, plain) if need else None
+        for role, need in zip(ROLES[pass_][:2], needs)
+    ]
+    dbias = grad.sum((0, *range(2, grad.dim()))) if pass_ == "fprop" and needs[2] else None
+    return *grads, dbias, None, None, None, None
+
+
+def _derivative(pass_, ctx, role, tensors, plain):
     """The gradient of the operand in this role: the pass whose result it is, of the other operand
     and the incoming gradient."""
-    function = next(other for other in FUNCTIONS.values() if other.roles[2] == role)
-    a, b = (tensors[role] for role in function.roles[:2])
+    other = next(name for name, roles in ROLES.items() if roles[2] == role)
+    a, b = (tensors[role] for role in ROLES[other][:2])
     operand = tensors[role]
     # x and y have one format, which wgrad, whose channels_last is that of w, is not told
-    channels_last = has_channels_last(operand) if role == "w" or cls is Wgrad else ctx.channels_last
+    channels_last = (
+        has_channels_last(operand) if role == "w" or pass_ == "wgrad" else ctx.channels_last
+    )
     return _apply(
         plain,
-        function.pass_,
+        other,
         a,
         b,
         None if role == "y" else operand.shape,
@@ -182,7 +185,11 @@ def _derivative(cls, ctx, role, tensors, plain):
 class Fprop(_Pass):
     """y of (x, w, bias)."""
 
-    pass_, roles = "fprop", "xwy"
+    pass_ = "fprop"
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _backward("fprop", ctx, grad)
 
     @staticmethod
     def fake(x, w, bias, stride, padding, dilation, groups, channels_last, auto=False):
@@ -201,7 +208,11 @@ class Fprop(_Pass):
 class Dgrad(_Pass):
     """dx of (dy, w)."""
 
-    pass_, roles = "dgrad", "ywx"
+    pass_ = "dgrad"
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _backward("dgrad", ctx, grad)
 
     @staticmethod
     def fake(dy, w, x_shape, stride, padding, dilation, groups, channels_last, auto=False):
@@ -215,7 +226,11 @@ class Dgrad(_Pass):
 class Wgrad(_Pass):
     """dw of (dy, x)."""
 
-    pass_, roles = "wgrad", "yxw"
+    pass_ = "wgrad"
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _backward("wgrad", ctx, grad)
 
     @staticmethod
     def fake(dy, x, w_shape, stride, padding, dilation, groups, channels_last, auto=False):

@@ -10,6 +10,8 @@ from operator import index
 import numpy as np
 
 PASSES = ("fprop", "dgrad", "wgrad")
+# of the two operands and the result of a pass
+ROLES = {"fprop": "xwy", "dgrad": "ywx", "wgrad": "yxw"}
 DTYPE_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 
 
