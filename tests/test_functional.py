@@ -540,6 +540,8 @@ def test_the_rule_of_memory_formats_is_atens(shape, order, step, expanded):
         *x.shape[2:],
         memory_format=torch.channels_last if nhwc else torch.contiguous_format,
     ).stride()
+    if x.shape[2] == x.shape[3] == 1:  # one memory in both formats, and ATen's kernels differ
+        wanted, expected = wanted[:2], expected[:2]
     assert wanted == expected
 
 
