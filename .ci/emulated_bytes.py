@@ -32,7 +32,7 @@ for pass_ in PASSES:
             continue
         seen.add(key)
         x, weight, _, dy = testing.random_tensors(p)
-        x, weight, dy = (t.to(memory_format=layers.FORMATS[p.layout]) for t in (x, weight, dy))
+        x, weight, dy = (t.to(memory_format=drivers.FORMATS[p.layout]) for t in (x, weight, dy))
         ptxemu.launches.clear()
         getattr(launch, pass_)(
             p, *{"fprop": (x, weight, None), "dgrad": (dy, weight), "wgrad": (dy, x)}[pass_], cfg
@@ -40,7 +40,7 @@ for pass_ in PASSES:
         counted = sum(
             item.stats[name]
             for item in ptxemu.launches
-            for name in LANES + BOXES * (cfg["kernel"] == "tma")
+            for name in LANES + BOXES * (cfg.kernel in ("tma", "hopper"))
         )
         reported = config.moved_bytes(p, pass_, cfg)[1]
         assert counted == reported if w.kind == "depthwise" else counted <= reported, (

@@ -22,13 +22,21 @@ for pass_ in PASSES:
     for w in workloads.suite("aspp"):
         cfg = cost_model.best(w.problem, pass_, drivers.target())
         useful += w.problem.useful_macs
-        if cfg["kernel"] == "depthwise":
+        if cfg.kernel == "depthwise":
             executed += config.executed_macs(w.problem, pass_, cfg)
             continue
-        p = replace(w.problem, n=min(w.problem.n, cfg["BLOCK_IMG"]), c=32, k=32)
-        cfg |= {"SPLIT_K": 1, "BLOCK_N": 32} | (
-            {"BLOCK_M": 32} if pass_ == "wgrad" else {"BLOCK_K": 32}
-        )
+        # one channel tile, of the smallest size that the family has
+        size = 64 if cfg.kernel == "hopper" else 32
+        p = replace(w.problem, n=min(w.problem.n, cfg.BLOCK_IMG), c=size, k=size)
+        smallest = {
+            "SPLIT_K": 1,
+            "BLOCK_N": size,
+            "BLOCK_M" if pass_ == "wgrad" else "BLOCK_K": size,
+        }
+        if cfg.kernel == "hopper":
+            pingpong = pass_ == "wgrad" or cfg.BLOCK_IMG * cfg.BLOCK_P * cfg.BLOCK_Q <= 128
+            smallest |= {"STREAM": False, "PINGPONG": pingpong}
+        cfg = replace(cfg, **smallest)
         key = p, cfg
         if key not in seen:
             x, weight, bias, dy = testing.random_tensors(p)
