@@ -20,6 +20,7 @@ import sweep
 import test_gpu_check
 
 from tridil import cache, choice, cost_model, drivers, tuner, workloads
+from tridil import config as cfg
 from tridil.problem import PASSES, Problem
 
 pytestmark = pytest.mark.skipif(
@@ -71,7 +72,9 @@ def test_first_use_measures_and_the_kernels_run_the_answer(monkeypatch):
     )
     config = choice.resolve(P, "fprop", drivers.target(), "ieee", torch.device("cuda", 0))
     (record,) = cache.user(drivers.target())[cache.key(P, "fprop")].values()
-    assert record["config"] == config and record["ms"] == 1.0 and record["aten_ms"] == 1.0
+    assert (
+        record["config"] == cfg.to_json(config) and record["ms"] == 1.0 and record["aten_ms"] == 1.0
+    )
 
 
 def test_sweep_and_validate(tmp_path, capsys):
