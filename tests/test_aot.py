@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from dataclasses import replace
 from importlib.metadata import version
 
@@ -340,6 +341,32 @@ def test_what_was_not_begun_is_dropped(monkeypatch):
         assert not compiled(*jobs[0], 0.01) and not compiled(*jobs[3], 0)
     go.set()
     assert len(begun) == 1
+
+
+def test_nothing_is_compiled_while_someone_measures(monkeypatch):
+    """Threads work during a wait only, and it ends when none of them does: they share a lock with
+    whoever measures."""
+    running, began, guard = [], [], threading.Lock()
+
+    def compile_(job):
+        with guard:
+            running.append(job)
+            began.append(job)
+        time.sleep(0.02 * (job[3] % 3))
+        with guard:
+            running.remove(job)
+
+    monkeypatch.setattr(aot, "_workers", lambda jobs: 3)
+    monkeypatch.setattr(aot, "_try_to_compile", compile_)
+    jobs = [(P, "fprop", "ieee", n) for n in range(9)]
+    with aot.compiling(jobs, "cuda:90") as compiled:
+        for i, job in enumerate(jobs):
+            time.sleep(0.005)
+            before = list(began)
+            assert compiled(*job) and not running and len(began) > i
+            time.sleep(0.03)
+            assert not running and len(began) <= max(len(before), i + 6)
+    assert [job[3] for job in sorted(began, key=lambda job: job[3])] == list(range(9))
 
 
 def test_illegal_config_and_interpreter():

@@ -8,8 +8,10 @@ import os
 import re
 import subprocess
 import tempfile
+import threading
+import time
 from collections import Counter
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, wait
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
@@ -224,25 +226,61 @@ def compiling(jobs: list, target: str):
     bias, in their order, in threads of this process.
 
     Gives `compiled(problem, pass_, precision, config, timeout=None)`: waits for a job for at most
-    `timeout` seconds and says whether it is done, also of a job that it was not given. What fails
-    here fails again where it is launched. At the end of the context what was not begun is dropped.
+    `timeout` seconds and says whether it is done, also of a job that it was not given. Threads work
+    during such a wait only, and it ends when none does: whoever measures afterwards has the
+    process, whose lock they share, for itself. What fails here fails again where it is launched. At
+    the end of the context what was not begun is dropped.
     """
-    # Triton and ptxas work outside of Python's lock
+    # Triton and ptxas work outside of Python's lock, code generation within
     pool = ThreadPoolExecutor(_workers(jobs))
-    futures = {tuple(job): pool.submit(_try_to_compile, (*job, target)) for job in jobs}
+    state, is_open, is_over, running, left = (
+        threading.Condition(),
+        False,
+        False,
+        0,
+        set(map(tuple, jobs)),
+    )
+
+    def work(job):
+        nonlocal running
+        with state:
+            state.wait_for(lambda: is_open or is_over)
+            if is_over:
+                return
+            running += 1
+        try:
+            _try_to_compile((*job, target))
+        finally:
+            with state:
+                running -= 1
+                left.discard(job)
+                state.notify_all()
+
+    for job in dict.fromkeys(map(tuple, jobs)):
+        pool.submit(work, job)
 
     def compiled(problem, pass_, precision, config, timeout: float | None = None) -> bool:
-        future = futures.get((problem, pass_, precision, config))
-        return (
-            future is None
-            or not wait(
-                [future], None if timeout is None else min(max(timeout, 0), TIMEOUT_MAX)
-            ).not_done
+        nonlocal is_open
+        job = problem, pass_, precision, config
+        if job not in left:
+            return True
+        end = time.monotonic() + min(
+            TIMEOUT_MAX if timeout is None else max(timeout, 0), TIMEOUT_MAX
         )
+        with state:
+            is_open = True
+            state.notify_all()
+            state.wait_for(lambda: job not in left, end - time.monotonic())
+            is_open = False
+            state.wait_for(lambda: running == 0, end - time.monotonic())
+        return job not in left
 
     try:
         yield compiled
     finally:
+        with state:
+            is_over = True
+            state.notify_all()
         pool.shutdown(wait=False, cancel_futures=True)
 
 
