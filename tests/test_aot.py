@@ -91,6 +91,7 @@ def wide_loads(row):
     return kinds
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", devices.TARGETS)
 def test_default_kernels_of_real_layers(tmp_path, target):
     """One layer per kind, three passes: every kernel compiles, spills nothing and fits; large ones
@@ -139,6 +140,7 @@ def test_default_kernels_of_real_layers(tmp_path, target):
         assert {row["kernel"] for row in rows} >= {"correlate_tma", "wgrad_tma"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", devices.TARGETS)
 def test_default_kernels_in_fp32(tmp_path, target):
     out, rows = tridil_aot(

@@ -150,6 +150,7 @@ def tridil(*args):
     )
 
 
+@pytest.mark.slow
 def test_command_line(tmp_path):
     tile = {
         "kernel": "gather",

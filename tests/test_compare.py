@@ -554,6 +554,7 @@ def test_revisions_that_cannot_be_compared(repository, monkeypatch, capsys):
     assert "not a git repository" in refused("base", "head")
 
 
+@pytest.mark.slow
 def test_the_compilers_part_for_real(repository, capsys):
     """A copy of this package as HEAD and as the working tree; the host's times, which depend on the
     machine, are taken once."""

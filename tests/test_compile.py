@@ -20,6 +20,7 @@ def fresh():
     torch._dynamo.reset()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["dilation", "shape"])
 def test_no_recompilation_storm(what, backend, device, seed):
     """A dozen dilations, or sizes, take at most two graphs: the first, and one for any."""
@@ -108,6 +109,7 @@ def test_both_tf32_switches(monkeypatch):
         assert fp32_precision("cuda:80") == precision
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["fullgraph", "graph breaks allowed", "without Dynamo"])
 @pytest.mark.parametrize("dim", [1, 2])
 def test_compiled_autograd_over_an_eager_forward(dim, how, backend, device, seed):

@@ -74,6 +74,7 @@ def launches(monkeypatch):
     passes._runs.clear()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["eager", "compile", "autocast"])
 @pytest.mark.parametrize("name", BUILD)
 def test_converted_models_train_like_the_original(name, mode, seed):
@@ -91,6 +92,7 @@ def test_converted_models_train_like_the_original(name, mode, seed):
     assert torch.equal(fresh.eval()(batches[0]), other.eval()(batches[0]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["eager", "compile", "autocast"])
 @pytest.mark.parametrize("name", SMALL)
 def test_models_train_on_the_kernels(name, mode, device, seed, poisoned):
@@ -463,6 +465,7 @@ class Subclasses(nn.Module):
         return self.Chomped(x.flatten(2), scale=3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("named", [False, True])
 def test_subclasses(named, backend, launches, device, seed):
     """Those that come to nn.Conv's convolution, and any that a predicate names; what they compute
@@ -954,6 +957,7 @@ def test_exported_models_run(name, backend, device, seed):
     torch.testing.assert_close(torch.export.load(stream).module()(x), model(x))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend_", ["auto", "triton"])
 def test_exported_graphs_in_another_process(backend_, tmp_path, seed):
     """Those with tridil's operators need `import tridil` before they are loaded; "auto" on the CPU

@@ -90,6 +90,7 @@ def shard(model):
     return fully_shard(model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("how", ["ddp", "fsdp"])
 def test_gradients_are_those_of_one_process(how, backend, tmp_path, seed):
@@ -150,6 +151,7 @@ def dtensor_worker(rank, path, seed):
         distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS[1:])
 def test_dtensors_that_are_sharded_by_images(backend, tmp_path, seed):
     multiprocessing.spawn(dtensor_worker, (tmp_path / "rendezvous", seed), nprocs=2)

@@ -194,6 +194,7 @@ def run(*args):
     return subprocess.run([sys.executable, "-m", "tridil", *args], capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_command_line():
     out = run("info")
     assert out.returncode == 0 and "torch" in out.stdout and "auto runs aten" in out.stdout

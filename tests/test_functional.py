@@ -126,6 +126,7 @@ def test_groups(groups, backend, device, seed):
         parity(backend, device, draw(2, 4, 7, 8), draw(6, per_group, 3, 3), draw(6), groups=groups)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("padding", ["valid", "same", "SAME", "reflect", ""])
 def test_padding_strings(padding, backend, device, seed):
     for shape, stride, dilation in itertools.product(
@@ -484,6 +485,7 @@ def variants(t):
     yield t.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2)
 
 
+@pytest.mark.slow
 def test_memory_formats(backend, device, seed):
     """Result strides for every pair of input and weight memory, ambiguous shapes (C = 1, 1x1, one
     image) included."""
@@ -545,6 +547,7 @@ def test_the_rule_of_memory_formats_is_atens(shape, order, step, expanded):
     assert wanted == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "args",
     [
@@ -658,6 +661,7 @@ def test_autocast_casts_a_parameter_once(leaf, dim, backend, device, seed):
         torch.testing.assert_close(ours(*args, backend=backend), plain(*args), rtol=3e-2, atol=3e-1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compiles_in_one_graph(dynamic, backend, device, seed):
     def f(conv, x, w, b):
@@ -766,6 +770,7 @@ def test_shapes_1d(x_shape, w_shape, backend, device, seed):
             )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_dtypes_and_memory_formats_1d(dtype, backend, device, seed):
     """F.conv1d makes its input contiguous; a weight whose channels are contiguous gives a result
@@ -804,6 +809,7 @@ def test_dtypes_and_memory_formats_1d(dtype, backend, device, seed):
             )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("causal", [False, True])
 def test_second_derivatives_1d(causal, backend, device, seed):
     tensors = [
@@ -1003,6 +1009,7 @@ for thread in threads: thread.join()
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("before", BEFORE)
 @pytest.mark.parametrize("name", LATE)
 def test_late_registrations_survive(before, name):

@@ -15,6 +15,7 @@ from tridil import drivers, launch
 from tridil.families.tma import architecture
 
 
+@pytest.mark.slow
 def test_fresh_geometries(device, seed, poisoned):
     state = fuzz.fuzz(
         10 if drivers.interpreted() else 100, seed, 600, ["float16", "float32"], device

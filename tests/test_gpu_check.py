@@ -42,6 +42,7 @@ def on_the_fake_gpu(work, sanitizer=True):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not interpreted(), reason="the made-up device interprets kernels")
 def test_from_end_to_end(tmp_path, capsys):
     assert (

@@ -337,6 +337,7 @@ def expected_tiles(p, pass_, cfg, axes):
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("pass_", PASSES)
 def test_order_of_steps(pass_, stream, device, seed, monkeypatch):
@@ -599,6 +600,7 @@ for pass_ in PASSES:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "dtype, passes", [("float16", PASSES), ("bfloat16", ("wgrad",)), ("float32", ("fprop",))]
 )

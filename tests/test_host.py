@@ -123,6 +123,7 @@ def test_passes_through_aten(name, aten, asked, device, seed):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("aten", [("fprop",), ("dgrad",), ("wgrad",)], ids="+".join)
 def test_second_derivatives_with_one_pass_through_aten(aten, asked, device, seed):
     p = replace(CASES["strided, groups"], dtype="float64", layout="nchw")
@@ -321,6 +322,7 @@ out = {}
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target, kernel", [(80, "gather"), (90, "tma")])
 def test_the_jit_runs_once_per_device_and_alignment(target, kernel):
     """Afterwards the compiled kernel is launched with the same arguments and hooks as through the
@@ -383,6 +385,7 @@ print(json.dumps([(len(layers()), len(c.kernels(layers(), {target!r}))) for laye
     assert all_layers == 30 and kernels < all_kernels < 3 * all_layers
 
 
+@pytest.mark.slow
 def test_the_count_is_the_jits():
     """The same layers, run forward and backward through a driver that launches nothing: as many
     kernels as were counted."""
@@ -403,6 +406,7 @@ print(json.dumps([len(kernels(dilated(), "cuda:90")), sum(len(f.device_caches[90
     assert counted == compiled > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", [80, 90])
 def test_compiled_ahead_of_time_are_the_kernels_that_the_jit_looks_for(target):
     """Same entry of Triton's cache: else `aot.precompile`, which the tuner relies on, would compile
@@ -447,6 +451,7 @@ print(json.dumps(out))
     assert all(map(all, found.values())), found
 
 
+@pytest.mark.slow
 def test_calls_can_be_captured_in_a_graph():
     """Forward and backward through the public function read no value back and allocate through
     torch alone: what capture in a CUDA graph forbids is absent from everything that PyTorch runs
@@ -513,6 +518,7 @@ print(json.dumps([{k: v for k, v in item.items() if k in shown} for item in seen
         )
 
 
+@pytest.mark.slow
 def test_host_overhead_reports(tmp_path):
     env = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "PYTHONPATH")}
     done = subprocess.run(

@@ -141,14 +141,20 @@ MORE_FP32 = (
     "name, dtype",
     [
         *itertools.product(GEOMETRIES, ["float16"]),
-        *itertools.product(DTYPES, ("bfloat16", "float32", "float64")),
-        *itertools.product(MORE_FP32, ["float32"]),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                *itertools.product(DTYPES, ("bfloat16", "float32", "float64")),
+                *itertools.product(MORE_FP32, ["float32"]),
+            )
+        ),
     ],
 )
 def test_geometry(name, dtype):
     check(replace(GEOMETRIES[name], dtype=dtype))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pass_", PASSES)
 @pytest.mark.parametrize(
     "name",
@@ -193,6 +199,7 @@ def test_both_kernels_serve_every_channel_count(kernel, pass_):
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "box",
     [
@@ -572,6 +579,7 @@ def test_depthwise_of_a_misaligned_tensor():
     check(p, tensors=(shifted(x), w, bias, shifted(dy)))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not drivers.interpreted(), reason="counts the interpreter's loads and stores")
 @pytest.mark.parametrize(
     "name, layout",
@@ -622,6 +630,7 @@ def test_bytes_of_depthwise_layers(name, layout, monkeypatch):
         assert count == requested and (moved == p.bytes) == (pass_ != "wgrad")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not drivers.interpreted(), reason="counts the interpreter's products")
 @pytest.mark.parametrize("layout", ["nhwc", "nchw"])
 @pytest.mark.parametrize(
@@ -707,6 +716,7 @@ def tma_config(pass_, **change):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name, dtype",
     [
@@ -775,6 +785,7 @@ def test_descriptors_of_a_misaligned_tensor(hopper, offset):
     assert len(hopper) == 3
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not drivers.interpreted(), reason="counts the interpreter's matrix products")
 @pytest.mark.parametrize("name", GEOMETRIES)
 def test_executed_macs_are_those_that_run(name, monkeypatch, p=None):

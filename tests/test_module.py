@@ -40,6 +40,7 @@ def layers(backend, device, args):
     return plain, ours
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("args", LAYERS, ids=str)
 def test_forward_backward_and_state(args, backend, device, seed, poisoned):
     plain, ours = layers(backend, device, args)
@@ -179,6 +180,7 @@ def test_the_layer_uses_its_backend(device, seed):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_conversions(dtype, backend, device, seed):
     plain, ours = (
@@ -209,6 +211,7 @@ LAYERS_1D = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("args", LAYERS_1D, ids=str)
 def test_conv1d_forward_backward_and_state(args, backend, device, seed, poisoned):
     args = dict(in_channels=4, out_channels=8, kernel_size=3) | args

@@ -100,6 +100,7 @@ def test_depthwise_wgrad_reads_x_and_dy_as_they_lie(nhwc, launches, monkeypatch,
     torch.testing.assert_close(w.grad, reference.wgrad(p, dy, x.detach()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_derivatives(name, device, seed, poisoned):
     p = CASES[name]
@@ -112,6 +113,7 @@ def test_derivatives(name, device, seed, poisoned):
         assert gradcheck(f, inputs, fast_mode=True) and gradgradcheck(f, inputs, fast_mode=True)
 
 
+@pytest.mark.slow
 def test_derivatives_in_slow_mode(device, seed):
     p = Problem(1, 1, 2, 3, 1, 2, 2, padding=((1, 1), (1, 1)), dilation=(2, 2), dtype="float64")
     inputs = [t.requires_grad_() for t in testing.random_tensors(p, device, seed)[:3]]
@@ -120,6 +122,7 @@ def test_derivatives_in_slow_mode(device, seed):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pass_", PASSES)
 @pytest.mark.parametrize("name", CASES)
 def test_opcheck(name, pass_, device, seed):
@@ -301,6 +304,7 @@ gc.collect()
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", RELOADS)
 def test_the_module_may_be_executed_again(how):
     """Operators are defined once per process; graphs and compiled functions of before go on."""

@@ -320,6 +320,7 @@ def test_page_holds_everything_and_asks_for_nothing(tmp_path, measured):
     ]
 
 
+@pytest.mark.slow
 def test_page_in_a_browser(tmp_path, monkeypatch):
     webdriver = pytest.importorskip("selenium.webdriver")
     names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")

@@ -86,6 +86,7 @@ def test_problems_are_those_of_the_modules(row):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("row", rows_of_file()[::2], ids=lambda row: str(row["problem"]))
 def test_problems_compute_what_the_modules_do(row, seed):
     """In float64, on a few channels and pixels."""
@@ -221,6 +222,7 @@ def few(tmp_path, monkeypatch):
     monkeypatch.setattr(published, "DATA", tmp_path)
 
 
+@pytest.mark.slow
 def test_a_gpu_measures_them(few, capsys):
     gpu = SweepGpu()
     assert published.main([], gpu) == 0
@@ -242,6 +244,7 @@ def test_a_gpu_measures_them(few, capsys):
     assert "--problems 80,75,76,82" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_wrong_result_or_a_failure_shows(few, capsys, monkeypatch):
     right = published.PROVIDERS["tridil"]
     for make, said in (

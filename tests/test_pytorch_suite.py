@@ -40,6 +40,7 @@ def gradients(y, tensors):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_samples(dtype, backend, device):
     count = 0
@@ -65,6 +66,7 @@ def test_samples_that_must_raise(backend, device):
     assert count >= 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_module_cases(dtype, training, backend, device):

@@ -40,6 +40,7 @@ def test_three_passes_are_pytorch_and_autograd(p, seed):
         torch.testing.assert_close(got, expected, rtol=1e-11, atol=1e-11)
 
 
+@pytest.mark.slow
 @settings(max_examples=50)
 @given(problems, seeds)
 def test_passes_are_adjoint(p, seed):

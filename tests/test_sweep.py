@@ -68,6 +68,7 @@ def no_compiler(monkeypatch):
     monkeypatch.setattr(layers, "ProcessPoolExecutor", Pool)
 
 
+@pytest.mark.slow
 def test_without_a_gpu(run):
     status, rows, out = run("--target", "cuda:80")
     assert status == 0
@@ -154,6 +155,7 @@ def test_rows_of_changing_sources_are_not_kept(run, monkeypatch):
     )
 
 
+@pytest.mark.slow
 def test_sigint_in_a_real_process_keeps_rows(tmp_path):
     command = [
         sys.executable,
@@ -220,6 +222,7 @@ def test_a_layer_that_fails_says_why_and_is_tried_again(run, monkeypatch):
     assert status == 0 and len(rows) == 6 and rows["failure"].isna().all()
 
 
+@pytest.mark.slow
 def test_with_a_fake_gpu(run):
     gpu = SweepGpu()
     status, rows, out = run("--dtypes", "float16,float32", gpu=gpu)
@@ -273,6 +276,7 @@ def test_with_a_fake_gpu(run):
     )
 
 
+@pytest.mark.slow
 def test_every_provider_computes_the_passes(run, monkeypatch, tmp_path):
     """A peer by its name, deterministic cuDNN, Inductor (here: what it is given), both layouts of
     tridil."""
@@ -363,6 +367,7 @@ def small_networks(monkeypatch):
         monkeypatch.setitem(models.MODELS, name, network)
 
 
+@pytest.mark.slow
 def test_whole_networks_on_a_fake_gpu(run, small_networks, monkeypatch):
     converted, tuned, gpu = [], set(), SweepGpu()
     monkeypatch.setattr(
@@ -422,6 +427,7 @@ def test_whole_networks_without_a_gpu(run):
     )
 
 
+@pytest.mark.slow
 def test_ranks_share_the_layers_and_the_first_reports(tmp_path):
     """Two processes as torchrun starts them."""
     code = f"""

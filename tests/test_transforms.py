@@ -209,6 +209,7 @@ def test_tangents(which, launches, device, seed):
         same(direction)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["groups", "strided"])
 def test_gradcheck_in_forward_mode(name, device, seed):
     *geometry, groups = GEOMETRY[name]
@@ -250,6 +251,7 @@ COMPOSED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", COMPOSED)
 def test_compositions(name, device, seed):
     x, w, bias = tensors(device, size=(1, 3))
@@ -281,6 +283,7 @@ def test_dual_numbers_and_backward(device, seed):
 
 
 # ---- compiled
+@pytest.mark.slow
 @pytest.mark.parametrize("requires_grad", [False, True])
 @pytest.mark.parametrize("name", ["vmap", "per sample", "jvp"])
 def test_compiled_in_one_graph(name, requires_grad, device, seed):

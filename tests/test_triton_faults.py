@@ -110,6 +110,7 @@ def run(code, path=None):
     return json.loads(out.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_no_kernel_loses_a_variable():
     row = run(EVERY_KERNEL)
     assert not row["found"] and row["loops"] > 50
@@ -143,6 +144,7 @@ def test_no_tile_of_eight_warps_where_it_is_serialised(monkeypatch):
         ) == {4, 8}
 
 
+@pytest.mark.slow
 def test_products_of_offered_tiles_overlap():
     """Each large tma tile of sm_90 has one product in flight while the next boxes arrive, in this
     version of Triton."""

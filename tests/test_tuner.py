@@ -670,6 +670,7 @@ def command(tmp_path, *args, launcher=()):
     )
 
 
+@pytest.mark.slow
 def test_command_line(tmp_path):
     shape = ("tune", "--shape", P.shape(), "--top", 3)
     out = command(tmp_path, *shape, "--passes", "fprop,wgrad", "--budget", "10m")
