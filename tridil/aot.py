@@ -11,6 +11,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import lru_cache
@@ -221,7 +222,9 @@ def report(jobs, target: str, save: Path | None = None) -> list[dict]:
 
 
 @contextmanager
-def compiling(jobs: list, target: str):
+def compiling(
+    jobs: list[tuple[Problem, str, str, Config]], target: str
+) -> Iterator[Callable[..., bool]]:
     """Fills Triton's cache with the kernels of (problem, pass, precision, config) jobs, without
     bias, in their order, in threads of this process.
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache, wraps
 from inspect import unwrap
+from typing import Any
 
 import torch
 from torch import nn
@@ -130,7 +131,7 @@ def revert(model: nn.Module) -> list[str]:
     return list(converted)
 
 
-def scan(model: Callable, *inputs, **kwargs) -> Counter[Problem]:
+def scan(model: Callable[..., Any], *inputs: Any, **kwargs: Any) -> Counter[Problem]:
     """The problems that one forward pass of `model` runs, and how often each, in the order of their
     first call.
 

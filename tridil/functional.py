@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import lru_cache
@@ -30,7 +31,15 @@ from .problem import Problem, pair, problem_of, single, to_int
 
 
 def dilated_conv2d(
-    input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1, *, backend: str = "auto"
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | str | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    *,
+    backend: str = "auto",
 ) -> torch.Tensor:
     """`torch.nn.functional.conv2d`, with dilation at the price of dense convolution.
 
@@ -103,7 +112,15 @@ def dilated_conv2d(
 
 
 def problem_of_tensors(
-    input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1, *, backend: str = "auto"
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | str | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    *,
+    backend: str = "auto",
 ) -> Problem:
     """The Problem that `dilated_conv2d` runs for these arguments. Raises what it raises."""
     dtype, _ = _dtype(input, weight, bias)
@@ -123,13 +140,13 @@ def problem_of_tensors(
 
 
 def dilated_conv1d(
-    input,
-    weight,
-    bias=None,
-    stride=1,
-    padding=0,
-    dilation=1,
-    groups=1,
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | str | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
     *,
     causal: bool = False,
     backend: str = "auto",

@@ -3,6 +3,10 @@ dilated_conv1d."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import torch
 from torch import nn
 from torch.nn.common_types import _size_1_t, _size_2_t
 from torch.nn.functional import pad
@@ -15,9 +19,9 @@ class _Dilated:
     """What both layers have beside torch's: the backend. `convert` derives classes from it and from
     users' layers: it adds no other names."""
 
-    backend = "auto"  # of objects pickled without one
+    backend: str = "auto"  # of objects pickled without one
 
-    def __setstate__(self, state):
+    def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         mark_leaf(self)
 
@@ -26,14 +30,14 @@ class _Dilated:
             "" if self.backend == "auto" else f", backend={self.backend!r}"
         )
 
-    def __prepare_scriptable__(self):  # torch.jit.script calls it
+    def __prepare_scriptable__(self) -> NoReturn:  # torch.jit.script calls it
         raise TypeError(
             f"TorchScript cannot compile {type(self).__name__}: use torch.compile or torch.export, or script the plain layers "
             f"(tridil.revert(model) after tridil.convert(model); the state_dict is the same)"
         )
 
 
-def _finish(layer, backend: str):
+def _finish(layer: nn.Module, backend: str) -> None:
     """The end of __init__."""
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
@@ -41,7 +45,14 @@ def _finish(layer, backend: str):
     mark_leaf(layer)
 
 
-def run(function, layer, input, weight, bias, **kwargs):
+def run(
+    function: Callable[..., torch.Tensor],
+    layer: nn.Module,
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    **kwargs: Any,
+) -> torch.Tensor:
     """What nn.Conv's _conv_forward computes, by dilated_conv2d or dilated_conv1d."""
     padding = layer.padding
     if layer.padding_mode != "zeros":
@@ -62,7 +73,7 @@ def run(function, layer, input, weight, bias, **kwargs):
     )
 
 
-def mark_leaf(layer: nn.Module):
+def mark_leaf(layer: nn.Module) -> None:
     """Makes torch.fx call a layer and not trace through it, as it does with those of torch.nn:
     tracers ask the object for its module. Subclasses that users derive are traced through, as those
     of nn.Conv2d are."""
@@ -88,8 +99,8 @@ class DilatedConv2d(_Dilated, nn.Conv2d):
         groups: int = 1,
         bias: bool = True,
         padding_mode: str = "zeros",
-        device=None,
-        dtype=None,
+        device: torch.types.Device = None,
+        dtype: torch.dtype | None = None,
         *,
         backend: str = "auto",
     ) -> None:
@@ -108,7 +119,9 @@ class DilatedConv2d(_Dilated, nn.Conv2d):
         )
         _finish(self, backend)
 
-    def _conv_forward(self, input, weight, bias):
+    def _conv_forward(
+        self, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+    ) -> torch.Tensor:
         return run(dilated_conv2d, self, input, weight, bias)
 
 
@@ -120,7 +133,7 @@ class DilatedConv1d(_Dilated, nn.Conv1d):
     padding or a padding_mode of its own, and for an unknown backend.
     """
 
-    causal = False
+    causal: bool = False
 
     def __init__(
         self,
@@ -133,8 +146,8 @@ class DilatedConv1d(_Dilated, nn.Conv1d):
         groups: int = 1,
         bias: bool = True,
         padding_mode: str = "zeros",
-        device=None,
-        dtype=None,
+        device: torch.types.Device = None,
+        dtype: torch.dtype | None = None,
         *,
         causal: bool = False,
         backend: str = "auto",
@@ -160,7 +173,9 @@ class DilatedConv1d(_Dilated, nn.Conv1d):
             )
         self.causal = causal
 
-    def _conv_forward(self, input, weight, bias):
+    def _conv_forward(
+        self, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+    ) -> torch.Tensor:
         return run(dilated_conv1d, self, input, weight, bias, causal=self.causal)
 
     def extra_repr(self) -> str:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import astuple, dataclass, replace
 from functools import cached_property
 from operator import index
+from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 PASSES = ("fprop", "dgrad", "wgrad")
 # of the two operands and the result of a pass
@@ -104,13 +107,13 @@ class Axis:
             .T
         )
 
-    def steps(self, sizes) -> np.ndarray:
+    def steps(self, sizes: ArrayLike) -> np.ndarray:
         """For each of `sizes`: over blocks of so many outputs the sum of the number of taps that
         are live for the block, which is what tiles walk."""
         first, last = self._spans[..., None] // np.asarray(sizes)
         return np.maximum(last - first + 1, 0).sum(0)
 
-    def live_blocks(self, sizes) -> np.ndarray:
+    def live_blocks(self, sizes: ArrayLike) -> np.ndarray:
         """(taps, sizes): number of blocks of so many outputs for which at least 1, 2, ... taps are
         live. Their sum is `steps`."""
         first, end = self._spans[..., None] // np.asarray(sizes)
@@ -126,7 +129,7 @@ class Axis:
             np.int64,
         ).reshape(taps, *np.shape(sizes))
 
-    def steps_out(self, sizes) -> np.ndarray:
+    def steps_out(self, sizes: ArrayLike) -> np.ndarray:
         """(taps, sizes): number of blocks of so many of the tap's live outputs: what a reduction
         over outputs walks (wgrad)."""
         lengths = np.array([hi - lo for lo, hi in map(self.live_out, range(self.taps))], np.int64)
@@ -157,7 +160,7 @@ class Problem:
     dtype: str = "float16"
     layout: str = "nhwc"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if min(self.stride) < 1:
             raise ValueError(f"stride must be positive, got {self.stride}")
         if min(self.dilation) < 1:
@@ -195,7 +198,7 @@ class Problem:
                     f"padded input's {name} {size + lo + hi} (={lo}+{size}+{hi}): pad more or dilate less"
                 )
 
-    def __hash__(self):
+    def __hash__(self) -> int:
         return self._hash
 
     @cached_property
@@ -203,7 +206,7 @@ class Problem:
         return hash(astuple(self))
 
     # hashes of strings differ between processes
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[type[Problem], tuple[Any, ...]]:
         return Problem, astuple(self)
 
     # ---- shapes
@@ -222,15 +225,15 @@ class Problem:
         ] + 1
 
     @property
-    def x_shape(self):
+    def x_shape(self) -> tuple[int, int, int, int]:
         return (self.n, self.c, self.h, self.w)
 
     @property
-    def w_shape(self):
+    def w_shape(self) -> tuple[int, int, int, int]:
         return (self.k, self.c // self.groups, self.r, self.s)
 
     @property
-    def y_shape(self):
+    def y_shape(self) -> tuple[int, int, int, int]:
         return (self.n, self.k, self.p, self.q)
 
     def axes(self, pass_: str) -> list[tuple[Axis, Axis]]:
@@ -427,7 +430,7 @@ def _residue_classes(size, out, stride, pad_lo, dilation, taps):
             )
 
 
-def to_int(value, name: str) -> int:
+def to_int(value: Any, name: str) -> int:
     """A Python int from what PyTorch takes for one: ints, NumPy's, 0-dimensional integer tensors;
     no bools."""
     if type(value) is int and -(2**63) <= value < 2**63:
@@ -443,7 +446,7 @@ def to_int(value, name: str) -> int:
     return number
 
 
-def pair(value, name: str) -> tuple[int, int]:
+def pair(value: Any, name: str) -> tuple[int, int]:
     """int, or a tuple or list of one or two ints -> (h, w), as `F.conv2d` reads stride, padding and
     dilation."""
     values = value if isinstance(value, (tuple, list)) else (value,)
@@ -452,7 +455,7 @@ def pair(value, name: str) -> tuple[int, int]:
     return to_int(values[0], name), to_int(values[-1], name)
 
 
-def single(value, name: str) -> int:
+def single(value: Any, name: str) -> int:
     """int, or a tuple or list of one int -> int, as `F.conv1d` reads stride, padding and dilation."""
     values = value if isinstance(value, (tuple, list)) else (value,)
     if len(values) != 1:
@@ -460,7 +463,9 @@ def single(value, name: str) -> int:
     return to_int(values[0], name)
 
 
-def pads(padding, stride, dilation, taps) -> tuple[tuple[int, int], tuple[int, int]]:
+def pads(
+    padding: Any, stride: tuple[int, int], dilation: tuple[int, int], taps: tuple[int, int]
+) -> tuple[tuple[int, int], tuple[int, int]]:
     """int, pair, pair of pairs (lo, hi), "valid" or "same" -> ((h_lo, h_hi), (w_lo, w_hi)); "same"
     puts the odd zero last, as PyTorch does."""
     if type(padding) is tuple and padding and type(padding[0]) is tuple:
@@ -481,7 +486,15 @@ def pads(padding, stride, dilation, taps) -> tuple[tuple[int, int], tuple[int, i
 
 
 def problem_of(
-    x_shape, w_shape, bias_shape, stride, padding, dilation, groups, dtype, layout="nchw"
+    x_shape: Sequence[int],
+    w_shape: Sequence[int],
+    bias_shape: Sequence[int] | None,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    groups: Any,
+    dtype: str,
+    layout: str = "nchw",
 ) -> Problem:
     """The Problem of `F.conv2d` arguments: x_shape (N, C, H, W) or (C, H, W), bias_shape a shape or
     None, the rest as users give it.

@@ -6,12 +6,13 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from datetime import datetime, timezone
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -30,12 +31,12 @@ log = logging.getLogger("tridil")
 class Gpu:
     """What measuring needs of hardware."""
 
-    def __init__(self, device: torch.device):
+    def __init__(self, device: torch.device) -> None:
         self.device = device
         self.target = drivers.target()
         self.spec, self.name = choice.device_spec(self.target, device)
 
-    def tensors(self, problem: Problem):
+    def tensors(self, problem: Problem) -> tuple[torch.Tensor, ...]:
         """(x, w, bias, dy) in the problem's memory format."""
         return tuple(
             t.contiguous(memory_format=FORMATS[problem.layout]) if t.dim() == 4 else t
@@ -44,7 +45,7 @@ class Gpu:
 
     def prepare(
         self, problem: Problem, pass_: str, config: Config | None, precision: str
-    ) -> Callable:
+    ) -> Callable[..., torch.Tensor]:
         """Function of a pass's two tensors: by a config, or (None) by ATen."""
         from . import launch  # imports Triton
 
@@ -54,11 +55,15 @@ class Gpu:
             else launch.prepare(problem, pass_, config, precision)
         )
 
-    def reference(self, problem: Problem, pass_: str, a, b):
+    def reference(
+        self, problem: Problem, pass_: str, a: torch.Tensor, b: torch.Tensor
+    ) -> torch.Tensor:
         """The float64 result of one pass."""
         return getattr(reference, pass_)(problem, a, b)
 
-    def milliseconds(self, run: Callable, a, b) -> float:
+    def milliseconds(
+        self, run: Callable[..., torch.Tensor], a: torch.Tensor, b: torch.Tensor
+    ) -> float:
         """Median time of run(a, b) on the device: its tensors take turns with copies, so that none
         is in the L2 cache."""
         size = sum(t.numel() * t.element_size() for t in (a, b))
@@ -72,24 +77,26 @@ class Gpu:
         (_, median, _), _ = clock.device([partial(run, *operands) for operands in sets])
         return median
 
-    def compiling(self, jobs: list):
+    def compiling(
+        self, jobs: list[tuple[Problem, str, str, Config]]
+    ) -> AbstractContextManager[Callable[..., bool]]:
         """`aot.compiling` for this device."""
         return aot.compiling(jobs, self.target)
 
 
 def tune(
-    subject,
-    *args,
-    passes=PASSES,
+    subject: Problem | Iterable[Problem] | torch.Tensor | torch.nn.Module,
+    *args: Any,
+    passes: Sequence[str] = PASSES,
     top: int = 8,
     budget: float | None = None,
-    device=None,
+    device: torch.types.Device = None,
     precision: str | None = None,
     force: bool = False,
     progress: bool = True,
     gpu: Gpu | None = None,
-    **kwargs,
-) -> list[dict]:
+    **kwargs: Any,
+) -> list[dict[str, Any]]:
     """Measures which config runs fastest, and ATen beside it, and keeps the answers in the user's
     cache (`tridil.cache`).
 

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
 
 from . import choice, cost_model, drivers
 from . import config as cfg
@@ -100,8 +104,16 @@ def text_of(
 
 
 def explain(
-    input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1, *, backend: str = "auto"
-) -> list[dict]:
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | str | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    *,
+    backend: str = "auto",
+) -> list[dict[str, Any]]:
     """Prints what `dilated_conv2d` runs for these arguments, and why: for each pass the backend,
     the kernel, its config and where that came from, dense, useful and executed
     multiply-accumulates, the measured or predicted time and what limits it. Returns the rows of
