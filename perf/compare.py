@@ -1,9 +1,9 @@
 #!/usr/bin/env python
 """Compares two revisions, or two results.csv of perf/sweep.py: what became worse, what better.
 
-    python perf/compare.py main HEAD                          both in temporary worktrees, which are
-    removed afterwards python perf/compare.py HEAD .                             the working tree as
-    it is python perf/compare.py old/results.csv new/results.csv
+    python perf/compare.py main HEAD          both in temporary worktrees, which are removed afterwards
+    python perf/compare.py HEAD .             the working tree as it is
+    python perf/compare.py old/results.csv new/results.csv
 
 Of revisions HEAD's tests run first. With a GPU both are swept in turn: base, head, head, base.
 Without one, or with --static, they are compared by what the compiler makes of a suite's kernels, by

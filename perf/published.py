@@ -1,9 +1,9 @@
 """What others measured, beside what tridil predicts, and how the estimate of ATen (tridil/cudnn.py)
 fares.
 
-    python perf/published.py                      KernelBench's convolutions on H100; with a GPU
-    they are measured on it, too python perf/published.py --problems 76,82 --budget 60 python
-    perf/published.py --miopen             what MIOpen's best solvers take for padding, on AMD
+    python perf/published.py              KernelBench's convolutions on H100; a GPU measures them, too
+    python perf/published.py --problems 76,82 --budget 60
+    python perf/published.py --miopen     what MIOpen's best solvers take for padding, on AMD
 
 The rows and where they come from: perf/data/README.md.
 """

@@ -1,12 +1,12 @@
 """Sweeps layers of real models, and whole networks: speed and correctness, as a table, CSV,
 Markdown, pictures and an HTML report.
 
-    python perf/sweep.py                          the 12 layers of the suite "quick", float16 python
-    perf/sweep.py --suite aspp --dtypes float16,float32 --passes fprop --providers
-    tridil,cudnn,inductor python perf/sweep.py --suite all --filter kind=depthwise --filter
-    "dilation=[3-9]" python perf/sweep.py --shape "n=4 c=256 h=60 w=60 k=256 r=3 d=12" python
-    perf/sweep.py --suite none --models deeplabv3_resnet50,van_b2 python perf/sweep.py --suite all
-    --validate-model
+    python perf/sweep.py                      the 12 layers of the suite "quick", float16
+    python perf/sweep.py --suite aspp --dtypes float16,float32 --passes fprop
+    python perf/sweep.py --suite all --filter kind=depthwise --filter "dilation=[3-9]"
+    python perf/sweep.py --shape "n=4 c=256 h=60 w=60 k=256 r=3 d=12" --providers tridil,inductor
+    python perf/sweep.py --suite none --models deeplabv3_resnet50,van_b2
+    python perf/sweep.py --suite all --validate-model
 
 With a GPU it times tridil and cuDNN (as PyTorch calls it, benchmark on), or other providers.
 Without one it reports what is true there: correctness in Triton's interpreter on a reduced copy of
