@@ -30,6 +30,10 @@ from statistics import median
 import pandas as pd
 import torch
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from tridil import drivers  # noqa: E402
+
 KEY = ["model", "layer", "pass", "dtype", "layout", "provider"]
 COUNTED = ["spills", "registers", "overhead", "executed_macs", "extra_mib"]
 FIGURES = ["ms", "ms_q1", "ms_q3", *COUNTED]
@@ -332,11 +336,7 @@ def compare_trees(args, trees: dict, folder: Path, run) -> tuple[list[dict], lis
             f"{side} {getattr(args, side.lower())}: python {' '.join(map(str, arguments))}",
             flush=True,
         )
-        env = {
-            name: value
-            for name, value in os.environ.items()
-            if name not in ("TRITON_INTERPRET", "TRIDIL_TARGET")
-        }
+        env = drivers.clean(os.environ)
         path = os.pathsep.join(filter(None, (str(trees[side]), env.get("PYTHONPATH"))))
         env |= {
             "PYTHONPATH": path,

@@ -25,6 +25,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from tridil import drivers  # noqa: E402
+
 GRACE = 10  # seconds that an interrupted step has to report
 TESTS = 140  # seconds of the kernel tests
 BROKEN = ("FAILED tridil", "BROKEN BUDGET tridil")
@@ -207,10 +211,8 @@ def main(argv=None, has_gpu: bool | None = None, run=run, steps=steps) -> int:
         open(args.folder / "check.log", "w", encoding="utf-8") as log,
     ):
         work = Path(temporary)
-        switches = ("TRITON_INTERPRET", "TRIDIL_TARGET", "TRIDIL_BACKEND", "TRIDIL_TUNE")
-        env = {name: value for name, value in os.environ.items() if name not in switches}
-        env |= {
-            "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), env.get("PYTHONPATH")])),
+        env = drivers.clean(os.environ) | {
+            "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
             "PYTHONUNBUFFERED": "1",
         }
         # what this run measured, and nothing else

@@ -1,7 +1,9 @@
 """Which backend runs, and what is said when one cannot."""
 
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,8 +17,24 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
 @pytest.fixture(autouse=True)
 def no_variables(monkeypatch):
-    for name in ("TRIDIL_BACKEND", "TRIDIL_TARGET"):
+    for name in drivers.VARIABLES:
         monkeypatch.delenv(name, raising=False)
+
+
+def test_variables_are_in_the_table():
+    """What the package reads, and what the notes for contributors say of it."""
+    root = Path(drivers.__file__).parents[1]
+    read = {
+        name
+        for path in (root / "tridil").rglob("*.py")
+        for name in re.findall(r"TRIDIL_[A-Z]+", path.read_text(encoding="utf-8"))
+    }
+    assert read == drivers.VARIABLES.keys()
+    told = (root / ".github" / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    assert all(f"| `{name}` | {text} |" in told for name, text in drivers.VARIABLES.items())
+    assert drivers.clean({"TRIDIL_TUNE": "1", "TRITON_INTERPRET": "1", "HOME": "h"}) == {
+        "HOME": "h"
+    }
 
 
 class Driver:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping
 from functools import lru_cache
 from importlib.util import find_spec
 
@@ -13,6 +14,13 @@ import torch
 from .problem import DTYPE_BYTES, Problem
 
 BACKENDS = ("auto", "triton", "aten")
+# all environment variables of the package; `clean` takes them away from whoever measures or tests
+VARIABLES = {
+    "TRIDIL_BACKEND": 'what backend="auto" means: auto, triton or aten',
+    "TRIDIL_CACHE": "the folder of the user's measurements",
+    "TRIDIL_TARGET": "the target that kernels and configs are for, like cuda:90",
+    "TRIDIL_TUNE": "1: measure what was not measured when it is first used",
+}
 # PyTorch's memory formats by the names of layouts
 FORMATS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
 
@@ -20,6 +28,15 @@ FORMATS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
 @lru_cache(maxsize=1)
 def _has_triton() -> bool:
     return find_spec("triton") is not None
+
+
+def clean(environment: Mapping[str, str]) -> dict[str, str]:
+    """An environment without the package's variables and without TRITON_INTERPRET."""
+    return {
+        name: value
+        for name, value in environment.items()
+        if name not in VARIABLES and name != "TRITON_INTERPRET"
+    }
 
 
 def interpreted() -> bool:
