@@ -162,6 +162,7 @@ def test_default_kernels_in_fp32(tmp_path, target):
         wide_loads(row)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", sorted({target for _, target in OVERHEAD}))
 def test_overhead_of_the_main_loop(tmp_path, target):
     """At most the recorded figures; the kernel is the one that the target is meant to run."""
@@ -213,6 +214,7 @@ print(json.dumps({{name: [aot.resources(p, pass_, None, {target!r})[0] for pass_
     return json.loads(out.stdout)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", ["cuda:80", "cuda:100"])
 def test_narrow_groups_load_the_channels_of_a_pixel_at_once(target):
     layers = {
@@ -239,6 +241,7 @@ def test_narrow_groups_load_the_channels_of_a_pixel_at_once(target):
             ), row
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", ["cuda:80", "cuda:90"])
 def test_instructions_of_direct_kernels(target):
     """At most 3.0 instructions per multiply-accumulate for 3x3 and 2.5 for 7x7 filters in fp16;

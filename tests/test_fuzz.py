@@ -24,12 +24,14 @@ def test_fresh_geometries(device, seed, poisoned):
     assert not state["failures"] and state["geometries"] >= 10 and 0 < state["most"] <= 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bfloat16", "float64"])
 def test_other_dtypes(dtype, device, seed, poisoned):
     state = fuzz.fuzz(3 if drivers.interpreted() else 30, seed, 600, [dtype], device)
     assert not state["failures"] and state["geometries"] >= 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("half", ["first", "second"])
 def test_geometries_of_descriptors(half, device, seed, poisoned, monkeypatch):
     """The tma kernel alone, 300 geometries in two halves (interpreted, 12); every launch is

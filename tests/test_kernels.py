@@ -183,6 +183,7 @@ def gathered(p, pass_):
     return [cfg for cfg in config.candidates(p, pass_, drivers.target()) if cfg.kernel != "tma"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pass_", PASSES)
 @pytest.mark.parametrize("kernel", ["gather", "gather_flat"])
 def test_both_kernels_serve_every_channel_count(kernel, pass_):
@@ -280,7 +281,9 @@ def test_long_reduction_in_one_accumulator(stages):
 
 
 @pytest.mark.parametrize("pass_", PASSES)
-@pytest.mark.parametrize("split", [1, 2, 3, 7])
+@pytest.mark.parametrize(
+    "split", [3, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2, 7))]
+)
 def test_split_k_sums_every_split(split, pass_):
     """Also more splits than there are reduction steps, over taps and channels, with and without
     bias, one residue class after another."""
@@ -307,6 +310,7 @@ def test_split_k_sums_every_split(split, pass_):
         check(p, [pass_], cfgs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pass_", PASSES)
 def test_reruns_are_bit_identical(pass_):
     p = replace(GEOMETRIES["aspp"], k=32, dtype="float32")
@@ -349,6 +353,7 @@ def test_a_misaligned_base_pointer():
     check(p, tensors=(shifted(x), shifted(w), bias, shifted(dy)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pass_", PASSES)
 @pytest.mark.parametrize("groups", [1, 256])
 def test_more_than_2_31_elements(pass_, groups):
@@ -479,9 +484,12 @@ DEPTHWISE = {
     "name, dtype",
     [
         *itertools.product(DEPTHWISE, ["float16"]),
-        *itertools.product(
-            ["VAN", "odd channels", "stride 2, dilation 3", "multiplier 2"],
-            ["bfloat16", "float32", "float64"],
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in itertools.product(
+                ["VAN", "odd channels", "stride 2, dilation 3", "multiplier 2"],
+                ["bfloat16", "float32", "float64"],
+            )
         ),
     ],
 )
@@ -497,6 +505,7 @@ def test_depthwise(name, dtype, layout, monkeypatch):
     assert set(launched) == {"correlate_depthwise", "wgrad_depthwise", "sum_partials"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change",
     [
@@ -521,6 +530,7 @@ def test_every_depthwise_tile(name, change):
         check(p, [pass_], [cfg])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rows, split", [(1, 1), (2, 3), (3, 5), (3, 40)])
 def test_depthwise_wgrad_sums_every_share(rows, split):
     """More shares than boxes, more rows than the filter has left."""
