@@ -548,7 +548,7 @@ def test_equal_steps_are_predicted_to_pay_where_tiles_are_unequal(available):
         cost_model.predict(p, "fprop", make("fprop", **box, STREAM=stream), H100)
         for stream in (False, True)
     )
-    assert stream.seconds < 0.9 * plain.seconds
+    assert stream.seconds < 0.95 * plain.seconds
     even = replace(p, n=33 * 8, h=32, w=32, padding=((1, 1), (1, 1)), dilation=(1, 1))
     plain, stream = (
         cost_model.predict(even, "fprop", make("fprop", **box, STREAM=stream), H100).seconds

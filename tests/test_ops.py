@@ -247,6 +247,7 @@ def test_second_derivatives_that_nobody_asked_for_are_not_launched(launches, dev
         assert launches == wanted
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("nhwc_w", [False, True])
 @pytest.mark.parametrize("nhwc_x", [False, True])
 @pytest.mark.parametrize("groups, multiplier", [(1, 2), (4, 1), (4, 2)])

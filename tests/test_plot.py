@@ -296,6 +296,7 @@ def written(folder, measured=True):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("measured", [True, False])
 def test_page_holds_everything_and_asks_for_nothing(tmp_path, measured):
     frame, path = written(tmp_path, measured)

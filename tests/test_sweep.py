@@ -185,6 +185,7 @@ def test_sigint_in_a_real_process_keeps_rows(tmp_path):
     assert 1 <= len(results.read(path)) < len(workloads.suite("aspp"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gpu", [False, True])
 def test_a_wrong_kernel_gives_status_1(run, monkeypatch, gpu):
     no_compiler(monkeypatch)

@@ -706,6 +706,7 @@ def test_command_line(tmp_path):
     assert out.returncode == 1 and "measured on a GPU" in out.stderr
 
 
+@pytest.mark.slow
 def test_torchrun_splits_the_problems_and_merges(tmp_path):
     """Two real processes, a file of measurements; every problem is measured once, rank 0 shows them
     all."""
