@@ -208,11 +208,21 @@ class HopperFamily(Gemm):
         return lacks() or wrong_dtype(problem, pass_) or no_descriptors(problem, pass_)
 
     def _tiles_of(self, problem: Problem, pass_: str) -> Iterator[Config]:
-        boxes, device, nbytes = (
-            search(problem, pass_),
-            devices.of_target(TARGET),
-            DTYPE_BYTES[problem.dtype],
-        )
+        tiles = list(self._whole_tiles(problem, pass_))
+        sms, executed = devices.of_target(TARGET).sms, self.executed(problem, pass_, tiles)
+        for option, macs in zip(tiles, executed.tolist()):
+            yield option
+            total = int(macs) // prod(self.tile(option, pass_))
+            # steps of a program, so that it multiplies more than it adds up
+            for least in (8, 4):
+                if total >= least * sms or least == 4 and total >= 2 * least:
+                    yield replace(option, STREAM=True, PROGRAMS=min(sms, total // least))
+                    break
+
+    def _whole_tiles(self, problem: Problem, pass_: str) -> Iterator[Config]:
+        """Those that programs do not share."""
+        boxes, device = search(problem, pass_), devices.of_target(TARGET)
+        nbytes = DTYPE_BYTES[problem.dtype]
         rows, cols, reduced = channels(problem, pass_)
         for m, n, pingpong in TILES:
             if not suits(m, n, rows, cols, 2):
@@ -222,8 +232,7 @@ class HopperFamily(Gemm):
                 if stages < 3 or reduced and -(-reduced // k) * k > 1.1 * -(-reduced // 32) * 32:
                     continue
                 box = boxes.box(k if rows else m, powers=True)
-                tile = dict(BLOCK_M=m) if rows else dict(BLOCK_K=k, GROUP=8)
-                option = self.config_class(pass_)(
+                yield self.config_class(pass_)(
                     kernel="hopper",
                     SPLIT_K=1,
                     num_warps=4,
@@ -236,18 +245,13 @@ class HopperFamily(Gemm):
                     PINGPONG=pingpong,
                     STREAM=False,
                     PROGRAMS=device.sms,
-                    **tile,
+                    **(dict(BLOCK_M=m) if rows else dict(BLOCK_K=k, GROUP=8)),
                 )
-                yield option
-                total = self.executed_macs(problem, pass_, option) // (m * n * k)
-                # steps of a program, so that it multiplies more than it adds up
-                for least in (8, 4):
-                    if total >= least * device.sms or least == 4 and total >= 2 * least:
-                        yield replace(option, STREAM=True, PROGRAMS=min(device.sms, total // least))
-                        break
 
     def adapt(self, config: Hopper, device: Device) -> Hopper:
-        return replace(config, PROGRAMS=min(config.PROGRAMS, device.sms))
+        if config.PROGRAMS <= device.sms:
+            return config
+        return replace(config, PROGRAMS=device.sms)
 
     # ---- time
     def shared_bytes(self, problem: Problem, pass_: str, c: dict, tile, target: str) -> np.ndarray:
@@ -309,16 +313,8 @@ class HopperFamily(Gemm):
     ) -> tuple[float, int]:
         """(share of all steps, tiles) of the program with the most steps, when programs take every
         PROGRAMS-th tile."""
-        steps = []
-        for axis, side in zip(axes, (config.BLOCK_P, config.BLOCK_Q)):
-            if pass_ == "wgrad":
-                steps.append(np.maximum(axis.steps_out([side])[:, 0], 1))
-                continue
-            blocks = np.arange(-(-axis.out // side))
-            first, last = axis._spans[..., None] // side
-            live = ((first <= blocks) & (blocks <= last)).sum(0)
-            middle, at = (len(blocks) - 1) // 2, blocks
-            steps.append(live[middle + np.where(at % 2, at // 2 + 1, -(at // 2))])
+        sides = zip(axes, (config.BLOCK_P, config.BLOCK_Q))
+        steps = [steps_in_order(axis, side, pass_ == "wgrad") for axis, side in sides]
         tiles = Gemm.programs(self, problem, pass_, config, axes)
         walked = np.outer(*steps).ravel()
         walked = (
@@ -556,6 +552,18 @@ def stores_boxes(config: Hopper, problem: Problem, pass_: str) -> bool:
         and out * DTYPE_BYTES[problem.dtype] % 16 == 0
         and (problem.groups == 1 or out % config.BLOCK_N == 0)
     )
+
+
+@lru_cache(maxsize=1024)
+def steps_in_order(axis: Axis, side: int, by_tap: bool) -> np.ndarray:
+    """Steps of the walks along an axis, in the kernels' order: of each tap, or of each block of
+    `side` outputs, the middle ones first."""
+    if by_tap:
+        return np.maximum(axis.steps_out([side])[:, 0], 1)
+    blocks = np.arange(-(-axis.out // side))
+    first, last = axis._spans[..., None] // side
+    live = ((first <= blocks) & (blocks <= last)).sum(0)
+    return live[(len(blocks) - 1) // 2 + np.where(blocks % 2, blocks // 2 + 1, -(blocks // 2))]
 
 
 def grouped(steps: np.ndarray, problem: Problem, pass_: str, config: Correlation) -> np.ndarray:
