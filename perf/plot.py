@@ -515,7 +515,12 @@ def main(argv=None) -> int:
         "--out", type=Path, help="folder of the pictures (default: that of the CSV)"
     )
     args = parser.parse_args(argv)
-    frame, out = read(args.csv), args.out or args.csv.parent
+    out = args.out or args.csv.parent
+    try:
+        frame = read(args.csv)
+        out.mkdir(parents=True, exist_ok=True)
+    except (ValueError, OSError) as e:
+        parser.error(" ".join(str(e).split()))
     if frame.empty:
         parser.error(f"no rows in {args.csv}: perf/sweep.py writes them")
     frame = frame[frame["target"] == frame["target"].iloc[-1]].drop_duplicates(
@@ -524,7 +529,6 @@ def main(argv=None) -> int:
     providers = dict.fromkeys(
         frame["provider"] + " " + frame["version"].astype(object).fillna("").astype(str)
     )
-    out.mkdir(parents=True, exist_ok=True)
     for path in write(
         frame,
         out,

@@ -182,6 +182,7 @@ def arguments(argv, gpu) -> argparse.Namespace:
     )
     parser.add_argument(
         "--target",
+        type=target_of,
         help="like cuda:90 (default), cuda:80, hip:gfx942: what kernels are compiled for; with a GPU it is the GPU's",
     )
     parser.add_argument(
@@ -295,6 +296,13 @@ def _wanted(args, target: str, code: str, gpu, device) -> list[tuple]:
     return wanted
 
 
+def target_of(name: str) -> str:
+    try:
+        return drivers.check_target(name)
+    except ValueError as e:
+        raise argparse.ArgumentTypeError(str(e)) from None
+
+
 def main(argv=None, gpu: Gpu | None = None) -> int:
     rank, world, local = (
         int(os.environ.get(name, default))
@@ -312,7 +320,11 @@ def main(argv=None, gpu: Gpu | None = None) -> int:
     out = args.out or ROOT / "perf" / "results" / re.sub(
         r"\W+", "-", (gpu.describe()[0] if gpu else f"no-gpu-{target}").lower()
     )
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        print(f"sweep.py: error: --out {out}: {e.strerror}", file=sys.stderr)
+        raise SystemExit(2) from None
     device = gpu.spec(target) if gpu else devices.of_target(target)
     if args.validate_model:
         return validate.run(gpu, args.layers, args.passes, device, out, console)

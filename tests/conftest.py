@@ -80,6 +80,8 @@ def pytest_collection_modifyitems(config, items):
             if (with_slow or not item.get_closest_marker("slow")) and chance.random() < share
             else left
         ).append(item)
+    if share < 1:  # so that none is always among the last, which time may leave out
+        chance.shuffle(chosen)
     config.hook.pytest_deselected(items=left)
     items[:] = chosen
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tridil import drivers, verdict
+from tridil import __main__, drivers, verdict
 from tridil.problem import PASSES, Problem
 
 P = Problem(1, 16, 9, 9, 16, 3, 3, padding=((2, 2), (2, 2)), dilation=(2, 2))
@@ -249,3 +249,68 @@ def test_command_line():
     ):
         out = run("explain", "--shape", bad)
         assert out.returncode == 2 and "error" in out.stderr and "Traceback" not in out.stderr
+
+
+SHAPE = "n=1 c=16 h=9 w=9 k=16 r=3 d=2"
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["explain", "--shape", SHAPE, "--device", "foo"], "--device foo: "),
+        (["explain", "--shape", SHAPE, "--device", "cuda:99"], "--device cuda:99: there are"),
+        (["explain", "--shape", SHAPE, "--device", ""], "--device : "),
+        (["explain", "--shape", SHAPE, "--target", "cuda:70"], "unknown target 'cuda:70'"),
+        (["explain", "--shape", SHAPE, "--target", "cuda:999"], "unknown target 'cuda:999'"),
+        (["explain", "--shape", SHAPE, "--target", "hip:gfx9999"], "unknown target 'hip:gfx9999'"),
+        (["explain", "--shape", SHAPE, "--target", "sm_90"], "use one of cuda:80"),
+        (["explain", "--shape", "n=1 c=3"], "lacks ['h', 'k', 'w']"),
+        (["explain", "--shape", SHAPE + " z=3"], "unknown names ['z']"),
+        (["explain", "--shape", "c=a h=60 w=60 k=256"], "cannot read 'c=a'"),
+        (["explain", "--shape", SHAPE + " g=5"], "must be a multiple of g"),
+        (["explain", "--shape", SHAPE + " stride=0"], "stride"),
+        (["explain", "--shape", SHAPE + " d=0"], "dilation"),
+        (["explain", "--shape", SHAPE + " d=1,2,3"], "dilation"),
+        (["explain", "--shape", "n=1 c=16 h=3 w=3 k=16 r=3 d=9 pad=0"], "pad more or dilate"),
+        (["explain", "--shape", ""], "lacks"),
+        (["tune", "--model", "nosuch.module:fn"], "No module named 'nosuch'"),
+        (["tune", "--model", "json"], "takes package.module:factory"),
+        (["tune", "--model", "json:nothing"], "takes package.module:factory"),
+        (["tune", "--model", ":f"], "takes package.module:factory"),
+        (["tune", "--model", "json:dumps"], "TypeError"),
+        (["tune", "--model", "os:getcwd"], "must return (module, inputs)"),
+        (["tune", "--suite", "nosuch"], "unknown suite 'nosuch'"),
+        (["tune", "--passes", "fprop,foo"], "['foo'] are not of fprop, dgrad, wgrad"),
+        (["tune", "--top", "0", "--shape", SHAPE], "top"),
+        (["cache", "export", "."], ". is a folder"),
+        (["cache", "export", "/nosuch/x.json"], "/nosuch is no folder"),
+        (["cache", "export"], "export takes one file"),
+        (["cache", "export", "a", "b"], "export takes one file"),
+        (["cache", "merge"], "merge takes the files to merge"),
+        (["cache", "merge", "nosuch.json"], "there is no file nosuch.json"),
+        (["cache", "merge", "."], "directory"),
+        (["cache", "--target", "cuda:7"], "unknown target"),
+        (["aot", "--json", "/nosuch/x.json"], "/nosuch is no folder"),
+        (["aot", "--json", "."], ". is a folder"),
+        (["aot", "--save", "/proc/nosuch"], "/proc/nosuch"),
+        (["aot", "--passes", "foo"], "['foo'] are not of"),
+        (["aot", "--suite", "nosuch"], "unknown suite"),
+        (["aot", "--target", "cuda:75"], "unknown target"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(arguments, message, capsys, monkeypatch, tmp_path):
+    """Before anything is compiled or measured, and nothing is written."""
+    pytest.importorskip("pandas")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(__main__, "report", lambda *args: pytest.fail("compiled"))
+    assert __main__.main(arguments) == 2
+    out, err = capsys.readouterr()
+    assert err.startswith(f"tridil {arguments[0]}: error: ") and err.count("\n") == 1, err
+    assert message in err and not out and not list(tmp_path.iterdir())
+
+
+def test_whoever_reads_the_output_may_have_enough():
+    command = [sys.executable, "-m", "tridil", "explain", "--shape", SHAPE, "--target", "cuda:90"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.close()
+    assert process.stderr.read() == "" and process.wait() == 141

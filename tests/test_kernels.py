@@ -426,7 +426,7 @@ def test_illegal_config_raises_before_any_launch():
         {"num_stages": 0},
         {"BLOCK_N": 4096},
         {"kernel": "im2col"},
-        {"CLAMP": 1},
+        {"CLAMP": "yes"},
         {"BLOCK_IMG": 0},
     ):
         with pytest.raises(ValueError, match="does not fit"):

@@ -284,9 +284,12 @@ def test_command_line(tmp_path):
         == UNMEASURED
         == {path.name for path in (tmp_path / "pictures").iterdir()}
     )
-    with pytest.raises(SystemExit) as e:
-        plot.main([str(tmp_path / "absent.csv")])
-    assert e.value.code == 2
+    (tmp_path / "other.csv").write_text("model,layer\n1,2\n")
+    (tmp_path / "text.csv").write_text("a\n1,2,3\n\x00")
+    for name in ("absent.csv", "other.csv", "text.csv", "."):
+        with pytest.raises(SystemExit) as e:
+            plot.main([str(tmp_path / name)])
+        assert e.value.code == 2
 
 
 def written(folder, measured=True):

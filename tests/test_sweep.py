@@ -606,6 +606,10 @@ def test_reduced_layers_keep_what_matters():
         (["--shape", "n=1"], "lacks"),
         (["--filter", "nothing"], "no layer of suite 'quick' matches --filter 'nothing'"),
         (["--suite", "vision"], "invalid choice: 'vision'"),
+        (["--target", "banana"], "unknown target 'banana': use one of cuda:80"),
+        (["--target", "cuda:70"], "unknown target 'cuda:70'"),
+        (["--out", "/proc/nothing"], "--out /proc/nothing: No such file"),
+        (["--out", __file__], "File exists"),
     ],
 )
 def test_arguments_that_make_no_sense(arguments, message, capsys):

@@ -128,15 +128,66 @@ def parse_shape(text: str, dtype: str = "float16", layout: str = "nhwc") -> Prob
 def explain(args) -> int:
     """What runs for one layer, and why."""
     problem = parse_shape(args.shape, args.dtype, args.layout)
-    print(
-        verdict.text_of(
-            problem,
-            torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu")),
-            args.backend,
-            args.target,
-        )
-    )
+    print(verdict.text_of(problem, device_of(args.device), args.backend, args.target))
     return 0
+
+
+def device_of(name: str | None) -> torch.device:
+    """The device of that name, or the first GPU, or the CPU. Raises ValueError for one that is not
+    there."""
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as e:
+        raise ValueError(f"--device {name}: {first_line(e)}") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"--device {name}: there are {torch.cuda.device_count()} GPUs here; for one that is not: --target cuda:90"
+        )
+    return device
+
+
+def first_line(e: BaseException) -> str:
+    return (str(e).strip() or type(e).__name__).splitlines()[0]
+
+
+def passes_of(text: str) -> list[str]:
+    """ "fprop,wgrad" -> its names. Raises ValueError for others than the three passes."""
+    names = text.split(",")
+    if unknown := [name for name in names if name not in PASSES]:
+        raise ValueError(f"--passes {text}: {unknown} are not of {', '.join(PASSES)}")
+    return names
+
+
+def model_of(text: str) -> tuple:
+    """(module, *inputs) of "package.module:factory". Raises ValueError that says what is wrong."""
+    module, _, name = text.partition(":")
+    sys.path.insert(0, os.getcwd())
+    usage = "a function that returns (module, inputs)"
+    try:
+        factory = getattr(importlib.import_module(module), name, None) if module and name else None
+        subject = factory() if callable(factory) else None
+    # it is the user's code
+    except Exception as e:
+        raise ValueError(f"--model {text}: {type(e).__name__}: {first_line(e)}") from e
+    if not callable(factory):
+        raise ValueError(f"--model takes package.module:factory, {usage}, got {text!r}")
+    if not isinstance(subject, tuple) or len(subject) != 2:
+        raise ValueError(f"{text} must return (module, inputs), got {type(subject).__name__}")
+    module, inputs = subject
+    return (module, *inputs) if isinstance(inputs, (tuple, list)) else (module, inputs)
+
+
+def writable(path: str | None) -> None:
+    """Raises ValueError where no file of that name can be written."""
+    if path is None:
+        return
+    parent = Path(path).absolute().parent
+    if Path(path).is_dir():
+        raise ValueError(f"{path} is a folder: give the name of a file")
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise ValueError(f"{path} cannot be written: {parent} is no folder that may be written to")
 
 
 def tune(args) -> int:
@@ -144,23 +195,9 @@ def tune(args) -> int:
     torchrun each rank measures its part."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    passes = passes_of(args.passes)
     if args.model:
-        module, _, name = args.model.partition(":")
-        sys.path.insert(0, os.getcwd())
-        factory = getattr(importlib.import_module(module), name, None) if name else None
-        if not callable(factory):
-            raise ValueError(
-                f"--model takes package.module:factory, a function that returns (module, inputs), got {args.model!r}"
-            )
-        subject = factory()
-        if not isinstance(subject, tuple) or len(subject) != 2:
-            raise ValueError(
-                f"{args.model} must return (module, inputs), got {type(subject).__name__}"
-            )
-        subject = (
-            subject[0],
-            *(subject[1] if isinstance(subject[1], (tuple, list)) else [subject[1]]),
-        )
+        subject = model_of(args.model)
     elif args.shape:
         subject = ([parse_shape(args.shape, args.dtype, args.layout)],)
     else:
@@ -168,7 +205,7 @@ def tune(args) -> int:
     try:
         rows = tuner.tune(
             *subject,
-            passes=args.passes.split(","),
+            passes=passes,
             top=args.top,
             budget=args.budget,
             force=args.force,
@@ -195,6 +232,8 @@ def tune(args) -> int:
 def show_cache(args) -> int:
     """Shows the measured configs, merges tables from other machines, exports them."""
     if args.action == "merge":
+        if not args.files:
+            raise ValueError("merge takes the files to merge, got none")
         for file in map(Path, args.files):
             if not file.exists():
                 raise ValueError(f"there is no file {file}")
@@ -211,6 +250,7 @@ def show_cache(args) -> int:
     if args.action == "export":
         if len(args.files) != 1:
             raise ValueError(f"export takes one file, got {args.files}")
+        writable(args.files[0])
         cache.write(Path(args.files[0]), target, entries)
         print(f"{len(entries)} entries for {target} written to {args.files[0]}")
         return 0
@@ -249,8 +289,12 @@ def seconds(text: str) -> float:
 def aot(args) -> int:
     """Compiles the default kernels of a suite or a shape for a target and reads the machine code;
     status 1 when one spills or exceeds a limit."""
-    import pandas as pd
-
+    try:
+        import pandas as pd
+    except ImportError:
+        raise ValueError("aot prints its table with pandas: pip install pandas") from None
+    passes = passes_of(args.passes)
+    writable(args.json)
     target = args.target or drivers.target()
     layers = (
         [(args.shape, parse_shape(args.shape, args.dtype))]
@@ -264,7 +308,7 @@ def aot(args) -> int:
     jobs = [
         (name, replace(p, layout="nchw" if pass_ == "wgrad" and p.c > p.groups else "nhwc"), pass_)
         for name, p in layers
-        for pass_ in args.passes.split(",")
+        for pass_ in passes
     ]
     rows = report(jobs, target, args.save)
     if args.json:
@@ -395,10 +439,18 @@ def main(argv=None) -> int:
     sub.add_argument("--target", help="like cuda:90 (default: the active driver's)")
     args = parser.parse_args(argv)
     try:
-        drivers.check_target(getattr(args, "target", None) or drivers.target())
-        return args.run(args)
-    except (ValueError, NotImplementedError) as e:
-        parser.error(str(e))
+        if target := getattr(args, "target", None):
+            drivers.check_target(target)
+        drivers.target()  # TRIDIL_TARGET is checked before work begins
+        status = args.run(args)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # whoever read the output has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + 13
+    except (ValueError, NotImplementedError, OSError) as e:
+        print(f"tridil {args.command}: error: {first_line(e)}", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":

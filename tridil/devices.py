@@ -48,6 +48,11 @@ class Device:
         return int(self.mma[0] * (self.bfloat16 if dtype == "bfloat16" else 1))
 
 
+# targets that Triton compiles for and the kernels are written for
+KNOWN = (
+    *(f"cuda:{arch}" for arch in (80, 86, 87, 89, 90, 100, 103, 110, 120, 121)),
+    *(f"hip:gfx{arch}" for arch in ("908", "90a", "942", "950", "1100", "1101", "1200", "1201")),
+)
 _LIMITS = {
     "cuda:80": (167936, 166912, 2048, 32),
     "cuda:86": (102400, 101376, 1536, 16),
