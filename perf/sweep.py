@@ -313,7 +313,7 @@ def main(argv=None, gpu: Gpu | None = None) -> int:
         gpu = Gpu()
     args = arguments(argv, gpu)
     if not gpu:
-        os.environ.update(TRITON_INTERPRET="1", TRIDIL_TARGET=args.target or "cuda:90")
+        os.environ.update(TRITON_INTERPRET="1", TRIDIL_TARGET=args.target or drivers.ASSUMED)
     target, code, console = drivers.target(), fingerprint(), Console(quiet=rank > 0)
     if not console.is_terminal:
         console = Console(width=120, quiet=rank > 0)

@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -225,7 +226,7 @@ def test_command_line():
         "--device",
         "cpu",
     )
-    assert out.returncode == 0 and out.stdout.count("dense 9664M") == 3
+    assert out.returncode == 0 and out.stdout.count("dense 9.664 GMACs") == 3
     assert out.stdout.count("kernel tma (cuda:90 loads boxes of the image by descriptor)") == 3
     out = run(
         "explain",
@@ -238,8 +239,8 @@ def test_command_line():
     )
     assert (
         out.returncode == 0
-        and out.stdout.count("nothing to multiply: n=0") == 3
-        and out.stdout.count("dense 0M") == 3
+        and out.stdout.count("nothing to multiply: n=0") == 1
+        and out.stdout.count("dense 0 MACs") == 3
     )
     for bad in (
         "n=4 c=256 h=60 w=60",
@@ -314,3 +315,22 @@ def test_whoever_reads_the_output_may_have_enough():
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     process.stdout.close()
     assert process.stderr.read() == "" and process.wait() == 141
+
+
+def test_words(monkeypatch):
+    """Units that people read, one reason once, the library's own name, an assumed target said."""
+    assert [verdict.macs_text(n) for n in (0, 12, 34_000, 5_600_000, 67_950_000_000)] == [
+        "0 MACs",
+        "12 MACs",
+        "34 kMACs",
+        "5.6 MMACs",
+        "67.95 GMACs",
+    ]
+    text = verdict.text_of(P, CPU)
+    assert text.count("CPU tensors run through ATen") == 1 and "cuDNN" in text
+    amd = verdict.text_of(replace(P, dtype="float64"), CPU, target="hip:gfx908")
+    assert "ATen stays unless the kernels are 1.1 times as fast" in amd and "cuDNN" not in amd
+    assert "limited by tensor cores" not in amd
+    assert "assumed" not in text
+    monkeypatch.setattr(drivers, "is_assumed", lambda: True)
+    assert "(assumed: there is no GPU here)" in verdict.text_of(P, CPU)

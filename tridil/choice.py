@@ -149,6 +149,11 @@ def _hints(problem, pass_, precision, entries, name):
             yield what + (f" on {device}" if device != name else ""), records[device]
 
 
+def library(target: str) -> str:
+    """What ATen calls on a target, by the name that people know."""
+    return "cuDNN" if target.startswith("cuda") else "ATen"
+
+
 def decide(
     problem: Problem, pass_: str, target: str, precision: str = "tf32", device=None
 ) -> Choice:
@@ -171,8 +176,8 @@ def decide(
     else:
         faster = prediction.seconds * assumed.MARGIN <= estimate
         why = (
-            f"predicted: {1e3 * prediction.seconds:.4g} ms, cuDNN estimated at {1e3 * estimate:.4g} ms; "
-            f"the kernels need a factor of {assumed.MARGIN}"
+            f"predicted: {1e3 * prediction.seconds:.4g} ms, {library(target)} estimated at {1e3 * estimate:.4g} ms; "
+            f"ATen stays unless the kernels are {assumed.MARGIN} times as fast"
         )
     return Choice(config, source, "triton" if faster else "aten", why, record, prediction, estimate)
 

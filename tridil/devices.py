@@ -47,6 +47,12 @@ class Device:
             return max(self.mma[2], self.fma[1])
         return int(self.mma[0] * (self.bfloat16 if dtype == "bfloat16" else 1))
 
+    def has_tensor_cores(self, dtype: str, precision: str = "tf32") -> bool:
+        """Whether `mma_rate` is that of matrix units."""
+        if dtype == "float32":
+            return precision == "tf32" and self.mma[1] > 0
+        return dtype != "float64" or self.mma[2] > self.fma[1]
+
 
 # targets that Triton compiles for and the kernels are written for
 KNOWN = (

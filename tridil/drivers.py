@@ -14,6 +14,7 @@ from . import devices
 from .problem import DTYPE_BYTES, Problem
 
 BACKENDS = ("auto", "triton", "aten")
+ASSUMED = "cuda:90"  # the target of explain, sweep and aot where there is no driver
 # all environment variables of the package; `clean` takes them away from whoever measures or tests
 VARIABLES = {
     "TRIDIL_BACKEND": 'what backend="auto" means: auto, triton or aten',
@@ -53,13 +54,13 @@ def _driver():
         driver.active.get_current_target()  # the proxy creates the driver when first used
         return driver.active
     # Triton raises RuntimeError, drivers whatever their vendor's library raises
-    except Exception as e:
-        return f"Triton has no active driver ({e})"
+    except Exception:
+        return "there is no GPU that Triton has a driver for"
 
 
 def target() -> str:
-    """Target the kernels are compiled for, like "cuda:90": TRIDIL_TARGET, else the active driver's,
-    else (interpreter) "cuda:80".
+    """Target the kernels are compiled for, like "cuda:90": TRIDIL_TARGET, else (interpreter)
+    "cuda:80", else the active driver's, else the one that is `ASSUMED`.
 
     Raises ValueError when TRIDIL_TARGET is no target that Triton knows.
     """
@@ -81,9 +82,14 @@ def check_target(name: str) -> str:
 def _driver_target() -> str:
     driver = _driver()
     if isinstance(driver, str):
-        return "cuda:80"
+        return ASSUMED
     t = driver.get_current_target()
     return f"{t.backend}:{t.arch}"
+
+
+def is_assumed() -> bool:
+    """Whether `target` is nobody's: no variable, no interpreter, no driver."""
+    return not (os.environ.get("TRIDIL_TARGET") or interpreted() or not isinstance(_driver(), str))
 
 
 def can_run(problem: Problem, device) -> str | None:
@@ -119,7 +125,9 @@ def _serves(device_type: str) -> str | None:
         )
     driver = _driver()
     if isinstance(driver, str):
-        return driver + ": set TRITON_INTERPRET=1 to interpret the kernels on CPU tensors"
+        return (
+            driver + " (TRITON_INTERPRET=1 interprets the kernels on CPU tensors: slow, for tests)"
+        )
     served = driver.get_active_torch_device().type
     return (
         None

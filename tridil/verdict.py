@@ -82,25 +82,40 @@ def text_of(
     rows: list[dict] | None = None,
 ) -> str:
     """`rows_of`, or the rows that it gave, as people read them."""
-    lines = [
-        f"{problem.key()} -> {problem.p}x{problem.q}, {f'target {target}' if target else f'tensors on {device}, target {drivers.target()}'}"
-    ]
-    for row in rows_of(problem, device, backend, target) if rows is None else rows:
-        macs = "  ".join(
-            f"{name} {row[name + '_macs'] / 1e6:.4g}M" for name in ("dense", "useful", "executed")
+    rows = rows_of(problem, device, backend, target) if rows is None else rows
+    where = f"target {target}" if target else f"tensors on {device}, target {drivers.target()}"
+    if not target and drivers.is_assumed():
+        where += " (assumed: there is no GPU here)"
+    lines = [f"{problem.key()} -> {problem.p}x{problem.q}, {where}"]
+    reasons = {(row["backend"], row["why"]) for row in rows}
+    if len(reasons) == 1:
+        lines[0] += f"\nall passes: {rows[0]['backend']} ({rows[0]['why']})"
+    name = choice.library(target or drivers.target())
+    for row in rows:
+        macs = ", ".join(
+            f"{name} {macs_text(row[name + '_macs'])}" for name in ("dense", "useful", "executed")
         )
         times = [
             f"{row['predicted_ms']:.4g} ms predicted (limited by {row['limiter']})",
             f"{row['roof_ms']:.4g} ms roof",
-            f"cuDNN {row['cudnn_ms']:.4g} ms {'estimated' if row['ms'] is None else 'measured'}",
+            f"{name} {row['cudnn_ms']:.4g} ms {'estimated' if row['ms'] is None else 'measured'}",
         ]
         if row["ms"] is not None:
             times.insert(0, f"{row['ms']:.4g} ms measured")
+        told = f" ({row['why']})" if len(reasons) > 1 else ""
         lines.append(
-            f"{row['pass']}: {row['backend']} ({row['why']})\n  kernel {row['kernel']} ({row['kernel_why']}): {row['config']}\n"
+            f"{row['pass']}: {row['backend']}{told}\n  kernel {row['kernel']} ({row['kernel_why']}): {row['config']}\n"
             f"  config from: {row['source']}\n  MACs (counted): {macs}\n  kernels: {', '.join(times)}"
         )
     return "\n".join(lines)
+
+
+def macs_text(count: int) -> str:
+    """A number of multiply-accumulates as people read it."""
+    for unit, name in ((1e9, "GMACs"), (1e6, "MMACs"), (1e3, "kMACs")):
+        if count >= unit:
+            return f"{count / unit:.4g} {name}"
+    return f"{count} MACs"
 
 
 def explain(

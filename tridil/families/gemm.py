@@ -676,7 +676,10 @@ class Gemm(Family):
                 "step",
             )
         )
-        parts = {UNITS[name]: value * work / step for name, value in clocks.items()} | {
+        units = dict(UNITS)
+        if not device.has_tensor_cores(problem.dtype, precision):
+            units["tensor"] = "arithmetic units"
+        parts = {units[name]: value * work / step for name, value in clocks.items()} | {
             "waves of programs": waves,
             "DRAM bandwidth": dram,
         }
@@ -695,7 +698,7 @@ class Gemm(Family):
                 else "unequal programs in the last wave"
             )
         else:
-            limiter = UNITS[max(clocks, key=clocks.get)]
+            limiter = units[max(clocks, key=clocks.get)]
         return Prediction(seconds, limiter, parts)
 
 
