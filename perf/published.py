@@ -14,7 +14,6 @@ import argparse
 import sys
 import time
 from dataclasses import replace
-from math import prod
 from pathlib import Path
 
 import numpy as np
@@ -26,9 +25,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "perf")]
 from layers import FORMATS, attempt  # noqa: E402
 from providers import PROVIDERS, Gpu, precision_of  # noqa: E402
 
-from tridil import assumed, choice, cost_model, cudnn, devices, drivers, families, workloads  # noqa: E402
+from tridil import choice, cost_model, cudnn, devices, drivers, workloads  # noqa: E402
 from tridil import config as cfg  # noqa: E402
-from tridil.problem import DTYPE_BYTES, Problem  # noqa: E402
+from tridil.problem import Problem  # noqa: E402
 
 DATA = Path(__file__).resolve().parent / "data"
 # the rows that the constants of ATen's estimate were fitted to; all others judge it, though the
@@ -119,18 +118,13 @@ def predicted(problem: Problem, pass_: str, device: devices.Device) -> dict:
     """Milliseconds, all predicted: the roof, tridil on channels_last tensors, its copies of
     operands that are not, ATen's estimate."""
     config = cost_model.best(problem, pass_, device)
-    operand = {"fprop": problem.x_shape, "dgrad": problem.y_shape}[pass_]
-    has_copies = families.of(config.kernel).operand_format(problem)[0] != problem.layout
-    moved = (
-        2 * DTYPE_BYTES[problem.dtype] * (prod(operand) + prod(problem.w_shape))
-        if has_copies
-        else 0
-    )
+    found = cost_model.predict(problem, pass_, config, device)
+    copies = found.parts.get(cost_model.COPIES, 0.0)
     return {
         "kind": cudnn.kind(problem, pass_),
         "roof": 1e3 * cost_model.roof(problem, device),
-        "tridil": 1e3 * cost_model.predict(problem, pass_, config, device).seconds,
-        "copies": 1e3 * moved / (device.dram * 1e9 * assumed.DRAM),
+        "tridil": 1e3 * (found.seconds - copies),
+        "copies": 1e3 * copies,
         "estimate": 1e3 * cudnn.seconds(problem, pass_, device),
     }
 

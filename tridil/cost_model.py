@@ -10,14 +10,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import lru_cache
+from math import prod
 from operator import itemgetter
 
+from . import assumed, devices, families
 from . import config as cfg
 from . import cudnn as aten
-from . import devices, families
 from .devices import Device
-from .families import Config, Prediction
-from .problem import Problem
+from .families import Config, Family, Prediction
+from .problem import DTYPE_BYTES, ROLES, Problem
 
 
 def roof(problem: Problem, device: Device, precision: str = "tf32") -> float:
@@ -30,16 +31,41 @@ def roof(problem: Problem, device: Device, precision: str = "tf32") -> float:
 def predict(
     problem: Problem, pass_: str, config: Config, device: Device, precision: str = "tf32"
 ) -> Prediction:
-    """Time of one pass whose tensors are channels_last, its launches one after another."""
-    return families.of(config.kernel).predict(problem, pass_, config, device, precision)
+    """Time of one pass, its launches one after another, copies of contiguous tensors included."""
+    family = families.of(config.kernel)
+    found = family.predict(problem, pass_, config, device, precision)
+    copied = _copied(problem, pass_, family, device)
+    if not copied:
+        return found
+    limiter = COPIES if copied > found.seconds else found.limiter
+    return Prediction(found.seconds + copied, limiter, found.parts | {COPIES: copied})
+
+
+COPIES = "copies to channels_last"
+
+
+def copies(problem: Problem, pass_: str, device: Device) -> float:
+    """Seconds of bringing both operands of a pass from NCHW to NHWC: each is read and written once.
+    The layout of a wgrad is that of w, and tells nothing of its operands: 0."""
+    if pass_ == "wgrad" or problem.is_empty:
+        return 0.0
+    shapes = {"x": problem.x_shape, "w": problem.w_shape, "y": problem.y_shape}
+    moved = 2 * DTYPE_BYTES[problem.dtype] * sum(prod(shapes[role]) for role in ROLES[pass_][:2])
+    return moved / (device.dram * 1e9 * assumed.DRAM) + 2 * assumed.LAUNCH
+
+
+def _copied(problem: Problem, pass_: str, family: Family, device: Device) -> float:
+    """`copies`, where a family needs them."""
+    in_place = family.operand_format(problem)[0] == problem.layout
+    return 0.0 if in_place else copies(problem, pass_, device)
 
 
 def cudnn(problem: Problem, pass_: str, device: Device, precision: str = "tf32") -> float:
-    """Seconds that ATen is given (cudnn.py), on channels_last tensors as in `predict`: of others
-    both make copies; depthwise layers run in place."""
-    is_depthwise = aten.kind(problem, pass_) == "depthwise"
+    """Seconds that ATen is given (cudnn.py), its own copies of contiguous tensors included; of a
+    wgrad, whose layout is that of w, as of channels_last tensors."""
+    in_place = pass_ != "wgrad" or aten.kind(problem, pass_) == "depthwise"
     return aten.seconds(
-        problem if is_depthwise else replace(problem, layout="nhwc"), pass_, device, precision
+        problem if in_place else replace(problem, layout="nhwc"), pass_, device, precision
     )
 
 
@@ -49,6 +75,7 @@ def _ranked(problem: Problem, pass_: str, device: Device, precision: str) -> Ite
     found, none = [], True
     for family in families.FAMILIES:
         seconds, config = family.search(problem, pass_, device, precision)
+        seconds = seconds + _copied(problem, pass_, family, device)
         found += [(value, config, i) for i, value in enumerate(seconds.tolist())]
     for _, config, i in sorted(found, key=itemgetter(0)):
         option = config(i)
@@ -92,10 +119,9 @@ def why(
             if cfg.fits(option, problem, pass_, device.target) is None
         ]
         if legal:
-            ratio = (
-                other.seconds(problem, pass_, legal, device, precision).min()
-                / predict(problem, pass_, config, device, precision).seconds
-            )
+            seconds = other.seconds(problem, pass_, legal, device, precision).min()
+            seconds += _copied(problem, pass_, other, device)
+            ratio = seconds / predict(problem, pass_, config, device, precision).seconds
             reasons.append(
                 f"kernel {other.kernels[0]} is predicted to take {ratio:.2f} times as long"
             )

@@ -18,8 +18,8 @@ def rows_of(
     problem: Problem, device, backend: str = "auto", target: str | None = None
 ) -> list[dict]:
     """What runs for each pass, and why: rows with pass, backend, why, kernel, kernel_why, config,
-    source of the config, dense/useful/executed MACs, ms (measured, or None), predicted_ms and
-    limiter of the cost model, cudnn_ms (estimated; measured where there is a measurement of ATen).
+    source of the config, dense/useful/executed MACs, ms (measured, or None), predicted_ms, copies_ms
+    (of contiguous tensors, in it) and limiter of the cost model, cudnn_ms (estimated; measured where there is a measurement of ATen).
 
     MACs are counts, not times. Where ATen runs, kernel and config are what Triton would run. With
     target (like "cuda:90") the answer is for a GPU of that target, whatever the device.
@@ -66,6 +66,7 @@ def rows_of(
                 "executed_macs": cfg.executed_macs(problem, pass_, config),
                 "ms": record.get("ms"),
                 "predicted_ms": 1e3 * found.prediction.seconds,
+                "copies_ms": 1e3 * found.prediction.parts.get(cost_model.COPIES, 0.0),
                 "limiter": found.prediction.limiter,
                 "cudnn_ms": (choice.aten_ms(record) or (1e3 * found.cudnn,))[0],
                 "roof_ms": 1e3 * cost_model.roof(problem, spec, precision),
@@ -100,6 +101,8 @@ def text_of(
             f"{row['roof_ms']:.4g} ms roof",
             f"{name} {row['cudnn_ms']:.4g} ms {'estimated' if row['ms'] is None else 'measured'}",
         ]
+        if row["copies_ms"]:
+            times[0] += f", of which {row['copies_ms']:.4g} ms are copies that channels_last saves"
         if row["ms"] is not None:
             times.insert(0, f"{row['ms']:.4g} ms measured")
         told = f" ({row['why']})" if len(reasons) > 1 else ""
