@@ -114,7 +114,9 @@ def test_candidates_are_legal(target, dtype, pass_):
         cfgs = config.candidates(p, pass_, target)
         assert cfgs and all(config.fits(cfg, p, pass_, target) is None for cfg in cfgs)
         assert all(
-            cfg.CLAMP == (target in ("cuda:100", "cuda:120")) for cfg in cfgs if cfg.kernel != "tma"
+            cfg.CLAMP == (target in ("cuda:100", "cuda:120"))
+            for cfg in cfgs
+            if hasattr(cfg, "CLAMP")
         )
         assert cost_model.best(p, pass_, target) in cfgs
 
@@ -130,11 +132,8 @@ def test_descriptors_are_for_hopper_and_datacenter_blackwell(pass_):
         "cuda:100",
     }
     even = replace(P, h=64, w=64)
-    assert (
-        cost_model.best(even, pass_, "cuda:90").kernel
-        == cost_model.best(even, pass_, "cuda:100").kernel
-        == "tma"
-    )
+    assert cost_model.best(even, pass_, "cuda:100").kernel == "tma"
+    assert cost_model.best(even, pass_, "cuda:90").kernel in ("tma", "hopper")
     for cfg in config.candidates(P, pass_, "cuda:90") + config.candidates(P, pass_, "cuda:100"):
         if cfg.kernel == "tma" and pass_ != "wgrad":
             assert cfg.WEIGHT_FIRST or cfg.WARP_SPECIALIZE or cfg.BLOCK_N < 64
