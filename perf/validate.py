@@ -63,8 +63,8 @@ def by_kind(frame: pd.DataFrame) -> pd.DataFrame:
 
 def measured(gpu, layers, passes, device, most: int = 10):
     """Rows with predicted and measured milliseconds of up to `most` candidates per layer and pass,
-    the pick first, then spread evenly over the ranking. Kernels are compiled while others are
-    timed."""
+    the pick first, then spread evenly over the ranking. Kernels are compiled between the
+    measurements."""
     chosen = {}
     for w, pass_ in product(layers, passes):
         ranking = cost_model.rank(w.problem, pass_, device, precision_of(w.problem))

@@ -767,6 +767,8 @@ def test_compiled_layers_show_conv2d_too(watcher, backend, device, seed):
     try:
         watched()
     except (AssertionError, TypeError) as e:
+        if torch.torch_version.TorchVersion(torch.__version__) >= (2, 12):
+            raise
         pytest.skip(f"torch {torch.__version__} compiles no plain layer so: {str(e)[:80]}")
     convert(layer, backend=backend)
     y, seen = watched()

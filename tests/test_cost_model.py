@@ -156,7 +156,9 @@ def test_more_work_takes_longer(pass_):
     nothing."""
     for device in (H100, A100):
         small, large = (predicted(replace(P, n=n), pass_, device).seconds for n in (16, 160))
-        assert 5 < large / small < 12
+        # the sums of shared tiles do not grow with the work
+        shares = getattr(cost_model.best(replace(P, n=16), pass_, device), "STREAM", False)
+        assert (5 if shares else 7) < large / small < 12
         half = replace(device, sms=device.sms // 2, dram=device.dram / 2)
         assert 1.6 < predicted(replace(P, n=160), pass_, half).seconds / large < 2.4
         far = replace(P, n=160, dilation=(36, 36), padding=((36, 36), (36, 36)))

@@ -52,7 +52,8 @@ DEPTHWISE_INSTRUCTIONS = {
 MARGIN = 1.1
 
 # family hopper (measured on an H200, fp16: 700 ns a step of 128x256x64 at the power limit, 6 us
-# beside the steps; with these figures 35 of 43 times of the quick suite come out within 15%)
+# beside the steps; with these figures 35 of 43 times of the quick suite come out within 15%:
+# the times of the fit, without two that a fault of the clock had spoiled)
 # times that the sums of shared tiles take of what their bytes would (measured: 8 to 30 us more, of
 # 15 shared configs)
 HOPPER_SUMS = 2

@@ -174,7 +174,7 @@ def _measure_now(
     progress: bool = False,
 ) -> list[dict]:
     """Rows of (problem, pass, precision) jobs, kept in the user's cache; their kernels are compiled
-    in threads meanwhile. settings: those of torch.backends.cudnn.benchmark under which ATen is
+    in threads, between the measurements. settings: those of torch.backends.cudnn.benchmark under which ATen is
     timed."""
     deadline = time.monotonic() + (float("inf") if budget is None else budget)
     ranked = {job: cost_model.rank(*job[:2], gpu.spec, job[2])[:top] for job in jobs}

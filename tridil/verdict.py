@@ -91,7 +91,7 @@ def text_of(
     reasons = {(row["backend"], row["why"]) for row in rows}
     if len(reasons) == 1:
         lines[0] += f"\nall passes: {rows[0]['backend']} ({rows[0]['why']})"
-    name = choice.library(target or drivers.target())
+    library = choice.library(target or drivers.target())
     for row in rows:
         macs = ", ".join(
             f"{name} {macs_text(row[name + '_macs'])}" for name in ("dense", "useful", "executed")
@@ -99,7 +99,7 @@ def text_of(
         times = [
             f"{row['predicted_ms']:.4g} ms predicted (limited by {row['limiter']})",
             f"{row['roof_ms']:.4g} ms roof",
-            f"{name} {row['cudnn_ms']:.4g} ms {'estimated' if row['ms'] is None else 'measured'}",
+            f"{library} {row['cudnn_ms']:.4g} ms {'estimated' if row['ms'] is None else 'measured'}",
         ]
         if row["copies_ms"]:
             times[0] += f", of which {row['copies_ms']:.4g} ms are copies that channels_last saves"
