@@ -21,6 +21,7 @@ from threading import TIMEOUT_MAX
 from . import config as cfg
 from . import cost_model, drivers, families, sass
 from .families import Config
+from .families.base import triton_version
 from .problem import DTYPE_BYTES, Problem
 
 # overhead of CUTLASS 4.2's implicit GEMM convolution (BSD-3, compiled with nvcc; 3x3, fp16, C =
@@ -88,6 +89,8 @@ def sources(
         # written as the JIT writes them: Triton's cache is keyed by their text
         signature, attrs = {}, {}
         for i, (name, parameter) in enumerate(zip(fn.arg_names, fn.params)):
+            if name not in constants and name not in tensors and name not in scalars:
+                constants[name] = None  # of fewer branches than there may be
             if name in constants:
                 signature[name], attrs[(i,)] = "constexpr", []
             elif name in tensors:
@@ -98,7 +101,7 @@ def sources(
                     signature[name] = f"tensordesc<{type_}[{', '.join(map(str, box.block))}]>"
                 else:
                     signature[name] = (
-                        f"tensordesc<{type_}[{','.join(map(str, box.block))}],{launch.shared_layout(box, int(type_[2:]))!r}>"
+                        f"tensordesc<{type_}[{', '.join(map(str, box.block))}],{launch.shared_layout(box, int(type_[2:]))!r}>"
                     )
                 if not box:
                     attrs[(i,)] = [["tt.divisibility", 16]]
@@ -112,6 +115,10 @@ def sources(
                     )
                     attrs[(i,)] = [["tt.divisibility", 16]] if divisible else []
         constexprs = {(fn.arg_names.index(name),): value for name, value in constants.items()}
+        if triton_version() < (3, 7):  # of its constexprs only strings have attributes, none
+            attrs = {
+                at: value for at, value in attrs.items() if isinstance(constexprs.get(at, ""), str)
+            }
         out.append(
             (
                 item,
