@@ -4,6 +4,7 @@ is `nn.Conv2d`, `convert` a whole model."""
 from .convert import convert, revert, scan
 from .functional import dilated_conv1d, dilated_conv2d
 from .module import DilatedConv1d, DilatedConv2d
+from .multi_rate import MultiRateConv2d, multi_rate_conv1d, multi_rate_conv2d
 from .problem import Problem
 from .tuner import tune
 from .verdict import explain
@@ -12,11 +13,14 @@ __version__ = "0.1.0"
 __all__ = [
     "DilatedConv1d",
     "DilatedConv2d",
+    "MultiRateConv2d",
     "Problem",
     "convert",
     "dilated_conv1d",
     "dilated_conv2d",
     "explain",
+    "multi_rate_conv1d",
+    "multi_rate_conv2d",
     "revert",
     "scan",
     "tune",

@@ -18,6 +18,7 @@ import torch
 
 from . import assumed, cache, cost_model, devices, families
 from . import config as cfg
+from .branches import Branches
 from .families import Config
 from .problem import PASSES, Problem
 
@@ -259,3 +260,35 @@ def _tunes_on_first_use() -> bool:
     variable = os.environ.get("TRIDIL_TUNE", "")
     asked = variable == "1" or variable != "0" and torch.backends.cudnn.benchmark
     return asked and not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
+
+
+def decide_branches(
+    branches: Branches, pass_: str, target: str, precision: str = "tf32", device=None
+) -> tuple[Config | None, float, float]:
+    """(config of the launch that runs a pass of all branches, its seconds, seconds of the branches
+    one by one as "auto" runs each, with what is around them). The config is None where no launch can
+    run them."""
+    spec, _ = device_spec(target, device)
+    apart = cost_model.around_branches(branches, pass_, spec)
+    for problem in branches.problems:
+        choice = decide(problem, pass_, target, precision, device)
+        kernels = choice.backend == "triton"
+        if choice.record and (known := choice.record["ms"] if kernels else aten_ms(choice.record)):
+            apart += (known if kernels else known[0]) / 1e3
+        else:
+            apart += choice.prediction.seconds if kernels else choice.cudnn / assumed.MARGIN
+    found = cost_model.best_of_branches(branches, pass_, spec, precision)
+    return (None, apart, apart) if found is None else (*found, apart)
+
+
+def resolve_branches(
+    branches: Branches, pass_: str, target: str, precision: str, device=None, auto: bool = False
+) -> Config | None:
+    """The config that runs a pass of all branches in one launch, or None: where no launch can, and
+    (auto) where they are predicted to be faster one by one."""
+    if not auto:
+        spec, _ = device_spec(target, device)
+        found = cost_model.best_of_branches(branches, pass_, spec, precision)
+        return found and found[0]
+    config, together, apart = decide_branches(branches, pass_, target, precision, device)
+    return config if together < apart else None

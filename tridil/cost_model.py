@@ -16,6 +16,7 @@ from operator import itemgetter
 from . import assumed, devices, families
 from . import config as cfg
 from . import cudnn as aten
+from .branches import Branches
 from .devices import Device
 from .families import Config, Family, Prediction
 from .problem import DTYPE_BYTES, ROLES, Problem
@@ -103,6 +104,38 @@ def best(problem: Problem, pass_: str, device: Device | str, precision: str = "t
     return _best(
         problem, pass_, devices.of_target(device) if isinstance(device, str) else device, precision
     )
+
+
+@lru_cache(maxsize=1024)
+def best_of_branches(
+    branches: Branches, pass_: str, device: Device, precision: str = "tf32"
+) -> tuple[Config, float] | None:
+    """(config, seconds) of the launch that is predicted to run a pass of all branches fastest; None
+    where none can."""
+    found = []
+    for family in families.FAMILIES:
+        if configs := family.branch_options(branches, pass_, device.target, precision):
+            seconds = family.branch_seconds(branches, pass_, configs, device, precision)
+            copied = _copies_of_branches(branches, pass_, family, device)
+            found.append((float(seconds.min()) + copied, configs[int(seconds.argmin())]))
+    seconds, config = min(found, key=itemgetter(0), default=(0.0, None))
+    return config and (config, seconds)
+
+
+def _copies_of_branches(branches: Branches, pass_: str, family: Family, device: Device) -> float:
+    problem = branches.first
+    if pass_ == "wgrad" or family.operand_format(problem)[0] == problem.layout:
+        return 0.0
+    shapes = [branches.x_shape if pass_ == "fprop" else branches.y_shape, *branches.w_shapes]
+    moved = 2 * DTYPE_BYTES[problem.dtype] * sum(map(prod, shapes))
+    return moved / (device.dram * 1e9 * assumed.DRAM) + len(shapes) * assumed.LAUNCH
+
+
+def around_branches(branches: Branches, pass_: str, device: Device) -> float:
+    """Seconds of what branches one by one need beside their convolutions: slices that are copied,
+    results that are added or put side by side."""
+    moved = branches.bytes_around[pass_]
+    return moved / (device.dram * 1e9 * assumed.DRAM) + (assumed.LAUNCH if moved else 0.0)
 
 
 def why(

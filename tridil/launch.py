@@ -15,6 +15,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import config as cfg
 from . import families
+from .branches import Branches
 from .drivers import FORMATS, interpreted, target
 from .families import Box, Config, Launch
 from .families.base import accumulator, result_shape
@@ -207,5 +208,53 @@ def _prepare(problem, pass_, config, precision, has_bias, target):
         for launch in launches:
             launch(tensors)
         return out
+
+    return run
+
+
+def prepare_branches(
+    branches: Branches, pass_: str, config: Config, precision: str = "ieee", has_bias: bool = False
+) -> Callable[..., torch.Tensor | list[torch.Tensor]]:
+    """run(a, b, bias=None), one pass of all branches in one launch: y of x, filters and the bias of
+    y; dx of dy and filters; a list of dw of dy and x. Raises ValueError when config does not fit."""
+    return _prepare_branches(branches, pass_, config, precision, has_bias, target())
+
+
+@lru_cache(maxsize=1024)
+def _prepare_branches(branches, pass_, config, precision, has_bias, target):
+    family, problem = families.of(config.kernel), branches.first
+    reason = family.unfit(config, branches, pass_, target)
+    if reason:
+        raise ValueError(f"config {config} does not fit {pass_} of {branches.key()}: {reason}")
+    if problem.dtype == "bfloat16" and interpreted():
+        precision = "upcast"
+    launches = [
+        Ready(launch) for launch in family.branch_plan(branches, pass_, config, precision, has_bias)
+    ]
+    operand, memory_format = _operand(*family.operand_format(problem)), FORMATS[problem.layout]
+    workspace = max((launch.workspace for launch in launches), default=0)
+    partials = getattr(torch, accumulator(problem))
+    shapes = (
+        branches.w_shapes
+        if pass_ == "wgrad"
+        else [branches.y_shape if pass_ == "fprop" else branches.x_shape]
+    )
+
+    def run(a, b, bias=None):
+        results = [
+            torch.empty(shape, dtype=a.dtype, device=a.device, memory_format=memory_format)
+            for shape in shapes
+        ]
+        tensors = {"a": operand(a)}
+        if pass_ == "wgrad":
+            tensors |= {"b": operand(b)} | {f"out{i}": dw for i, dw in enumerate(results)}
+        else:
+            tensors |= {f"b{i}": operand(w) for i, w in enumerate(b)}
+            tensors |= {"bias": a if bias is None else bias.contiguous(), "out": results[0]}
+        if workspace:
+            tensors["partials"] = torch.empty(workspace, dtype=partials, device=a.device)
+        for launch in launches:
+            launch(tensors)
+        return results if pass_ == "wgrad" else results[0]
 
     return run

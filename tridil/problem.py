@@ -210,19 +210,21 @@ class Problem:
         return Problem, astuple(self)
 
     # ---- shapes
+    def out_size(self, axis: int) -> int:
+        """Outputs along h (0) or w (1)."""
+        size, taps = ((self.h, self.r), (self.w, self.s))[axis]
+        extent = self.dilation[axis] * (taps - 1) + 1
+        return (size + sum(self.padding[axis]) - extent) // self.stride[axis] + 1
+
     @cached_property
     def p(self) -> int:
         """Output height."""
-        return (self.h + sum(self.padding[0]) - self.dilation[0] * (self.r - 1) - 1) // self.stride[
-            0
-        ] + 1
+        return self.out_size(0)
 
     @cached_property
     def q(self) -> int:
         """Output width."""
-        return (self.w + sum(self.padding[1]) - self.dilation[1] * (self.s - 1) - 1) // self.stride[
-            1
-        ] + 1
+        return self.out_size(1)
 
     @property
     def x_shape(self) -> tuple[int, int, int, int]:

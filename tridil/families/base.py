@@ -15,6 +15,7 @@ from operator import attrgetter
 
 import numpy as np
 
+from ..branches import Branches
 from ..devices import Device
 from ..problem import DTYPE_BYTES, Axis, Problem
 
@@ -256,6 +257,36 @@ class Family:
     ) -> list[Launch]:
         """The launches of one pass, whose result has problem.layout; precision: "ieee", "tf32" or
         (interpreter) "upcast"."""
+        raise NotImplementedError
+
+    # ---- several convolutions in one launch
+    def branch_options(
+        self, branches: Branches, pass_: str, target: str, precision: str
+    ) -> list[Config]:
+        """Sensible, legal configs that run a pass of all branches in one launch; none for what the
+        family cannot join."""
+        return []
+
+    def unfit(self, config: Config, branches: Branches, pass_: str, target: str) -> str | None:
+        """None when `config` is legal for a pass of all branches in one launch, else the reason."""
+        return f"kernel {config.kernel!r} does not join branches"
+
+    def branch_seconds(
+        self,
+        branches: Branches,
+        pass_: str,
+        configs: Sequence[Config],
+        device: Device,
+        precision: str,
+    ) -> np.ndarray:
+        """Predicted time of each of them, on channels_last tensors."""
+        raise NotImplementedError
+
+    def branch_plan(
+        self, branches: Branches, pass_: str, config: Config, precision: str, has_bias: bool
+    ) -> list[Launch]:
+        """The launches of a pass of all branches. Roles: "a" is x, or dy; "b" is x in wgrad, else
+        "b0", "b1", ... are the filters; "out" is the result, in wgrad "out0", "out1", ..."""
         raise NotImplementedError
 
 

@@ -12,16 +12,30 @@ from math import gcd, prod
 import numpy as np
 
 from .. import assumed
+from ..branches import Branches
 from ..devices import Device
 from ..problem import DTYPE_BYTES, Axis, Problem
-from .base import Config, Launch, accumulator, aligned, elements, launch, pixels, steps
+from .base import (
+    Config,
+    Launch,
+    accumulator,
+    aligned,
+    elements,
+    launch,
+    pixels,
+    steps,
+    strides,
+)
 from .depthwise import is_depthwise
 from .gemm import (
     Gemm,
     GemmConfig,
+    branch_geometry,
     channels,
     correlation_result,
+    filters,
     has_mma,
+    heaviest_first,
     is_flat,
     reduction_steps,
     search,
@@ -94,6 +108,7 @@ def least_channels(target: str) -> int:
 
 class Gather(Gemm):
     kernels = ("gather", FLAT)
+    joins = True
 
     def config_class(self, pass_: str) -> type[Config]:
         return Reduction if pass_ == "wgrad" else Correlation
@@ -362,6 +377,133 @@ class Gather(Gemm):
             ),
             *sums,
         ]
+
+    # ---- several convolutions in one launch
+    def branch_tiles(
+        self, problem: Problem, pass_: str, target: str, precision: str
+    ) -> list[Config]:
+        if pass_ == "wgrad" or is_depthwise(problem):
+            return super().branch_tiles(problem, pass_, target, precision)
+        options = self._tiles_of(problem, pass_, target, precision, False)
+        return [config for config in options if config.SPLIT_K == 1]
+
+    def unfit(self, config: Config, branches: Branches, pass_: str, target: str) -> str | None:
+        if pass_ != "wgrad" and self.flat(config.kernel):
+            return f"{FLAT} does not join branches of {pass_}"
+        return super().unfit(config, branches, pass_, target)
+
+    def branch_plan(
+        self, branches: Branches, pass_: str, config: Config, precision: str, has_bias: bool
+    ) -> list[Launch]:
+        p, order = branches.first, heaviest_first(branches, pass_)
+        h, w = p.axes(pass_)[0]
+        c, k = (
+            [getattr(problem, name) // p.groups for problem in branches.problems] for name in "ck"
+        )
+        align_c, align_k = (
+            aligned(p, *sizes, *begins)
+            for sizes, begins in ((c, branches.x_channels), (k, branches.y_channels))
+        )
+        scalars = dict(
+            N=p.n,
+            H=h.size,
+            W=w.size,
+            P=h.out,
+            Q=w.out,
+            G=p.groups,
+            stride_h=h.stride,
+            stride_w=w.stride,
+        )
+        constexprs = config.constexprs() | dict(
+            BRANCHES=branch_geometry(branches, pass_, order),
+            COUNT=len(order),
+            PRECISION=precision,
+            ACC=accumulator(p),
+            PIXELS=pixels(config),
+            INT64=branches.largest >= (2**30 if self.flat(config.kernel) else 2**31),
+        )
+        programs = self.branch_programs(branches, pass_, config)
+        if pass_ == "wgrad":
+            return self._wgrad_branches(
+                branches, config, order, programs, scalars, constexprs, align_c, align_k
+            )
+        result, source, cols, align, align_w = (
+            (branches.y_shape, branches.x_channels[-1], k, align_c, align_c)
+            if pass_ == "fprop"
+            else (branches.x_shape, branches.y_channels[-1], c, align_k, align_c)
+        )
+        s_n, s_k, s_p, s_q = strides(result, p.layout)
+        align_y = align_k if pass_ == "fprop" else align_c
+        scalars |= dict(sy_n=s_n, sy_p=s_p, sy_q=s_q, sy_k=s_k)
+        constexprs |= dict(
+            SUM=branches.adds(pass_),
+            CHANNELS=source,
+            TRANSPOSED=pass_ == "dgrad",
+            HAS_BIAS=has_bias,
+            ALIGN=align,
+            ALIGN_W=align_w,
+            ALIGN_Y=align_y if p.layout == "nhwc" else 1,
+            EVEN_N=all(size % config.BLOCK_N == 0 for size in cols),
+        )
+        tensors = (
+            ("x_ptr", "a", None),
+            *filters("w", "b", order),
+            ("bias_ptr", "bias", None),
+            ("y_ptr", "out", None),
+        )
+        return [
+            launch(
+                "gather:correlate_branches",
+                programs,
+                tensors,
+                scalars,
+                constexprs,
+                config.options(),
+            )
+        ]
+
+    def _wgrad_branches(
+        self, branches, config, order, programs, scalars, constexprs, align_c, align_k
+    ) -> list[Launch]:
+        last, split = branches.first.layout == "nhwc", config.SPLIT_K
+        flat = self.flat(config.kernel)
+        out = filters("dw", "out", order)
+        part = ("part_ptr", "partials" if split > 1 else "a", None)
+        constexprs |= dict(
+            CHANNELS=branches.x_channels[-1],
+            CHANNELS_Y=branches.y_channels[-1],
+            CHANNELS_LAST=last,
+            IS_SPLIT=split > 1,
+            FLAT=flat,
+            ALIGN_C=align_c,
+            ALIGN_K=align_k,
+            ALIGN_W=align_c if (last or split > 1) and not flat else 1,
+        )
+        total = [prod(shape) for shape in branches.w_shapes]
+        found = [
+            launch(
+                "gather:wgrad_branches",
+                programs,
+                (("x_ptr", "b", None), ("dy_ptr", "a", None), *out, part),
+                scalars | {"SPLIT_K": split},
+                constexprs,
+                config.options(),
+                split * sum(total) if split > 1 else 0,
+            )
+        ]
+        if split > 1:
+            kept = {name: constexprs[name] for name in ("BRANCHES", "COUNT", "CHANNELS_LAST")}
+            found.append(
+                launch(
+                    "gather:sum_branches",
+                    sum(-(-size // 256) for size in total),
+                    (part, *out),
+                    {"G": scalars["G"], "SPLIT_K": split},
+                    kept | {"BLOCK": 256},
+                    {},
+                )
+            )
+        return found
 
 
 FAMILY = Gather()

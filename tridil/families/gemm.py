@@ -22,6 +22,7 @@ from math import prod
 import numpy as np
 
 from .. import assumed, devices
+from ..branches import Branches
 from ..devices import Device
 from ..problem import DTYPE_BYTES, Axis, Problem
 from .base import (
@@ -272,10 +273,12 @@ class Gemm(Family):
     """The work and the time of tiles. A family adds what its loop costs (`step_clocks`) and its
     legality, candidates and launches.
 
-    least: steps along an axis that wgrad takes for a tap that reads padding only.
+    least: steps along an axis that wgrad takes for a tap that reads padding only. joins: whether a
+    launch can run several branches (`branch_plan`).
     """
 
     least = 0
+    joins = False
 
     def flat(self, kernel: str) -> bool:
         """Whether a kernel's reduction is flattened."""
@@ -701,10 +704,121 @@ class Gemm(Family):
             limiter = units[max(clocks, key=clocks.get)]
         return Prediction(seconds, limiter, parts)
 
+    # ---- several convolutions in one launch
+    def branch_options(
+        self, branches: Branches, pass_: str, target: str, precision: str
+    ) -> list[Config]:
+        if not self.joins or branches.apart(pass_):
+            return []
+        options = (
+            config
+            for problem in branches.problems
+            for config in self.branch_tiles(problem, pass_, target, precision)
+        )
+        return [
+            config
+            for config in dict.fromkeys(options)
+            if not self.unfit(config, branches, pass_, target)
+        ]
 
-def waves_of(programs, total, most, sms: int, fit, alone):
+    def branch_tiles(
+        self, problem: Problem, pass_: str, target: str, precision: str
+    ) -> list[Config]:
+        """The configs of one branch that may run all."""
+        return [
+            config
+            for config in self.tile_options(problem, pass_, target, precision)
+            if pass_ == "wgrad" or config.SPLIT_K == 1
+        ]
+
+    def unfit(self, config: GemmConfig, branches: Branches, pass_: str, target: str) -> str | None:
+        """Why a config cannot run a pass of all branches in one launch."""
+        if not self.joins:
+            return super().unfit(config, branches, pass_, target)
+        if pass_ != "wgrad" and config.SPLIT_K > 1:
+            return f"branches do not split {pass_}'s reduction, got SPLIT_K={config.SPLIT_K}"
+        reasons = (self.fits(config, problem, pass_, target) for problem in branches.problems)
+        return branches.apart(pass_) or next(filter(None, reasons), None)
+
+    def branch_programs(self, branches: Branches, pass_: str, config: GemmConfig) -> int:
+        """Programs of the launch."""
+        counts = [
+            self.programs(problem, pass_, config, problem.axes(pass_)[0])
+            for problem in branches.problems
+        ]
+        return counts[0] if branches.adds(pass_) else sum(counts)
+
+    def branch_seconds(
+        self,
+        branches: Branches,
+        pass_: str,
+        configs: Sequence[GemmConfig],
+        device: Device,
+        precision: str,
+    ) -> np.ndarray:
+        found = np.zeros(len(configs))
+        for kernel in dict.fromkeys(config.kernel for config in configs):
+            some = [i for i, config in enumerate(configs) if config.kernel == kernel]
+            found[some] = self._branch_times(
+                branches, pass_, [configs[i] for i in some], device, precision
+            )
+        return found
+
+    def _branch_times(
+        self,
+        branches: Branches,
+        pass_: str,
+        configs: Sequence[GemmConfig],
+        device: Device,
+        precision: str,
+    ) -> np.ndarray:
+        c, flat, problem = columns(configs), self.flat(configs[0].kernel), branches.first
+        tile, adds = self._tiles(c, pass_), branches.adds(pass_)
+        clocks = self.step_clocks(problem, pass_, c, tile, device, precision, flat)
+        step = np.maximum.reduce(list(clocks.values())) / assumed.ATTAINED
+        rows = []
+        for branch in branches.problems:
+            axes = branch.axes(pass_)[0]
+            total, most = self._steps(branch, pass_, c, tile, axes, flat)
+            count = self._programs(branch, pass_, c, tile, axes, flat)
+            rows.append((count, total * step, most / c["SPLIT_K"] * step, total / count * step))
+        counts, totals, most, means = (np.array(column) for column in zip(*rows))
+        fit, alone = (
+            self.resident(problem, pass_, c, tile, device),
+            self.alone(c),
+        )
+        waves = self.branch_waves(
+            configs,
+            counts[0] if adds else counts.sum(0),
+            totals.sum(0),
+            most.sum(0) if adds else most.max(0),
+            means.sum(0) if adds else means.min(0),
+            fit,
+            alone,
+            device,
+        )
+        hertz, dram_rate = device.clock * 1e9, device.dram * 1e9 * assumed.DRAM
+        weights = sum(map(prod, branches.w_shapes))
+        sums = np.where(c["SPLIT_K"] > 1, 4 * weights * (2 * c["SPLIT_K"] + 1), 0)
+        launches = np.where(sums > 0, 2, 1)
+        partial = sums / np.where(
+            sums < device.l2 * 2**19, device.l2_clock * assumed.L2 * device.sms * hertz, dram_rate
+        )
+        return (
+            np.maximum(waves / hertz, branches.bytes / dram_rate)
+            + partial
+            + launches * assumed.LAUNCH
+        )
+
+    def branch_waves(self, configs, count, total, most, last, fit, alone, device) -> np.ndarray:
+        """`waves` of all branches, of which those with the longest programs come first."""
+        return waves_of(count, total, most, device.sms, fit, alone, last)
+
+
+def waves_of(programs, total, most, sms: int, fit, alone, last=None):
     """Clocks of launches of `programs` whose steps take `total` clocks in sum and `most` in the
-    longest, `fit` of them at a time on an SM."""
+    longest, `fit` of them at a time on an SM; last: in the one that begins last, where the order is
+    chosen."""
 
     def rate(together):
         return np.minimum(1.0, alone * together)
@@ -725,7 +839,8 @@ def waves_of(programs, total, most, sms: int, fit, alone):
         rounds * fit / rate(fit) + np.where(rest > 0, last / np.maximum(rate(last), 1e-9), 0)
     ) * mean
     # the last program begins at a random moment of another
-    unequal = np.maximum(most / alone, total / sms / rate(fit) + most / 2)
+    tail = most if last is None else last + assumed.PROGRAM * alone
+    unequal = np.maximum(most / alone, total / sms / rate(fit) + tail / 2)
     return np.where(programs <= slots, at_once, np.where(equal, in_rounds, unequal))
 
 
@@ -803,3 +918,44 @@ def sum_splits(split: int, total: int, to: dict, sizes: dict, has_bias: bool) ->
         dict(HAS_BIAS=has_bias, BLOCK=256),
         {},
     )
+
+
+# ---- several convolutions in one launch
+def heaviest_first(branches: Branches, pass_: str) -> list[int]:
+    """The branches, those whose tiles have the most steps first: so that light ones fill the end."""
+    weight = {
+        "fprop": lambda problem: problem.useful_macs / problem.k,
+        "dgrad": lambda problem: problem.useful_macs / problem.c,
+        "wgrad": lambda problem: problem.useful_macs / prod(problem.w_shape),
+    }[pass_]
+    return sorted(range(len(branches.problems)), key=lambda i: -weight(branches.problems[i]))
+
+
+def branch_geometry(branches: Branches, pass_: str, order: list[int]) -> tuple[int, ...]:
+    """BRANCHES of the kernels: of each branch, in this order, the channels per group of its source
+    and its result, taps, the first channels that it reads and writes, offsets and dilations. wgrad:
+    source and result are x and y."""
+    found: list[int] = []
+    for i in order:
+        p = branches.problems[i]
+        h, w = p.axes(pass_)[0]
+        ends = (p.c // p.groups, branches.x_channels[i]), (p.k // p.groups, branches.y_channels[i])
+        (source, x0), (result, y0) = ends[::-1] if pass_ == "dgrad" else ends
+        found += [
+            source,
+            result,
+            h.taps,
+            w.taps,
+            x0,
+            y0,
+            h.offset,
+            w.offset,
+            h.dilation,
+            w.dilation,
+        ]
+    return tuple(found)
+
+
+def filters(name: str, role: str, order: list[int]) -> tuple:
+    """Tensors of a launch: the filters of the branches in this order."""
+    return tuple((f"{name}_{place}", f"{role}{i}", None) for place, i in enumerate(order))

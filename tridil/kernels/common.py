@@ -43,6 +43,23 @@ def launch_metadata(grid, kernel, args):
     }
 
 
+def branches_metadata(grid, kernel, args):
+    """The same of a launch of several convolutions."""
+    x = args.get("x_ptr", args.get("x"))
+    nbytes = getattr(x, "base", x).element_size()
+    n, p, q, g = (args[name] for name in ("N", "P", "Q", "G"))
+    pass_ = "wgrad" if "TRANSPOSED" not in args else "dgrad" if args["TRANSPOSED"] else "fprop"
+    flat, count = args["BRANCHES"], args["COUNT"]
+    branches = [flat[10 * b : 10 * b + 10] for b in range(count)]
+    weights = sum(g * c * k * r * s for c, k, r, s, *_ in branches)
+    dilations = ",".join(f"{branch[8]}x{branch[9]}" for branch in branches)
+    return {
+        "name": f"{pass_} {count} branches n{n} {args['H']}x{args['W']} dil{dilations}",
+        f"flops{8 * nbytes}": 2 * n * p * q * weights,
+        "bytes": nbytes * weights,
+    }
+
+
 @triton.jit
 def cdiv_pos(a, b):
     """ceil(max(a, 0) / b): the numerator stays non-negative, since compiled `//` truncates toward
@@ -81,11 +98,10 @@ def box_pixels(BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr, PIXELS: tl.constexp
 
 @triton.jit
 def output_tile(
-    N, P, Q, K, G, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_N: tl.constexpr, IS_SPLIT: tl.constexpr
+    pid, N, P, Q, K, G, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_N: tl.constexpr, IS_SPLIT: tl.constexpr
 ):
-    """(split, group, image, row, column, channel) where this program's output tile begins; channel
-    tiles are neighbours, so they share x in L2."""
-    pid = tl.program_id(0)
+    """(split, group, image, row, column, channel) where output tile pid begins; channel tiles are
+    neighbours, so they share x in L2."""
     tiles_n = tl.cdiv(K, BLOCK_N)
     tiles_q = tl.cdiv(Q, BLOCK_Q)
     tiles_p = tl.cdiv(P, BLOCK_P)
@@ -234,7 +250,19 @@ def sum_splits(
 ):
     """y = sum of SPLIT_K partial results (N, P, Q, K), always in the same order, + bias. dw: its K,
     R, S, C are N, P, Q, K here."""
-    j = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    sum_block(
+        part_ptr, bias_ptr, y_ptr, tl.program_id(0), P, Q, K, total, sy_n, sy_p, sy_q, sy_k, y0,
+        SPLIT_K, HAS_BIAS, BLOCK
+    )
+
+
+@triton.jit
+def sum_block(
+    part_ptr, bias_ptr, y_ptr, block, P, Q, K, total, sy_n, sy_p, sy_q, sy_k, y0, SPLIT_K,
+    HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr,
+):
+    """BLOCK elements of the sum."""
+    j = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     in_y = j < total
     acc = tl.load(part_ptr + j, mask=in_y, other=0.0)
     part = j

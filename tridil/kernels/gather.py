@@ -17,6 +17,7 @@ from .common import (
     along,
     below,
     box_pixels,
+    branches_metadata,
     dot,
     launch_metadata,
     live_taps,
@@ -24,32 +25,29 @@ from .common import (
     output_tile,
     split_steps,
     store_tile,
+    sum_block,
     wgrad_boxes,
 )
 
 
-@triton.jit(
-    do_not_specialize=RUNTIME,
-    do_not_specialize_on_alignment=STEP_1,
-    launch_metadata=launch_metadata,
-)
-def correlate(
-    x_ptr, w_ptr, bias_ptr, y_ptr, N, H, W, P, Q, K, G, stride_h, stride_w, off_h, off_w, dil_h,
-    dil_w, tap_r, tap_s, step_r, step_s, sy_split, sy_n, sy_p, sy_q, sy_k, y0, SPLIT_K,
-    C: tl.constexpr, CW: tl.constexpr, R: tl.constexpr, S: tl.constexpr, FILTER_R: tl.constexpr,
-    FILTER_S: tl.constexpr, TRANSPOSED: tl.constexpr, HAS_BIAS: tl.constexpr, ALIGN: tl.constexpr,
-    ALIGN_W: tl.constexpr, ALIGN_Y: tl.constexpr, EVEN_N: tl.constexpr, PRECISION: tl.constexpr,
-    ACC: tl.constexpr, INT64: tl.constexpr, CLAMP: tl.constexpr, BLOCK_IMG: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    IS_SPLIT: tl.constexpr, PIXELS: tl.constexpr,
+@triton.jit
+def accumulate(
+    acc, x_ptr, w_ptr, split, g, img, p0, q0, n0, N, H, W, P, Q, K, G, cg, x0, stride_h, stride_w,
+    off_h, off_w, dil_h, dil_w, tap_r, tap_s, step_r, step_s, SPLIT_K, C: tl.constexpr,
+    CW: tl.constexpr, R: tl.constexpr, S: tl.constexpr, FILTER_R: tl.constexpr,
+    FILTER_S: tl.constexpr, TRANSPOSED: tl.constexpr, ALIGN: tl.constexpr, ALIGN_W: tl.constexpr,
+    EVEN_N: tl.constexpr, PRECISION: tl.constexpr, INT64: tl.constexpr, CLAMP: tl.constexpr,
+    BLOCK_IMG: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr, IS_SPLIT: tl.constexpr, PIXELS: tl.constexpr,
 ):
-    """One flat loop over (live tap, channel block), so that cp.async runs ahead across taps."""
+    """acc [pixels, BLOCK_N] of the tile that begins at (g, img, p0, q0, n0), plus its products: one
+    flat loop over (live tap, channel block), so that cp.async runs ahead across taps.
+
+    A source pixel has cg channels, of which the correlation reads C * G from x0 on.
+    """
     BITS: tl.constexpr = R * S <= 31
     EVEN_C: tl.constexpr = C % BLOCK_K == 0
     CB: tl.constexpr = (C + BLOCK_K - 1) // BLOCK_K
-    split, g, img, p0, q0, n0 = output_tile(
-        N, P, Q, K, G, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_N, IS_SPLIT
-    )
     r_lo, nr = live_taps(p0, tl.minimum(p0 + BLOCK_P, P) - 1, H, off_h, stride_h, dil_h, R)
     s_lo, ns = live_taps(q0, tl.minimum(q0 + BLOCK_Q, Q) - 1, W, off_w, stride_w, dil_w, S)
     steps, r, s, c = split_steps(split, nr, ns, CB, SPLIT_K, IS_SPLIT)
@@ -70,7 +68,6 @@ def correlate(
     else:
         h = tl.where(in_y, h + r_lo * dil_h, -(1 << 30))
         v = v + s_lo * dil_w
-    cg = C * G  # channels of a source pixel
     kk = tl.arange(0, BLOCK_K)
     if INT64:
         i, p, q = i.to(tl.int64), p.to(tl.int64), q.to(tl.int64)
@@ -82,7 +79,7 @@ def correlate(
         + off_w
         + (s_lo + s) * dil_w
     )
-    xo = pixel0 * cg + g * C + c * BLOCK_K
+    xo = pixel0 * cg + x0 + g * C + c * BLOCK_K
     # weights: rows beyond K are clamped where they are rows of w, masked where they are its
     # innermost axis
     n = tl.arange(0, BLOCK_N)
@@ -105,7 +102,6 @@ def correlate(
     x_row = (dil_h * W - (ns - 1) * dil_w).to(tl.int64) * cg - CB * BLOCK_K
     w_tap = step_s * CW - CB * w_step
     w_row = (step_r * FILTER_S - (ns - 1) * step_s) * CW - CB * w_step
-    acc = tl.zeros((PIXELS, BLOCK_N), ACC)
     bit = 1 << (r * S + s)
     dh = r * dil_h
     dv = s * dil_w
@@ -144,6 +140,34 @@ def correlate(
             dv = tl.where(end, 0, tl.where(wrap, dv + dil_w, dv))
         u = tl.where(end, 1, tl.where(wrap, u + 1, u))
         c = tl.where(wrap, 0, c)
+    return acc
+
+
+@triton.jit(
+    do_not_specialize=RUNTIME,
+    do_not_specialize_on_alignment=STEP_1,
+    launch_metadata=launch_metadata,
+)
+def correlate(
+    x_ptr, w_ptr, bias_ptr, y_ptr, N, H, W, P, Q, K, G, stride_h, stride_w, off_h, off_w, dil_h,
+    dil_w, tap_r, tap_s, step_r, step_s, sy_split, sy_n, sy_p, sy_q, sy_k, y0, SPLIT_K,
+    C: tl.constexpr, CW: tl.constexpr, R: tl.constexpr, S: tl.constexpr, FILTER_R: tl.constexpr,
+    FILTER_S: tl.constexpr, TRANSPOSED: tl.constexpr, HAS_BIAS: tl.constexpr, ALIGN: tl.constexpr,
+    ALIGN_W: tl.constexpr, ALIGN_Y: tl.constexpr, EVEN_N: tl.constexpr, PRECISION: tl.constexpr,
+    ACC: tl.constexpr, INT64: tl.constexpr, CLAMP: tl.constexpr, BLOCK_IMG: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    IS_SPLIT: tl.constexpr, PIXELS: tl.constexpr,
+):
+    """A tile of the result; split z of SPLIT_K writes its own partial sum."""
+    split, g, img, p0, q0, n0 = output_tile(
+        tl.program_id(0), N, P, Q, K, G, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_N, IS_SPLIT
+    )
+    acc = accumulate(
+        tl.zeros((PIXELS, BLOCK_N), ACC), x_ptr, w_ptr, split, g, img, p0, q0, n0, N, H, W, P, Q, K,
+        G, C * G, 0, stride_h, stride_w, off_h, off_w, dil_h, dil_w, tap_r, tap_s, step_r, step_s,
+        SPLIT_K, C, CW, R, S, FILTER_R, FILTER_S, TRANSPOSED, ALIGN, ALIGN_W, EVEN_N, PRECISION,
+        INT64, CLAMP, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_N, BLOCK_K, IS_SPLIT, PIXELS
+    )
     if IS_SPLIT:
         y_ptr += tl.multiple_of(split.to(tl.int64) * sy_split, ALIGN_Y)
     store_tile(
@@ -172,7 +196,7 @@ def correlate_flat(
     # outside every image, twice that, too
     FAR: tl.constexpr = -(1 << 30)
     _, g, img, p0, q0, n0 = output_tile(
-        N, P, Q, K, G, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_N, IS_SPLIT
+        tl.program_id(0), N, P, Q, K, G, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_N, IS_SPLIT
     )
     r_lo, nr = live_taps(p0, tl.minimum(p0 + BLOCK_P, P) - 1, H, off_h, stride_h, dil_h, R)
     s_lo, ns = live_taps(q0, tl.minimum(q0 + BLOCK_Q, Q) - 1, W, off_w, stride_w, dil_w, S)
@@ -227,31 +251,25 @@ def correlate_flat(
     )
 
 
-@triton.jit(
-    do_not_specialize=[*RUNTIME, "C"],
-    do_not_specialize_on_alignment=STEP_1,
-    launch_metadata=launch_metadata,
-)
-def wgrad(
-    x_ptr, dy_ptr, dw_ptr, N, H, W, P, Q, K, G, stride_h, stride_w, off_h, off_w, dil_h, dil_w,
-    sw_split, sw_k, sw_r, sw_s, sw_c, SPLIT_K, C, R: tl.constexpr, S: tl.constexpr,
-    FLAT: tl.constexpr, ALIGN_C: tl.constexpr, ALIGN_K: tl.constexpr, ALIGN_W: tl.constexpr,
-    PRECISION: tl.constexpr, ACC: tl.constexpr, INT64: tl.constexpr, CLAMP: tl.constexpr,
-    BLOCK_IMG: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, PIXELS: tl.constexpr,
+@triton.jit
+def reduce(
+    pid, x_ptr, dy_ptr, dw_ptr, N, H, W, P, Q, K, G, cg, x0, kg, y0, stride_h, stride_w, off_h,
+    off_w, dil_h, dil_w, sw_split, sw_k, sw_r, sw_s, sw_c, SPLIT_K, C, R: tl.constexpr,
+    S: tl.constexpr, FLAT: tl.constexpr, ALIGN_C: tl.constexpr, ALIGN_K: tl.constexpr,
+    ALIGN_W: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr, INT64: tl.constexpr,
+    CLAMP: tl.constexpr, BLOCK_IMG: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PIXELS: tl.constexpr,
 ):
-    """dw[k, columns] over pixel boxes of the tap's live output rectangle; split z of SPLIT_K writes
-    its own partial sum.
+    """Tile pid of dw[k, columns] over pixel boxes of the tap's live output rectangle.
 
     Columns are BLOCK_N channels of one tap, or (FLAT) BLOCK_N flattened (tap, channel) pairs, whose
-    live rectangles are united.
+    live rectangles are united. Pixels of x and dy have cg and kg channels, read from x0 and y0 on.
     """
     cols = R * S * C if FLAT else C
     # axes of the tile: fewer than 16 output channels are columns of the product, of which 8 are
     # enough
     ROW: tl.constexpr = 1 if BLOCK_M < 16 else 0
     COL: tl.constexpr = 1 - ROW
-    pid = tl.program_id(0)
     tiles_m = tl.cdiv(K, BLOCK_M)
     tiles_n = tl.cdiv(cols, BLOCK_N)
     k0 = pid % tiles_m * BLOCK_M
@@ -285,8 +303,6 @@ def wgrad(
     kk = tl.arange(0, BLOCK_M)
     in_k = along(below(k0 + kk, K, ALIGN_K), ROW)
     in_c = along(below(n, cols, ALIGN_C), COL)
-    cg = C * G
-    kg = K * G
     shift_h = r * dil_h + off_h
     shift_w = s * dil_w + off_w
     bi, br, bs = (i.to(tl.int64), bp.to(tl.int64), bq.to(tl.int64)) if INT64 else (i, bp, bq)
@@ -296,18 +312,18 @@ def wgrad(
     if FLAT:
         x_cols = tl.multiple_of((shift_h * W + shift_w).to(tl.int64) * cg, ALIGN_C) + c
         x_offs = along(x_pixel, ROW) + along(x_cols, COL)
-        xt = g * C
+        xt = x0 + g * C
     else:
         x_offs = along(address(x_pixel, INT64), ROW) + along(
             address(tl.arange(0, BLOCK_N), INT64), COL
         )
-        xt = (shift_h * W + shift_w).to(tl.int64) * cg + g * C + n0
+        xt = (shift_h * W + shift_w).to(tl.int64) * cg + x0 + g * C + n0
     # scalar offsets of a box and what they gain at the next box, the next row of boxes, the next
     # images: in units of ALIGN_C elements, which shows that they are multiples
     cg = cg // ALIGN_C
     kg = kg // ALIGN_K
     xo = ((img.to(tl.int64) * H + p * stride_h) * W + q * stride_w) * cg + xt // ALIGN_C
-    dyo = ((img.to(tl.int64) * P + p) * Q + q) * kg + (g * K + k0) // ALIGN_K
+    dyo = ((img.to(tl.int64) * P + p) * Q + q) * kg + (y0 + g * K + k0) // ALIGN_K
     last_q = tl.cdiv(q_hi - q_lo, BLOCK_Q) * BLOCK_Q
     last_p = tl.cdiv(p_hi - p_lo, BLOCK_P) * BLOCK_P
     x_next = BLOCK_Q * stride_w * cg
@@ -352,3 +368,218 @@ def wgrad(
         acc.to(dw_ptr.dtype.element_ty),
         mask=in_k & in_c,
     )
+
+
+@triton.jit(
+    do_not_specialize=[*RUNTIME, "C"],
+    do_not_specialize_on_alignment=STEP_1,
+    launch_metadata=launch_metadata,
+)
+def wgrad(
+    x_ptr, dy_ptr, dw_ptr, N, H, W, P, Q, K, G, stride_h, stride_w, off_h, off_w, dil_h, dil_w,
+    sw_split, sw_k, sw_r, sw_s, sw_c, SPLIT_K, C, R: tl.constexpr, S: tl.constexpr,
+    FLAT: tl.constexpr, ALIGN_C: tl.constexpr, ALIGN_K: tl.constexpr, ALIGN_W: tl.constexpr,
+    PRECISION: tl.constexpr, ACC: tl.constexpr, INT64: tl.constexpr, CLAMP: tl.constexpr,
+    BLOCK_IMG: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, PIXELS: tl.constexpr,
+):
+    """A tile of dw; split z of SPLIT_K writes its own partial sum."""
+    reduce(
+        tl.program_id(0), x_ptr, dy_ptr, dw_ptr, N, H, W, P, Q, K, G, C * G, 0, K * G, 0, stride_h,
+        stride_w, off_h, off_w, dil_h, dil_w, sw_split, sw_k, sw_r, sw_s, sw_c, SPLIT_K, C, R, S,
+        FLAT, ALIGN_C, ALIGN_K, ALIGN_W, PRECISION, ACC, INT64, CLAMP, BLOCK_IMG, BLOCK_P, BLOCK_Q,
+        BLOCK_M, BLOCK_N, PIXELS
+    )
+
+
+# ---- several correlations in one launch
+@triton.jit(
+    do_not_specialize=RUNTIME,
+    do_not_specialize_on_alignment=STEP_1,
+    launch_metadata=branches_metadata,
+)
+def correlate_branches(
+    x_ptr, w_0, w_1, w_2, w_3, w_4, w_5, w_6, w_7, bias_ptr, y_ptr, N, H, W, P, Q, G, stride_h,
+    stride_w, sy_n, sy_p, sy_q, sy_k, BRANCHES: tl.constexpr, COUNT: tl.constexpr,
+    SUM: tl.constexpr, CHANNELS: tl.constexpr, TRANSPOSED: tl.constexpr, HAS_BIAS: tl.constexpr,
+    ALIGN: tl.constexpr, ALIGN_W: tl.constexpr, ALIGN_Y: tl.constexpr, EVEN_N: tl.constexpr,
+    PRECISION: tl.constexpr, ACC: tl.constexpr, INT64: tl.constexpr, CLAMP: tl.constexpr,
+    BLOCK_IMG: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr, PIXELS: tl.constexpr,
+):
+    """`correlate` for COUNT branches with a filter each: side by side, where every branch has tiles
+    of its own, or (SUM) added up in one accumulator.
+
+    BRANCHES: of each branch C, K, R, S, the first channels that it reads and writes, off_h, off_w,
+    dil_h, dil_w; pixels of the source have CHANNELS.
+    """
+    filters = (w_0, w_1, w_2, w_3, w_4, w_5, w_6, w_7)
+    pid = tl.program_id(0)
+    if SUM:
+        _, g, img, p0, q0, n0 = output_tile(
+            pid, N, P, Q, BRANCHES[1], G, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_N, False
+        )
+        acc = tl.zeros((PIXELS, BLOCK_N), ACC)
+        for b in tl.static_range(COUNT):
+            acc = accumulate_branch(
+                acc, x_ptr, filters[b], g, img, p0, q0, n0, N, H, W, P, Q, G, CHANNELS, stride_h,
+                stride_w, BRANCHES[10 * b], BRANCHES[10 * b + 1], BRANCHES[10 * b + 2],
+                BRANCHES[10 * b + 3], BRANCHES[10 * b + 4], BRANCHES[10 * b + 6],
+                BRANCHES[10 * b + 7], BRANCHES[10 * b + 8], BRANCHES[10 * b + 9], TRANSPOSED, ALIGN,
+                ALIGN_W, EVEN_N, PRECISION, INT64, CLAMP, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_N,
+                BLOCK_K, PIXELS
+            )
+        store_tile(
+            y_ptr, bias_ptr, acc, g, img, p0, q0, n0, N, P, Q, BRANCHES[1], sy_n, sy_p, sy_q, sy_k,
+            BRANCHES[5] * sy_k, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_N, PIXELS, ALIGN_Y, HAS_BIAS,
+            INT64
+        )
+    else:
+        tiles = tl.cdiv(N, BLOCK_IMG) * tl.cdiv(P, BLOCK_P) * tl.cdiv(Q, BLOCK_Q) * G
+        first = 0
+        for b in tl.static_range(COUNT):
+            count = tiles * ((BRANCHES[10 * b + 1] + BLOCK_N - 1) // BLOCK_N)
+            if (pid >= first) & (pid < first + count):
+                _, g, img, p0, q0, n0 = output_tile(
+                    pid - first, N, P, Q, BRANCHES[10 * b + 1], G, BLOCK_IMG, BLOCK_P, BLOCK_Q,
+                    BLOCK_N, False
+                )
+                acc = accumulate_branch(
+                    tl.zeros((PIXELS, BLOCK_N), ACC), x_ptr, filters[b], g, img, p0, q0, n0, N, H,
+                    W, P, Q, G, CHANNELS, stride_h, stride_w, BRANCHES[10 * b],
+                    BRANCHES[10 * b + 1], BRANCHES[10 * b + 2], BRANCHES[10 * b + 3],
+                    BRANCHES[10 * b + 4], BRANCHES[10 * b + 6], BRANCHES[10 * b + 7],
+                    BRANCHES[10 * b + 8], BRANCHES[10 * b + 9], TRANSPOSED, ALIGN, ALIGN_W, EVEN_N,
+                    PRECISION, INT64, CLAMP, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_N, BLOCK_K, PIXELS
+                )
+                store_tile(
+                    y_ptr, bias_ptr + BRANCHES[10 * b + 5], acc, g, img, p0, q0, n0, N, P, Q,
+                    BRANCHES[10 * b + 1], sy_n, sy_p, sy_q, sy_k, BRANCHES[10 * b + 5] * sy_k,
+                    BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_N, PIXELS, ALIGN_Y, HAS_BIAS, INT64
+                )
+            first += count
+
+
+@triton.jit
+def accumulate_branch(
+    acc, x_ptr, w_ptr, g, img, p0, q0, n0, N, H, W, P, Q, G, CHANNELS: tl.constexpr, stride_h,
+    stride_w, C: tl.constexpr, K: tl.constexpr, R: tl.constexpr, S: tl.constexpr,
+    FIRST: tl.constexpr, off_h: tl.constexpr, off_w: tl.constexpr, dil_h: tl.constexpr,
+    dil_w: tl.constexpr, TRANSPOSED: tl.constexpr, ALIGN: tl.constexpr, ALIGN_W: tl.constexpr,
+    EVEN_N: tl.constexpr, PRECISION: tl.constexpr, INT64: tl.constexpr, CLAMP: tl.constexpr,
+    BLOCK_IMG: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr, PIXELS: tl.constexpr,
+):
+    """`accumulate` of one branch; dgrad (TRANSPOSED) walks the taps from the last to the first."""
+    STEP: tl.constexpr = -1 if TRANSPOSED else 1
+    TAP_R: tl.constexpr = R - 1 if TRANSPOSED else 0
+    TAP_S: tl.constexpr = S - 1 if TRANSPOSED else 0
+    return accumulate(
+        acc, x_ptr, w_ptr, 0, g, img, p0, q0, n0, N, H, W, P, Q, K, G, CHANNELS, FIRST, stride_h,
+        stride_w, off_h, off_w, dil_h, dil_w, TAP_R, TAP_S, STEP, STEP, 1, C,
+        K if TRANSPOSED else C, R, S, R, S, TRANSPOSED, ALIGN, ALIGN_W, EVEN_N, PRECISION, INT64,
+        CLAMP, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_N, BLOCK_K, False, PIXELS
+    )
+
+
+@triton.jit(
+    do_not_specialize=RUNTIME,
+    do_not_specialize_on_alignment=STEP_1,
+    launch_metadata=branches_metadata,
+)
+def wgrad_branches(
+    x_ptr, dy_ptr, dw_0, dw_1, dw_2, dw_3, dw_4, dw_5, dw_6, dw_7, part_ptr, N, H, W, P, Q, G,
+    stride_h, stride_w, SPLIT_K, BRANCHES: tl.constexpr, COUNT: tl.constexpr,
+    CHANNELS: tl.constexpr, CHANNELS_Y: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+    IS_SPLIT: tl.constexpr, FLAT: tl.constexpr, ALIGN_C: tl.constexpr, ALIGN_K: tl.constexpr,
+    ALIGN_W: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr, INT64: tl.constexpr,
+    CLAMP: tl.constexpr, BLOCK_IMG: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PIXELS: tl.constexpr,
+):
+    """`wgrad` of COUNT branches, the filter of each in a tensor of its own, or (IS_SPLIT) all
+    filters' partial sums one after another, (SPLIT_K, K, R, S, C) each."""
+    filters = (dw_0, dw_1, dw_2, dw_3, dw_4, dw_5, dw_6, dw_7)
+    pid = tl.program_id(0)
+    first = 0
+    parts = 0
+    for b in tl.static_range(COUNT):
+        count = SPLIT_K * G * branch_tiles(
+            BRANCHES[10 * b], BRANCHES[10 * b + 1], BRANCHES[10 * b + 2], BRANCHES[10 * b + 3],
+            BLOCK_M, BLOCK_N, FLAT
+        )
+        if (pid >= first) & (pid < first + count):
+            reduce_branch(
+                pid - first, x_ptr, dy_ptr, part_ptr + parts if IS_SPLIT else filters[b], N, H, W,
+                P, Q, G, stride_h, stride_w, SPLIT_K, CHANNELS, CHANNELS_Y, BRANCHES[10 * b],
+                BRANCHES[10 * b + 1], BRANCHES[10 * b + 2], BRANCHES[10 * b + 3],
+                BRANCHES[10 * b + 4], BRANCHES[10 * b + 5], BRANCHES[10 * b + 6],
+                BRANCHES[10 * b + 7], BRANCHES[10 * b + 8], BRANCHES[10 * b + 9],
+                CHANNELS_LAST or IS_SPLIT, FLAT, ALIGN_C, ALIGN_K, ALIGN_W, PRECISION, ACC, INT64,
+                CLAMP, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_M, BLOCK_N, PIXELS
+            )
+        first += count
+        parts += SPLIT_K.to(tl.int64) * (
+            BRANCHES[10 * b] * BRANCHES[10 * b + 1] * BRANCHES[10 * b + 2] * BRANCHES[10 * b + 3]
+        ) * G
+
+
+@triton.jit
+def branch_tiles(
+    C: tl.constexpr, K: tl.constexpr, R: tl.constexpr, S: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, FLAT: tl.constexpr,
+):
+    """Tiles of one group's filters."""
+    COLUMNS: tl.constexpr = (
+        (R * S * C + BLOCK_N - 1) // BLOCK_N
+        if FLAT
+        else R * S * ((C + BLOCK_N - 1) // BLOCK_N)
+    )
+    return (K + BLOCK_M - 1) // BLOCK_M * COLUMNS
+
+
+@triton.jit
+def reduce_branch(
+    pid, x_ptr, dy_ptr, dw_ptr, N, H, W, P, Q, G, stride_h, stride_w, SPLIT_K,
+    CHANNELS: tl.constexpr, CHANNELS_Y: tl.constexpr, C: tl.constexpr, K: tl.constexpr,
+    R: tl.constexpr, S: tl.constexpr, FIRST: tl.constexpr, FIRST_Y: tl.constexpr,
+    off_h: tl.constexpr, off_w: tl.constexpr, dil_h: tl.constexpr, dil_w: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr, FLAT: tl.constexpr, ALIGN_C: tl.constexpr, ALIGN_K: tl.constexpr,
+    ALIGN_W: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr, INT64: tl.constexpr,
+    CLAMP: tl.constexpr, BLOCK_IMG: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PIXELS: tl.constexpr,
+):
+    """`reduce` of one branch; its filters are KRSC (CHANNELS_LAST) or KCRS."""
+    TAP: tl.constexpr = C if CHANNELS_LAST else 1
+    CHANNEL: tl.constexpr = 1 if CHANNELS_LAST else R * S
+    reduce(
+        pid, x_ptr, dy_ptr, dw_ptr, N, H, W, P, Q, K, G, CHANNELS, FIRST, CHANNELS_Y, FIRST_Y,
+        stride_h, stride_w, off_h, off_w, dil_h, dil_w, R * S * C * K * G, R * S * C, S * TAP, TAP,
+        CHANNEL, SPLIT_K, C, R, S, FLAT, ALIGN_C, ALIGN_K, ALIGN_W, PRECISION, ACC, INT64, CLAMP,
+        BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_M, BLOCK_N, PIXELS
+    )
+
+
+@triton.jit(do_not_specialize=RUNTIME, do_not_specialize_on_alignment=STEP_1)
+def sum_branches(
+    part_ptr, dw_0, dw_1, dw_2, dw_3, dw_4, dw_5, dw_6, dw_7, G, SPLIT_K, BRANCHES: tl.constexpr,
+    COUNT: tl.constexpr, CHANNELS_LAST: tl.constexpr, BLOCK: tl.constexpr,
+):
+    """`common.sum_splits` of the filters of all branches."""
+    filters = (dw_0, dw_1, dw_2, dw_3, dw_4, dw_5, dw_6, dw_7)
+    pid = tl.program_id(0)
+    first = 0
+    for b in tl.static_range(COUNT):
+        total = BRANCHES[10 * b + 1] * BRANCHES[10 * b + 2] * BRANCHES[10 * b + 3] * BRANCHES[10 * b] * G
+        count = tl.cdiv(total, BLOCK)
+        if (pid >= first) & (pid < first + count):
+            sum_block(
+                part_ptr, None, filters[b], pid - first, BRANCHES[10 * b + 2], BRANCHES[10 * b + 3],
+                BRANCHES[10 * b], total,
+                BRANCHES[10 * b + 2] * BRANCHES[10 * b + 3] * BRANCHES[10 * b],
+                BRANCHES[10 * b + 3] * (BRANCHES[10 * b] if CHANNELS_LAST else 1),
+                BRANCHES[10 * b] if CHANNELS_LAST else 1,
+                1 if CHANNELS_LAST else BRANCHES[10 * b + 2] * BRANCHES[10 * b + 3], 0, SPLIT_K,
+                False, BLOCK
+            )
+        first += count
+        part_ptr += SPLIT_K.to(tl.int64) * total

@@ -46,7 +46,7 @@ def correlate_tma(
     channel block)."""
     PIXELS: tl.constexpr = BLOCK_IMG * BLOCK_P * BLOCK_Q
     split, g, img, p0, q0, n0 = output_tile(
-        N, P, Q, K, G, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_N, IS_SPLIT
+        tl.program_id(0), N, P, Q, K, G, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_N, IS_SPLIT
     )
     r_lo, nr = live_taps(p0, tl.minimum(p0 + BLOCK_P, P) - 1, H, off_h, 1, dil_h, R)
     s_lo, ns = live_taps(q0, tl.minimum(q0 + BLOCK_Q, Q) - 1, W, off_w, 1, dil_w, S)

@@ -1,0 +1,416 @@
+"""Parallel branches in one launch: against float64, and against the branches one by one."""
+
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import tridil
+from tridil import cost_model, devices, multi_rate_conv1d, multi_rate_conv2d
+from tridil.branches import Branches
+from tridil.problem import PASSES, Problem
+
+
+def aspp(n=1, c=32, size=9, k=24, rates=(2, 4, 6, 0), dtype="float16", layout="nhwc", **rest):
+    """DeepLab's head: a rate of 0 is a 1x1 convolution."""
+    problems = (
+        Problem(n, c, size, size, k, 3 if d else 1, 3 if d else 1, (1, 1), ((d, d), (d, d)), (d or 1,) * 2, 1, dtype, layout)
+        for d in rates
+    )  # fmt: skip
+    return Branches(tuple(problems), **rest)
+
+
+def random_branches(rng, dtype):
+    """Mixed filters, rates beyond the map, 1x1, one to five branches, unequal channels, groups."""
+    n, h, w, g = rng.choice([1, 2, 3]), rng.randint(3, 12), rng.randint(3, 12), rng.choice([1, 1, 1, 2, 3])  # fmt: skip
+    shared, how = rng.random() < 0.6, rng.choice(["cat", "cat", "sum"])
+    stride, layout = rng.choice([(1, 1)] * 4 + [(2, 1), (2, 2)]), rng.choice(["nhwc", "nhwc", "nchw"])  # fmt: skip
+    c, k = g * rng.choice([1, 3, 4, 8, 16, 20, 33]), g * rng.choice([1, 4, 8, 16, 17, 40])
+    problems = []
+    for _ in range(rng.choice([1, 2, 3, 4, 5])):
+        r, s = rng.choice([(1, 1), (3, 3), (3, 3), (3, 1), (1, 3), (5, 3), (5, 5)])
+        d = rng.choice([1, 2, 3, 7, 15]), rng.choice([1, 2, 4, 9])
+        padding = tuple((rate * (taps - 1) // 2,) * 2 for rate, taps in zip(d, (r, s)))
+        problems.append(
+            Problem(
+                n,
+                c if shared else g * rng.choice([2, 4, 8, 16, 24]),
+                h,
+                w,
+                k if how == "sum" else g * rng.choice([3, 4, 8, 16, 24, 40]),
+                r,
+                s,
+                stride,
+                padding,
+                d,
+                g,
+                dtype,
+                layout,
+            )
+        )
+    return Branches(tuple(problems), shared, how)
+
+
+def tensors(branches, device="cpu"):
+    """(x, filters, bias, dy), random, of order 1."""
+    p, dtype = branches.first, getattr(torch, branches.first.dtype)
+    fmt = torch.channels_last if p.layout == "nhwc" else torch.contiguous_format
+
+    def draw(shape, scale=1.0):
+        t = (torch.randn(shape, device=device) * scale).to(dtype)
+        return t.to(memory_format=fmt) if t.dim() == 4 else t
+
+    ws = [draw(shape, (shape[1] * shape[2] * shape[3]) ** -0.5) for shape in branches.w_shapes]
+    return draw(branches.x_shape), ws, draw((branches.y_shape[1],)), draw(branches.y_shape)
+
+
+def plain(branches, x, ws, bias=None):
+    """What PyTorch computes, branch by branch."""
+    results = []
+    for i, p in enumerate(branches.problems):
+        part = x if branches.shared_input else x.split([q.c for q in branches.problems], 1)[i]
+        padding = [lo for lo, _ in p.padding]
+        results.append(F.conv2d(part, ws[i], None, p.stride, padding, p.dilation, p.groups))
+    y = sum(results) if branches.reduce == "sum" else torch.cat(results, 1)
+    return y if bias is None else y + bias.view(1, -1, 1, 1)
+
+
+def references(branches, x, ws, bias, dy):
+    """pass -> the float64 results."""
+    x64, w64 = x.double().requires_grad_(), [w.double().requires_grad_() for w in ws]
+    y = plain(branches, x64, w64, bias.double())
+    dx, *dw = torch.autograd.grad(y, [x64, *w64], dy.double())
+    return {"fprop": [y.detach()], "dgrad": [dx], "wgrad": dw}
+
+
+def run(branches, **rest):
+    """The arguments of multi_rate_conv2d that describe branches."""
+    return dict(
+        padding=[[lo for lo, _ in p.padding] for p in branches.problems],
+        dilation=[p.dilation for p in branches.problems],
+        stride=branches.first.stride,
+        groups=branches.first.groups,
+        shared_input=branches.shared_input,
+        reduce=branches.reduce,
+        **rest,
+    )
+
+
+def depth(branches, pass_):
+    """Products of one element of a result, at most."""
+    sizes = {
+        "fprop": [p.c // p.groups * p.r * p.s for p in branches.problems],
+        "dgrad": [p.k // p.groups * p.r * p.s for p in branches.problems],
+        "wgrad": [p.n * p.p * p.q for p in branches.problems],
+    }[pass_]
+    return sum(sizes) if branches.adds(pass_) else max(sizes)
+
+
+def assert_close(got, expected, branches, pass_):
+    from tridil import drivers, testing
+
+    for actual, wanted in zip(got, expected, strict=True):
+        assert actual.shape == wanted.shape
+        allowed = testing.budget(wanted, actual.dtype, depth(branches, pass_), pass_=pass_)
+        if actual.dtype == torch.bfloat16 and drivers.interpreted():
+            allowed = allowed * 2
+        error = (actual.double() - wanted).abs().nan_to_num(nan=float("inf"))
+        assert (error <= allowed).all(), (
+            f"{pass_} of {branches.key()}: error {error.max()}, budget {allowed.max()}"
+        )
+
+
+def check_kernels(branches, device, rng, most=2):
+    """All passes of all families that can, some configs of each, twice: the same bits."""
+    from tridil import drivers, families, launch
+
+    x, ws, bias, dy = tensors(branches, device)
+    expected, ran = references(branches, x, ws, bias, dy), 0
+    for pass_, args in (("fprop", (x, ws, bias)), ("dgrad", (dy, ws)), ("wgrad", (dy, x))):
+        for family in families.FAMILIES:
+            options = family.branch_options(branches, pass_, drivers.target(), "ieee")
+            for config in rng.sample(options, min(most, len(options))):
+                prepared = launch.prepare_branches(
+                    branches, pass_, config, "ieee", pass_ == "fprop"
+                )
+                got, again = ([out] if torch.is_tensor(out) else out for out in (prepared(*args), prepared(*args)))  # fmt: skip
+                assert_close(got, expected[pass_], branches, pass_)
+                assert all(map(torch.equal, got, again))
+                ran += 1
+    return ran
+
+
+@pytest.mark.parametrize(
+    "branches",
+    [
+        aspp(),
+        aspp(layout="nchw"),
+        aspp(dtype="bfloat16", n=2, rates=(3, 30)),
+        aspp(reduce="sum"),
+        aspp(c=16, k=16, shared_input=False, rates=(1, 3, 0)),
+        aspp(c=16, k=16, shared_input=False, reduce="sum", rates=(1, 3)),
+        aspp(dtype="float32", c=20, k=12, rates=(1,)),
+    ],
+    ids=lambda b: f"{len(b.problems)} {b.first.dtype} {b.first.layout} {b.shared_input} {b.reduce}",
+)
+def test_branches_in_one_launch(branches, device, poisoned, seed):
+    pytest.importorskip("triton")
+    assert check_kernels(branches, device, random.Random(seed), 1) >= 3
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_random_branches(dtype, device, poisoned, seed):
+    pytest.importorskip("triton")
+    rng = random.Random(seed)
+    assert check_kernels(random_branches(rng, dtype), device, rng, 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", range(40))
+def test_many_random_branches(number, device, poisoned, seed):
+    pytest.importorskip("triton")
+    rng = random.Random(seed)
+    assert check_kernels(
+        random_branches(rng, rng.choice(["float16", "float16", "float32"])), device, rng
+    )
+
+
+@pytest.mark.parametrize(
+    "branches",
+    [
+        aspp(c=16, k=8, size=7, dtype="float32"),
+        aspp(c=16, k=8, size=7, dtype="float32", layout="nchw", reduce="sum"),
+        aspp(c=8, k=8, size=7, dtype="float32", shared_input=False, rates=(2, 0)),
+    ],
+    ids=["shared cat", "nchw sum", "own channels"],
+)
+def test_derivatives_are_those_of_the_branches(branches, backend, device, poisoned, seed):
+    x, ws, bias, dy = (t for t in tensors(branches, device))
+    leaves = [x, *ws, bias]
+    for t in leaves:
+        t.requires_grad_()
+    y = multi_rate_conv2d(x, ws, bias, **run(branches, backend=backend))
+    expected = plain(branches, x, ws, bias)
+    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
+    assert y.is_contiguous(memory_format=torch.channels_last) == expected.is_contiguous(
+        memory_format=torch.channels_last
+    )
+    dy = dy.requires_grad_()
+    grads = [torch.autograd.grad(out, leaves, dy, create_graph=True) for out in (y, expected)]
+    torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-4)
+    vs = [torch.randn_like(t) for t in grads[0]]
+    second = [torch.autograd.grad(got, [*leaves[:-1], dy], vs, allow_unused=True) for got in grads]
+    torch.testing.assert_close(*second, rtol=1e-4, atol=1e-4)
+
+
+def test_only_what_needs_a_gradient(backend, device, seed):
+    branches = aspp(c=8, k=8, size=6, dtype="float32", rates=(2, 0))
+    x, ws, bias, dy = tensors(branches, device)
+    ws[1].requires_grad_()
+    y = multi_rate_conv2d(x, ws, bias, **run(branches, backend=backend))
+    (dw,) = torch.autograd.grad(y, [ws[1]], dy)
+    (expected,) = torch.autograd.grad(plain(branches, x, ws, bias), [ws[1]], dy)
+    torch.testing.assert_close(dw, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_transforms_see_the_branches(backend, device, seed):
+    branches = aspp(c=8, k=8, size=6, dtype="float32", rates=(2, 0))
+    x, ws, _, _ = tensors(branches, device)
+
+    def function(x):
+        return multi_rate_conv2d(x, ws, **run(branches, backend=backend)).square().sum()
+
+    def expected(x):
+        return plain(branches, x, ws).square().sum()
+
+    xs = torch.stack([x, 2 * x])
+    for transform, t in (
+        (torch.func.grad, x),
+        (lambda f: torch.func.vmap(torch.func.grad(f)), xs),
+        (lambda f: lambda x: torch.func.jvp(f, (x,), (x,)), x),
+    ):
+        torch.testing.assert_close(
+            transform(function)(t), transform(expected)(t), rtol=1e-3, atol=1e-3
+        )
+
+
+def test_1d_and_unbatched(backend, device, seed):
+    x = torch.randn(2, 8, 20, device=device)
+    ws = [torch.randn(4, 8, 3, device=device), torch.randn(6, 8, 5, device=device)]
+    args = dict(padding=[2, 8], dilation=[2, 4], backend=backend)
+    expected = torch.cat([F.conv1d(x, ws[0], None, 1, 2, 2), F.conv1d(x, ws[1], None, 1, 8, 4)], 1)
+    got = multi_rate_conv1d(x, ws, **args)
+    assert got.is_contiguous()
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        multi_rate_conv1d(x[0], ws, **args), expected[0], rtol=1e-4, atol=1e-4
+    )
+    branches = aspp(c=8, k=8, size=6, dtype="float32", rates=(2, 0))
+    x, ws, bias, _ = tensors(branches, device)
+    got = multi_rate_conv2d(x[0], ws, bias, **run(branches, backend=backend))
+    torch.testing.assert_close(got, plain(branches, x, ws, bias)[0], rtol=1e-4, atol=1e-4)
+
+
+def test_biases(backend, device, seed):
+    branches = aspp(c=8, k=8, size=6, dtype="float32", rates=(2, 1, 0))
+    x, ws, bias, _ = tensors(branches, device)
+    parts = [bias[:8], None, bias[16:]]
+    got = multi_rate_conv2d(x, ws, parts, **run(branches, backend=backend))
+    whole = torch.cat([bias[:8], torch.zeros_like(bias[:8]), bias[16:]])
+    torch.testing.assert_close(got, plain(branches, x, ws, whole), rtol=1e-4, atol=1e-4)
+    summed = replace(branches, reduce="sum")
+    got = multi_rate_conv2d(x, ws, parts, **run(summed, backend=backend))
+    expected = plain(summed, x, ws, bias[:8] + bias[16:])
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_autocast(backend, device, seed):
+    branches = aspp(c=16, k=8, size=6, dtype="float32", rates=(2, 0))
+    x, ws, bias, _ = tensors(branches, device)
+    for t in (x, *ws):
+        t.requires_grad_()
+    with torch.autocast(device.type, torch.bfloat16):
+        y = multi_rate_conv2d(x, ws, bias, **run(branches, backend=backend))
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y.float(), plain(branches, x, ws, bias), rtol=0.05, atol=0.05)
+    grads = torch.autograd.grad(y.float().sum(), [x, *ws])
+    assert [g.dtype for g in grads] == [torch.float32] * 3
+
+
+def test_compiled_and_exported(backend, device, seed):
+    branches = aspp(c=8, k=8, size=6, dtype="float32", rates=(2, 0))
+    x, ws, bias, _ = tensors(branches, device)
+    layer = tridil.MultiRateConv2d(8, 8, [3, 1], (2, 1), device=device, backend=backend)
+    leaves = [x.requires_grad_(), *layer.parameters()]
+    expected = layer(x)
+    for compiled in (
+        torch.compile(layer, fullgraph=True, backend="aot_eager"),
+        torch.export.export(layer, (x,)).module(),
+    ):
+        y = compiled(x)
+        torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
+    y = torch.compile(layer, fullgraph=True, backend="aot_eager")(x)
+    grads = [torch.autograd.grad(out.square().sum(), leaves) for out in (y, layer(x))]
+    torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-4)
+
+
+def test_operators_pass_opcheck(device, seed):
+    pytest.importorskip("triton")
+    branches = aspp(c=8, k=8, size=5, dtype="float32", rates=(2, 0))
+    x, ws, bias, dy = tensors(branches, device)
+    for t in (x, *ws, bias, dy):
+        t.requires_grad_()
+    from tridil import multi_rate
+
+    geometry = multi_rate._geometry(branches)
+    shapes = [size for w in ws for size in w.shape]
+    for op, args in (
+        (torch.ops.tridil.branches_fprop, (x, ws, bias)),
+        (torch.ops.tridil.branches_dgrad, (dy, ws, x.shape)),
+        (torch.ops.tridil.branches_wgrad, (dy, x, shapes)),
+    ):
+        torch.library.opcheck(op.default, (*args, *geometry, False))
+
+
+def test_the_layer_is_a_list_of_convolutions(backend, device, seed):
+    layer = tridil.MultiRateConv2d(
+        8, [4, 6, 5], [3, (1, 3), 1], (2, 3, 1), device=device, backend=backend
+    )
+    convs = nn.ModuleList(
+        [
+            nn.Conv2d(8, 4, 3, padding=2, dilation=2),
+            nn.Conv2d(8, 6, (1, 3), padding=(0, 3), dilation=3),
+            nn.Conv2d(8, 5, 1),
+        ]
+    ).to(device)
+    convs.load_state_dict(layer.state_dict())
+    layer.load_state_dict(convs.state_dict())
+    x = torch.randn(2, 8, 9, 7, device=device)
+    torch.testing.assert_close(
+        layer(x), torch.cat([conv(x) for conv in convs], 1), rtol=1e-4, atol=1e-4
+    )
+    own = tridil.MultiRateConv2d(
+        [3, 5], 4, 3, (1, 2), shared_input=False, reduce="sum", device=device
+    )
+    expected = own[0](x[:, :3]) + own[1](x[:, 3:])
+    torch.testing.assert_close(own(x), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("error", "match", "change"),
+    [
+        (TypeError, "weights must be a sequence", dict(weights=torch.zeros(8, 8, 3, 3))),
+        (ValueError, "at least|a tensor per branch", dict(weights=[])),
+        (TypeError, "input and weights must be tensors", dict(weights=[None, None])),
+        (ValueError, "padding must have a value per branch, got 1 for 2", dict(padding=[1])),
+        (TypeError, "padding must be a sequence", dict(padding=1)),
+        (TypeError, "dilation must be a sequence", dict(dilation="same")),
+        (ValueError, "one output size", dict(padding=[1, 1])),
+        (ValueError, "reduce must be", dict(reduce="mean")),
+        (ValueError, "bias must have shape", dict(bias=torch.zeros(3))),
+        (ValueError, "bias must have a tensor or None per branch", dict(bias=[None])),
+        (ValueError, "branches read", dict(shared_input=False)),
+        (ValueError, "one number of output channels", dict(reduce="sum", weights=[torch.zeros(8, 8, 3, 3), torch.zeros(4, 8, 1, 1)])),
+        (ValueError, "channels", dict(weights=[torch.zeros(8, 7, 3, 3), torch.zeros(8, 8, 1, 1)])),
+        (ValueError, "one dtype", dict(weights=[torch.zeros(8, 8, 3, 3), torch.zeros(8, 8, 1, 1).double()])),
+        (ValueError, "dilation must be positive", dict(dilation=[0, 1])),
+    ],
+)  # fmt: skip
+def test_bad_arguments(error, match, change):
+    given = dict(
+        weights=[torch.zeros(8, 8, 3, 3), torch.zeros(8, 8, 1, 1)], padding=[1, 0], dilation=[1, 1]
+    )
+    weights = (given := given | change).pop("weights")
+    with pytest.raises(error, match=match):
+        multi_rate_conv2d(torch.zeros(1, 8, 5, 5), weights, given.pop("bias", None), **given)
+
+
+def test_bad_layers():
+    with pytest.raises(ValueError, match="odd"):
+        tridil.MultiRateConv2d(8, 8, 2, (1, 2))
+    with pytest.raises(ValueError, match="out_channels must have a value per branch, got 1 for 2"):
+        tridil.MultiRateConv2d(8, [8], 3, (1, 2))
+
+
+# ---- work and choice
+def deeplab(n=1):
+    return aspp(n, 2048, 60, 256, (12, 24, 36, 0))
+
+
+def test_work_is_that_of_the_branches():
+    together = deeplab()
+    assert together.useful_macs == sum(p.useful_macs for p in together.problems)
+    x, y = (2 * 2048 * 3600, 2 * 1024 * 3600)
+    assert together.bytes == x + y + 2 * 2048 * 256 * (27 + 1)
+    assert together.bytes_around == {"fprop": 2 * y, "dgrad": 9 * x + 2 * y, "wgrad": 2 * y}
+
+
+@pytest.mark.parametrize("target", ["cuda:80"])
+@pytest.mark.parametrize("n", [1, 4])
+def test_deeplab_is_predicted_to_gain(target, n):
+    """Forward and backward together, against the branches one by one as the kernels run them."""
+    device, branches = devices.of_target(target), deeplab(n)
+    together = apart = 0
+    for pass_ in PASSES:
+        together += cost_model.best_of_branches(branches, pass_, device)[1]
+        apart += cost_model.around_branches(branches, pass_, device) + sum(
+            cost_model.predict(p, pass_, cost_model.best(p, pass_, device), device).seconds
+            for p in branches.problems
+        )
+    assert together <= 0.8 * apart
+
+
+def test_launches_of_deeplabs_head():
+    """Forward 1, backward at most 3."""
+    from tridil import families
+
+    for target in ("cuda:80", "cuda:90", "cuda:100"):
+        device, counts = devices.of_target(target), []
+        for pass_ in PASSES:
+            config, _ = cost_model.best_of_branches(deeplab(), pass_, device)
+            plan = families.of(config.kernel).branch_plan(deeplab(), pass_, config, "ieee", False)
+            counts.append(len(plan))
+        assert counts[0] == 1 and sum(counts[1:]) <= 3
