@@ -388,7 +388,7 @@ def test_work_is_that_of_the_branches():
     assert together.bytes_around == {"fprop": 2 * y, "dgrad": 9 * x + 2 * y, "wgrad": 2 * y}
 
 
-@pytest.mark.parametrize("target", ["cuda:80"])
+@pytest.mark.parametrize("target", ["cuda:80", "cuda:90"])
 @pytest.mark.parametrize("n", [1, 4])
 def test_deeplab_is_predicted_to_gain(target, n):
     """Forward and backward together, against the branches one by one as the kernels run them."""

@@ -773,7 +773,7 @@ class Gemm(Family):
         precision: str,
     ) -> np.ndarray:
         c, flat, problem = columns(configs), self.flat(configs[0].kernel), branches.first
-        tile, adds = self._tiles(c, pass_), branches.adds(pass_)
+        tile = self._tiles(c, pass_)
         clocks = self.step_clocks(problem, pass_, c, tile, device, precision, flat)
         step = np.maximum.reduce(list(clocks.values())) / assumed.ATTAINED
         rows = []
@@ -782,21 +782,8 @@ class Gemm(Family):
             total, most = self._steps(branch, pass_, c, tile, axes, flat)
             count = self._programs(branch, pass_, c, tile, axes, flat)
             rows.append((count, total * step, most / c["SPLIT_K"] * step, total / count * step))
-        counts, totals, most, means = (np.array(column) for column in zip(*rows))
-        fit, alone = (
-            self.resident(problem, pass_, c, tile, device),
-            self.alone(c),
-        )
-        waves = self.branch_waves(
-            configs,
-            counts[0] if adds else counts.sum(0),
-            totals.sum(0),
-            most.sum(0) if adds else most.max(0),
-            means.sum(0) if adds else means.min(0),
-            fit,
-            alone,
-            device,
-        )
+        fit, alone = self.resident(problem, pass_, c, tile, device), self.alone(c)
+        waves = self.branch_waves(branches, pass_, configs, step, rows, fit, alone, device)
         hertz, dram_rate = device.clock * 1e9, device.dram * 1e9 * assumed.DRAM
         weights = sum(map(prod, branches.w_shapes))
         sums = np.where(c["SPLIT_K"] > 1, 4 * weights * (2 * c["SPLIT_K"] + 1), 0)
@@ -810,14 +797,25 @@ class Gemm(Family):
             + launches * assumed.LAUNCH
         )
 
-    def branch_waves(self, configs, count, total, most, last, fit, alone, device) -> np.ndarray:
-        """`waves` of all branches, of which those with the longest programs come first."""
-        return waves_of(count, total, most, device.sms, fit, alone, last)
+    def branch_waves(
+        self, branches: Branches, pass_: str, configs, step, rows, fit, alone, device: Device
+    ) -> np.ndarray:
+        """`waves` of all branches, of which those with the longest programs come first. rows: of each
+        branch (programs, clocks in sum, of the longest, of the mean), arrays over configs; step:
+        clocks of one."""
+        counts, totals, most, means = (np.array(column) for column in zip(*rows))
+        return (
+            waves_of(counts[0], totals.sum(0), most.sum(0), device.sms, fit, alone)
+            if branches.adds(pass_)
+            else waves_of(
+                counts.sum(0), totals.sum(0), most.max(0), device.sms, fit, alone, means.min(0)
+            )
+        )
 
 
-def waves_of(programs, total, most, sms: int, fit, alone, last=None):
+def waves_of(programs, total, most, sms: int, fit, alone, latest=None):
     """Clocks of launches of `programs` whose steps take `total` clocks in sum and `most` in the
-    longest, `fit` of them at a time on an SM; last: in the one that begins last, where the order is
+    longest, `fit` of them at a time on an SM; latest: in the one that begins last, where the order is
     chosen."""
 
     def rate(together):
@@ -839,7 +837,7 @@ def waves_of(programs, total, most, sms: int, fit, alone, last=None):
         rounds * fit / rate(fit) + np.where(rest > 0, last / np.maximum(rate(last), 1e-9), 0)
     ) * mean
     # the last program begins at a random moment of another
-    tail = most if last is None else last + assumed.PROGRAM * alone
+    tail = most if latest is None else latest + assumed.PROGRAM * alone
     unequal = np.maximum(most / alone, total / sms / rate(fit) + tail / 2)
     return np.where(programs <= slots, at_once, np.where(equal, in_rounds, unequal))
 

@@ -11,11 +11,24 @@ from math import prod
 import numpy as np
 
 from .. import assumed, devices
+from ..branches import Branches
 from ..devices import Device
 from ..problem import DTYPE_BYTES, Axis, Problem
-from .base import Box, Config, Launch, elements, launch, steps, strides
+from .base import Box, Config, Launch, aligned, elements, launch, steps, strides
 from .depthwise import is_depthwise
-from .gemm import Gemm, GemmConfig, channels, correlation_result, has_mma, is_flat, search, suits
+from .gemm import (
+    Gemm,
+    GemmConfig,
+    branch_geometry,
+    channels,
+    correlation_result,
+    filters,
+    has_mma,
+    heaviest_first,
+    is_flat,
+    search,
+    suits,
+)
 from .tma import box_of, nhwc_strides, no_descriptors, source_box
 
 TARGET = "cuda:90"
@@ -83,6 +96,7 @@ def unavailable(target: str) -> str | None:
 class HopperFamily(Gemm):
     kernels = ("hopper",)
     least = 1
+    joins = True
 
     def config_class(self, pass_: str) -> type[Config]:
         return Reduction if pass_ == "wgrad" else Correlation
@@ -375,12 +389,7 @@ class HopperFamily(Gemm):
         store = stores_boxes(config, p, pass_)
         x, h, w = source_box(p.n, source * p.groups, h, w, config, config.BLOCK_K)
         y = Box(sizes, (*ends, 1), self.stored(config, p, pass_), scalars["y0"], WIDTH)
-        tile = (
-            (config.BLOCK_N, 1, config.BLOCK_K)
-            if pass_ == "fprop"
-            else (config.BLOCK_K, 1, config.BLOCK_N)
-        )
-        weights = Box((p.k, p.r * p.s, c), (p.r * p.s * c, c, 1), tile, 0, WIDTH)
+        weights = self._filters(p, pass_, config)
         scalars |= dict(
             C=source,
             R=h.taps,
@@ -533,6 +542,156 @@ class HopperFamily(Gemm):
             if config.STREAM
             else min(config.PROGRAMS, super().programs(problem, pass_, config, axes))
         )
+
+    # ---- several convolutions in one launch
+    def branch_tiles(
+        self, problem: Problem, pass_: str, target: str, precision: str
+    ) -> list[Config]:
+        is_meant = self.tile_options(problem, pass_, target, precision)
+        return list(self._whole_tiles(problem, pass_)) if is_meant else []
+
+    def unfit(self, config: Hopper, branches: Branches, pass_: str, target: str) -> str | None:
+        if reason := super().unfit(config, branches, pass_, target):
+            return reason
+        if config.STREAM or branches.first.stride != (1, 1):
+            return f"kernel hopper joins branches of stride 1, without STREAM, got {branches.first.stride} and STREAM={config.STREAM}"
+        if branches.largest >= 2**31:
+            return f"kernel hopper counts elements in 32 bits, got a tensor of {branches.largest}"
+        sliced = {"fprop": not branches.shared_input, "dgrad": branches.reduce == "cat"}
+        sizes = [channels(problem, pass_)[2] for problem in branches.problems]
+        if sliced.get(pass_) and any(size % config.BLOCK_K for size in sizes):
+            return f"BLOCK_K (={config.BLOCK_K}) must divide the channels that each branch reads, got {sizes}"
+        return None
+
+    def branch_programs(self, branches: Branches, pass_: str, config: Hopper) -> int:
+        counts = [
+            Gemm.programs(self, problem, pass_, config, problem.axes(pass_)[0])
+            for problem in branches.problems
+        ]
+        return min(config.PROGRAMS, counts[0] if branches.adds(pass_) else sum(counts))
+
+    def branch_waves(
+        self, branches: Branches, pass_: str, configs, step, rows, fit, alone, device: Device
+    ) -> np.ndarray:
+        """Programs take the tiles to and fro, in the kernel's order."""
+        found = []
+        for config, clocks in zip(configs, step.tolist()):
+            walks = []
+            for i in heaviest_first(branches, pass_):
+                p = branches.problems[i]
+                axes, reduced = p.axes(pass_)[0], channels(p, pass_)[2]
+                tiles = Gemm.programs(self, p, pass_, config, axes)
+                sides = zip(axes, (config.BLOCK_P, config.BLOCK_Q))
+                walked = np.outer(
+                    *(steps_in_order(a, n, pass_ == "wgrad") for a, n in sides)
+                ).ravel()
+                if pass_ == "wgrad":
+                    images = -(-p.n // config.BLOCK_IMG)
+                    walks.append(np.repeat(walked, tiles // len(walked)) * images)
+                else:
+                    blocks = -(-reduced // config.BLOCK_K)
+                    walks.append(grouped(walked, p, pass_, config) * blocks)
+            walk = sum(walks) if branches.adds(pass_) else np.concatenate(walks)
+            turn, place = np.divmod(np.arange(len(walk)), config.PROGRAMS)
+            program = np.where(turn % 2, config.PROGRAMS - 1 - place, place)
+            tile = assumed.HOPPER_TILE[config.PINGPONG]
+            found.append(np.bincount(program, walk * clocks + tile).max() + assumed.PROGRAM)
+        return np.array(found)
+
+    def branch_plan(
+        self, branches: Branches, pass_: str, config: Hopper, precision: str, has_bias: bool
+    ) -> list[Launch]:
+        if branches.first.dtype == "float32" and precision != "tf32":
+            raise ValueError(
+                f"kernel hopper multiplies float32 in tf32 only, got precision={precision!r}"
+            )
+        p, order = branches.first, heaviest_first(branches, pass_)
+        h, w = p.axes(pass_)[0]
+        scalars = dict(N=p.n, H=h.size, W=w.size, P=h.out, Q=w.out, G=p.groups)
+        constexprs = self.constants(config) | dict(
+            BRANCHES=branch_geometry(branches, pass_, order), COUNT=len(order)
+        )
+        constexprs.pop("STREAM")
+        programs = self.branch_programs(branches, pass_, config)
+        if pass_ == "wgrad":
+            return self._wgrad_branches(branches, config, order, programs, scalars, constexprs)
+        result, begins, source = (
+            (branches.y_shape, branches.y_channels, branches.x_channels[-1])
+            if pass_ == "fprop"
+            else (branches.x_shape, branches.x_channels, branches.y_channels[-1])
+        )
+        x, _, _ = source_box(p.n, source, h, w, config, config.BLOCK_K)
+        s_n, s_k, s_p, s_q = strides(result, p.layout)
+        out = [channels(problem, pass_)[1] for problem in branches.problems]
+        # a box of the result may not reach over its branch, nor its group
+        alone = branches.adds(pass_) or len(order) == 1
+        whole = alone and p.groups == 1 or all(size % config.BLOCK_N == 0 for size in out)
+        align = aligned(p, *out, *begins)
+        store = p.layout == "nhwc" and whole and align * DTYPE_BYTES[p.dtype] == 16
+        box = self.stored(config, p, pass_)
+        y = Box((p.n, h.out, w.out, result[1]), (s_n, s_p, s_q, 1), box, 0, WIDTH)
+        weights = tuple(
+            (name, role, self._filters(branches.problems[i], pass_, config))
+            for i, (name, role, _) in zip(order, filters("w", "b", order))
+        )
+        tensors = (
+            ("x", "a", replace(x, swizzle=WIDTH)),
+            *weights,
+            ("bias_ptr", "bias", None),
+            ("y", "out", y if store else None),
+        )
+        scalars |= dict(GROUP=config.GROUP, sy_n=s_n, sy_p=s_p, sy_q=s_q, sy_k=s_k)
+        constexprs |= dict(
+            SUM=branches.adds(pass_),
+            TRANSPOSED=pass_ == "dgrad",
+            HAS_BIAS=has_bias,
+            TMA_STORE=store,
+            ROWS_FIRST=p.layout != "nhwc",
+            ALIGN_Y=align if p.layout == "nhwc" else 1,
+        )
+        return [
+            launch(
+                "hopper:correlate_hopper_branches",
+                programs,
+                tensors,
+                scalars,
+                constexprs,
+                config.options(),
+            )
+        ]
+
+    def _wgrad_branches(
+        self, branches, config: Reduction, order, programs, scalars, constexprs
+    ) -> list[Launch]:
+        p, store = branches.first, branches.first.layout == "nhwc"
+        h, w = p.fprop_axes
+        x, _, _ = source_box(p.n, branches.x_channels[-1], h, w, config, config.BLOCK_N)
+        k = branches.y_channels[-1]
+        size = box_of(config, config.BLOCK_M)
+        dy = Box((p.n, h.out, w.out, k), nhwc_strides(h.out, w.out, k), size, 0, WIDTH)
+        out = []
+        for i, (name, role, _) in zip(order, filters("dw", "out", order)):
+            q = branches.problems[i]
+            shape, to = (q.k, q.r, q.s, q.c // q.groups), strides(q.w_shape, q.layout)
+            box = self.stored(config, q, "wgrad")
+            dw = Box(shape, (to[0], to[2], to[3], to[1]), box, 0, WIDTH)
+            out.append((name, role, dw if store else None))
+        return [
+            launch(
+                "hopper:wgrad_hopper_branches",
+                programs,
+                (("x", "b", replace(x, swizzle=WIDTH)), ("dy", "a", dy), *out),
+                scalars,
+                constexprs | dict(CHANNELS_LAST=store, TMA_STORE=store),
+                config.options(),
+            )
+        ]
+
+    def _filters(self, p: Problem, pass_: str, config: Correlation) -> Box:
+        """The descriptor of w (K, R*S, C) for fprop or dgrad."""
+        c, n, k = p.c // p.groups, config.BLOCK_N, config.BLOCK_K
+        tile = (n, 1, k) if pass_ == "fprop" else (k, 1, n)
+        return Box((p.k, p.r * p.s, c), (p.r * p.s * c, c, 1), tile, 0, WIDTH)
 
 
 def wrong_dtype(problem: Problem, pass_: str) -> str | None:

@@ -23,7 +23,14 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .common import RUNTIME, launch_metadata, live_outputs, live_taps, store_tile
+from .common import (
+    RUNTIME,
+    branches_metadata,
+    launch_metadata,
+    live_outputs,
+    live_taps,
+    store_tile,
+)
 
 # names that moved: async_copy_* until 3.7, both in 3.8, async_load and async_store from 3.9 on
 tma_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
@@ -421,61 +428,76 @@ def produce(
     BLOCK_IMG: gl.constexpr, BLOCK_P: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_N: gl.constexpr,
     BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
 ):
-    (
-        N, H, W, P, Q, C, K, G, R, S, FILTER_S, off_h, off_w, dil_h, dil_w, tap_r, tap_s, step_r,
-        step_s, sum_h, sum_w, GROUP
-    ) = geo
     stage = 0
     phase = 1
     tile, begin, left, tiles = correlation_share(
         geo, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_N, BLOCK_K, STREAM
     )
     while (tile < tiles) & (left > 0):
-        g, img, p0, q0, n0, r_lo, nr, s_lo, ns, steps = correlation_tile(
-            tile, geo, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_N, BLOCK_K, STREAM
+        count, stage, phase = produce_tile(
+            x, w, a_bufs, b_bufs, full, empty, geo, tile, begin, left, 0, stage, phase, TRANSPOSED,
+            STREAM, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_N, BLOCK_K, STAGES
         )
-        count = gl.minimum(steps - begin, left)
-        taps = gl.maximum(nr * ns, 1)
-        r = begin % taps // gl.maximum(ns, 1)
-        s = begin % taps % gl.maximum(ns, 1)
-        h_lo = p0 + off_h + r_lo * dil_h
-        v_lo = q0 + off_w + s_lo * dil_w
-        h_hi = h_lo + nr * dil_h
-        v_hi = v_lo + ns * dil_w
-        h = h_lo + r * dil_h
-        v = v_lo + s * dil_w
-        c = begin // taps * BLOCK_K
-        # w is read at row g*K + n0, this tap, column c; (TRANSPOSED) at row g*C + c, this tap,
-        # column n0
-        row_step = step_r * FILTER_S - ns * step_s
-        rows_step = nr * step_r * FILTER_S
-        tap = (tap_r + (r_lo + r) * step_r) * FILTER_S + tap_s + (s_lo + s) * step_s
-        for _ in range(count):
-            mbarrier.wait(empty.index(stage), phase)
-            bar = full.index(stage)
-            mbarrier.expect(bar, x.block_type.nbytes + w.block_type.nbytes)
-            tma_load(x, [img, h, v, g * C + c], bar, a_bufs.index(stage))
-            if TRANSPOSED:
-                tma_load(w, [g * C + c, tap, n0], bar, b_bufs.index(stage))
-            else:
-                tma_load(w, [g * K + n0, tap, c], bar, b_bufs.index(stage))
-            v += dil_w
-            tap += step_s
-            end = v == v_hi
-            v = gl.where(end, v_lo, v)
-            h = gl.where(end, h + dil_h, h)
-            tap = gl.where(end, tap + row_step, tap)
-            end = h == h_hi
-            h = gl.where(end, h_lo, h)
-            tap = gl.where(end, tap - rows_step, tap)
-            c = gl.where(end, c + BLOCK_K, c)
-            stage, phase = advance(stage, phase, STAGES)
         if STREAM:
             left -= count
             begin = 0
             tile += 1
         else:
             tile += gl.num_programs(0)
+
+
+@gluon.jit
+def produce_tile(
+    x, w, a_bufs, b_bufs, full, empty, geo, tile, begin, left, c0, stage, phase,
+    TRANSPOSED: gl.constexpr, STREAM: gl.constexpr, BLOCK_IMG: gl.constexpr, BLOCK_P: gl.constexpr,
+    BLOCK_Q: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
+):
+    """Loads the boxes of a tile from its step `begin` on, at most `left` steps; channels of x are
+    read from c0 on. Returns (steps, stage, phase)."""
+    (
+        N, H, W, P, Q, C, K, G, R, S, FILTER_S, off_h, off_w, dil_h, dil_w, tap_r, tap_s, step_r,
+        step_s, sum_h, sum_w, GROUP
+    ) = geo
+    g, img, p0, q0, n0, r_lo, nr, s_lo, ns, steps = correlation_tile(
+        tile, geo, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_N, BLOCK_K, STREAM
+    )
+    count = gl.minimum(steps - begin, left)
+    taps = gl.maximum(nr * ns, 1)
+    r = begin % taps // gl.maximum(ns, 1)
+    s = begin % taps % gl.maximum(ns, 1)
+    h_lo = p0 + off_h + r_lo * dil_h
+    v_lo = q0 + off_w + s_lo * dil_w
+    h_hi = h_lo + nr * dil_h
+    v_hi = v_lo + ns * dil_w
+    h = h_lo + r * dil_h
+    v = v_lo + s * dil_w
+    c = begin // taps * BLOCK_K
+    # w is read at row g*K + n0, this tap, column c; (TRANSPOSED) at row g*C + c, this tap, column
+    # n0
+    row_step = step_r * FILTER_S - ns * step_s
+    rows_step = nr * step_r * FILTER_S
+    tap = (tap_r + (r_lo + r) * step_r) * FILTER_S + tap_s + (s_lo + s) * step_s
+    for _ in range(count):
+        mbarrier.wait(empty.index(stage), phase)
+        bar = full.index(stage)
+        mbarrier.expect(bar, x.block_type.nbytes + w.block_type.nbytes)
+        tma_load(x, [img, h, v, c0 + g * C + c], bar, a_bufs.index(stage))
+        if TRANSPOSED:
+            tma_load(w, [g * C + c, tap, n0], bar, b_bufs.index(stage))
+        else:
+            tma_load(w, [g * K + n0, tap, c], bar, b_bufs.index(stage))
+        v += dil_w
+        tap += step_s
+        end = v == v_hi
+        v = gl.where(end, v_lo, v)
+        h = gl.where(end, h + dil_h, h)
+        tap = gl.where(end, tap + row_step, tap)
+        end = h == h_hi
+        h = gl.where(end, h_lo, h)
+        tap = gl.where(end, tap - rows_step, tap)
+        c = gl.where(end, c + BLOCK_K, c)
+        stage, phase = advance(stage, phase, STAGES)
+    return count, stage, phase
 
 
 @gluon.jit(do_not_specialize=RUNTIME, launch_metadata=launch_metadata)
@@ -619,46 +641,61 @@ def produce_boxes(
     BLOCK_P: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr,
 ):
-    N, H, W, P, Q, C, K, G, R, S, off_h, off_w, dil_h, dil_w, sum_h, sum_w = geo
     stage = 0
     phase = 1
     tile, begin, left, tiles = reduction_share(
         geo, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_M, BLOCK_N, STREAM
     )
     while (tile < tiles) & (left > 0):
-        g, k0, n0, r, s, p_lo, q_lo, boxes_p, boxes_q, steps = reduction_tile(
-            tile, geo, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_M, BLOCK_N
+        count, stage, phase = produce_boxes_of(
+            x, dy, a_bufs, b_bufs, full, empty, geo, tile, begin, left, 0, 0, stage, phase,
+            BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_M, BLOCK_N, STAGES
         )
-        count = gl.minimum(steps - begin, left)
-        p_end = p_lo + boxes_p * BLOCK_P
-        q_end = q_lo + boxes_q * BLOCK_Q
-        q = q_lo + begin % boxes_q * BLOCK_Q
-        p = p_lo + begin // boxes_q % boxes_p * BLOCK_P
-        img = begin // boxes_q // boxes_p * BLOCK_IMG
-        h = r * dil_h + off_h
-        v = s * dil_w + off_w
-        for _ in range(count):
-            mbarrier.wait(empty.index(stage), phase)
-            bar = full.index(stage)
-            mbarrier.expect(bar, x.block_type.nbytes + dy.block_type.nbytes)
-            # where a box reaches over the tap's live rectangle, dy or x lies outside its tensor and
-            # is zero
-            tma_load(dy, [img, p, q, g * K + k0], bar, a_bufs.index(stage))
-            tma_load(x, [img, p + h, q + v, g * C + n0], bar, b_bufs.index(stage))
-            q += BLOCK_Q
-            end = q == q_end
-            q = gl.where(end, q_lo, q)
-            p = gl.where(end, p + BLOCK_P, p)
-            end = p == p_end
-            p = gl.where(end, p_lo, p)
-            img = gl.where(end, img + BLOCK_IMG, img)
-            stage, phase = advance(stage, phase, STAGES)
         if STREAM:
             left -= count
             begin = 0
             tile += 1
         else:
             tile += gl.num_programs(0)
+
+
+@gluon.jit
+def produce_boxes_of(
+    x, dy, a_bufs, b_bufs, full, empty, geo, tile, begin, left, c0, y0, stage, phase,
+    BLOCK_IMG: gl.constexpr, BLOCK_P: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_M: gl.constexpr,
+    BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+):
+    """Loads the boxes of a tile of dw from its step `begin` on, at most `left` steps; channels of x
+    are read from c0, of dy from y0 on. Returns (steps, stage, phase)."""
+    N, H, W, P, Q, C, K, G, R, S, off_h, off_w, dil_h, dil_w, sum_h, sum_w = geo
+    g, k0, n0, r, s, p_lo, q_lo, boxes_p, boxes_q, steps = reduction_tile(
+        tile, geo, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_M, BLOCK_N
+    )
+    count = gl.minimum(steps - begin, left)
+    p_end = p_lo + boxes_p * BLOCK_P
+    q_end = q_lo + boxes_q * BLOCK_Q
+    q = q_lo + begin % boxes_q * BLOCK_Q
+    p = p_lo + begin // boxes_q % boxes_p * BLOCK_P
+    img = begin // boxes_q // boxes_p * BLOCK_IMG
+    h = r * dil_h + off_h
+    v = s * dil_w + off_w
+    for _ in range(count):
+        mbarrier.wait(empty.index(stage), phase)
+        bar = full.index(stage)
+        mbarrier.expect(bar, x.block_type.nbytes + dy.block_type.nbytes)
+        # where a box reaches over the tap's live rectangle, dy or x lies outside its tensor and is
+        # zero
+        tma_load(dy, [img, p, q, y0 + g * K + k0], bar, a_bufs.index(stage))
+        tma_load(x, [img, p + h, q + v, c0 + g * C + n0], bar, b_bufs.index(stage))
+        q += BLOCK_Q
+        end = q == q_end
+        q = gl.where(end, q_lo, q)
+        p = gl.where(end, p + BLOCK_P, p)
+        end = p == p_end
+        p = gl.where(end, p_lo, p)
+        img = gl.where(end, img + BLOCK_IMG, img)
+        stage, phase = advance(stage, phase, STAGES)
+    return count, stage, phase
 
 
 @gluon.jit(do_not_specialize=RUNTIME, launch_metadata=launch_metadata)
@@ -797,3 +834,437 @@ def add_wgrad(
             acc.to(dw_ptr.dtype.element_ty),
             mask=in_w,
         )
+
+
+# ---- several convolutions in one launch
+@triton.jit
+def branch_geo(
+    N, H, W, P, Q, G, GROUP, C: tl.constexpr, K: tl.constexpr, R: tl.constexpr, S: tl.constexpr,
+    off_h: tl.constexpr, off_w: tl.constexpr, dil_h: tl.constexpr, dil_w: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+):
+    """`geo` of a branch's correlation; dgrad (TRANSPOSED) walks the taps from the last to the
+    first."""
+    STEP: tl.constexpr = -1 if TRANSPOSED else 1
+    TAP_R: tl.constexpr = R - 1 if TRANSPOSED else 0
+    TAP_S: tl.constexpr = S - 1 if TRANSPOSED else 0
+    return (
+        N, H, W, P, Q, C, K, G, R, S, S, off_h, off_w, dil_h, dil_w, TAP_R, TAP_S, STEP, STEP, 0, 0,
+        GROUP
+    )
+
+
+@triton.jit
+def tiles_before(
+    sizes, BRANCH: tl.constexpr, BRANCHES: tl.constexpr, SUM: tl.constexpr, WGRAD: tl.constexpr,
+    BLOCK_IMG: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Tiles of the branches before one, which are walked one branch after another; (SUM) of one
+    branch, whose tiles all others share."""
+    N, H, W, P, Q, G, GROUP = sizes
+    total = 0
+    for b in tl.static_range(1 if SUM else BRANCH):
+        if WGRAD:
+            total += (
+                tl.cdiv(BRANCHES[10 * b + 1], BLOCK_M) * tl.cdiv(BRANCHES[10 * b], BLOCK_N)
+                * BRANCHES[10 * b + 2] * BRANCHES[10 * b + 3] * G
+            )
+        else:
+            total += (
+                tl.cdiv(N, BLOCK_IMG) * G * tl.cdiv(P, BLOCK_P) * tl.cdiv(Q, BLOCK_Q)
+                * tl.cdiv(BRANCHES[10 * b + 1], BLOCK_N)
+            )
+    return total
+
+
+@triton.jit
+def find_correlation(
+    tile, sizes, BRANCHES: tl.constexpr, COUNT: tl.constexpr, SUM: tl.constexpr,
+    TRANSPOSED: tl.constexpr, BLOCK_IMG: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):
+    """(image, row, column, channel) of the result where a tile begins, the end of its channels, its
+    steps."""
+    N, H, W, P, Q, G, GROUP = sizes
+    i0 = tile * 0
+    i1 = i0
+    i2 = i0
+    i3 = i0
+    end = i0
+    steps = i0
+    for b in tl.static_range(COUNT):
+        geo = branch_geo(
+            N, H, W, P, Q, G, GROUP, BRANCHES[10 * b], BRANCHES[10 * b + 1], BRANCHES[10 * b + 2],
+            BRANCHES[10 * b + 3], BRANCHES[10 * b + 6], BRANCHES[10 * b + 7], BRANCHES[10 * b + 8],
+            BRANCHES[10 * b + 9], TRANSPOSED
+        )
+        first = 0 if SUM else tiles_before(
+            sizes, b, BRANCHES, False, False, BLOCK_IMG, BLOCK_P, BLOCK_Q, 0, BLOCK_N
+        )
+        last = tiles_before(
+            sizes, b + 1, BRANCHES, SUM, False, BLOCK_IMG, BLOCK_P, BLOCK_Q, 0, BLOCK_N
+        )
+        g, img, p0, q0, n0, r_lo, nr, s_lo, ns, much = correlation_tile(
+            tile - first, geo, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_N, BLOCK_K, False
+        )
+        mine = (tile >= first) & (tile < last)
+        i0 = tl.where(mine, img, i0)
+        i1 = tl.where(mine, p0, i1)
+        i2 = tl.where(mine, q0, i2)
+        i3 = tl.where(mine, BRANCHES[10 * b + 5] + g * BRANCHES[10 * b + 1] + n0, i3)
+        end = tl.where(mine, BRANCHES[10 * b + 5] + (g + 1) * BRANCHES[10 * b + 1], end)
+        steps += tl.where(mine, much, 0)
+    return i0, i1, i2, i3, end, steps
+
+
+@triton.jit
+def next_tile(tile, step):
+    """Programs take tiles to and fro, so that who has a long one of one round has a short one of
+    the next. step: tiles to the next one, 2 * (programs - 1 - program) + 1 at first."""
+    return tile + step, 2 * tl.num_programs(0) - step
+
+
+@gluon.jit
+def multiply_in_turn(
+    acc, a_bufs, b_bufs, full, empty, order, steps, stage, phase, prev, go, ROW: gl.constexpr,
+    A_T: gl.constexpr, B_T: gl.constexpr, PINGPONG: gl.constexpr, STAGES: gl.constexpr,
+    ME: gl.constexpr,
+):
+    """`multiply`, (PINGPONG) after the other consumer's loop: see `consume`."""
+    if PINGPONG:
+        mbarrier.wait(order.index(ME), go)
+        go ^= 1
+    acc, stage, phase, prev = multiply(
+        acc, a_bufs, b_bufs, full, empty, steps, stage, phase, prev, ROW, A_T, B_T, STAGES
+    )
+    if PINGPONG:
+        mbarrier.arrive(order.index(1 - ME), count=1)
+    return acc, stage, phase, prev, go
+
+
+@gluon.jit
+def consume_branches(
+    y, bias_ptr, strides, a_bufs, b_bufs, y_bufs, full, empty, order, sizes,
+    BRANCHES: gl.constexpr, COUNT: gl.constexpr, SUM: gl.constexpr, TRANSPOSED: gl.constexpr,
+    HAS_BIAS: gl.constexpr, TMA_STORE: gl.constexpr, ROWS_FIRST: gl.constexpr,
+    ALIGN_Y: gl.constexpr, PINGPONG: gl.constexpr, BLOCK_IMG: gl.constexpr, BLOCK_P: gl.constexpr,
+    BLOCK_Q: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr,
+    STAGES: gl.constexpr, ME: gl.constexpr,
+):
+    """`consume` of fprop and dgrad over the tiles of all branches."""
+    N, H, W, P, Q, G, GROUP = sizes
+    ROWS: gl.constexpr = BLOCK_M if PINGPONG else BLOCK_M // 2
+    ROW: gl.constexpr = 0 if PINGPONG else ME * ROWS
+    SLOTS: gl.constexpr = y_bufs.shape[0] // 2
+    layout: gl.constexpr = gl.NVMMADistributedLayout(
+        [3, 0], [4, 1], [16, BLOCK_N, 256 // a_bufs.dtype.primitive_bitwidth]
+    )
+    stage = 0
+    phase = 0
+    prev = STAGES - 1
+    turn = 0
+    go = 1 - ME
+    tiles = tiles_before(
+        sizes, COUNT, BRANCHES, SUM, False, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_M, BLOCK_N
+    )
+    tile = gl.program_id(0)
+    step = 2 * (gl.num_programs(0) - 1 - tile) + 1
+    while tile < tiles:
+        i0, i1, i2, i3, end, steps = find_correlation(
+            tile, sizes, BRANCHES, COUNT, SUM, TRANSPOSED, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_N,
+            BLOCK_K
+        )
+        mine = True
+        if PINGPONG:
+            mine = turn == ME
+            turn ^= 1
+        if mine:
+            acc = gl.zeros((ROWS, BLOCK_N), gl.float32, layout)
+            acc, stage, phase, prev, go = multiply_in_turn(
+                acc, a_bufs, b_bufs, full, empty, order, steps, stage, phase, prev, go, ROW, False,
+                TRANSPOSED, PINGPONG, STAGES, ME
+            )
+            store_parts(
+                y, bias_ptr, y_bufs, acc, i0 + ROW // (BLOCK_P * BLOCK_Q),
+                i1 + ROW // BLOCK_Q % BLOCK_P, i2 + ROW % BLOCK_Q, i3, (N, P, Q, end), strides,
+                BLOCK_P, BLOCK_Q, HAS_BIAS, TMA_STORE, ROWS_FIRST, ALIGN_Y, SLOTS * ME, SLOTS, 0
+            )
+        else:  # the other consumer's stages
+            last = stage + steps
+            stage = last % STAGES
+            phase ^= last // STAGES & 1
+        tile, step = next_tile(tile, step)
+    tma.store_wait(0)
+
+
+@gluon.jit
+def produce_branches(
+    x, w_0, w_1, w_2, w_3, w_4, w_5, w_6, w_7, a_bufs, b_bufs, full, empty, sizes,
+    BRANCHES: gl.constexpr, COUNT: gl.constexpr, SUM: gl.constexpr, TRANSPOSED: gl.constexpr,
+    BLOCK_IMG: gl.constexpr, BLOCK_P: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_N: gl.constexpr,
+    BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
+):
+    N, H, W, P, Q, G, GROUP = sizes
+    filters = (w_0, w_1, w_2, w_3, w_4, w_5, w_6, w_7)
+    stage = 0
+    phase = 1
+    tiles = tiles_before(
+        sizes, COUNT, BRANCHES, SUM, False, BLOCK_IMG, BLOCK_P, BLOCK_Q, 0, BLOCK_N
+    )
+    tile = gl.program_id(0)
+    step = 2 * (gl.num_programs(0) - 1 - tile) + 1
+    while tile < tiles:
+        for b in gl.static_range(COUNT):
+            geo = branch_geo(
+                N, H, W, P, Q, G, GROUP, BRANCHES[10 * b], BRANCHES[10 * b + 1],
+                BRANCHES[10 * b + 2], BRANCHES[10 * b + 3], BRANCHES[10 * b + 6],
+                BRANCHES[10 * b + 7], BRANCHES[10 * b + 8], BRANCHES[10 * b + 9], TRANSPOSED
+            )
+            first = 0 if SUM else tiles_before(
+                sizes, b, BRANCHES, False, False, BLOCK_IMG, BLOCK_P, BLOCK_Q, 0, BLOCK_N
+            )
+            last = tiles_before(
+                sizes, b + 1, BRANCHES, SUM, False, BLOCK_IMG, BLOCK_P, BLOCK_Q, 0, BLOCK_N
+            )
+            # of other branches no step
+            much = gl.where((tile >= first) & (tile < last), 2147483647, 0)
+            _, stage, phase = produce_tile(
+                x, filters[b], a_bufs, b_bufs, full, empty, geo, tile - first, 0, much,
+                BRANCHES[10 * b + 4], stage, phase, TRANSPOSED, False, BLOCK_IMG, BLOCK_P, BLOCK_Q,
+                BLOCK_N, BLOCK_K, STAGES
+            )
+        tile, step = next_tile(tile, step)
+
+
+@gluon.jit(do_not_specialize=RUNTIME, launch_metadata=branches_metadata)
+def correlate_hopper_branches(
+    x, w_0, w_1, w_2, w_3, w_4, w_5, w_6, w_7, bias_ptr, y, N, H, W, P, Q, G, GROUP, sy_n, sy_p,
+    sy_q, sy_k, BRANCHES: gl.constexpr, COUNT: gl.constexpr, SUM: gl.constexpr,
+    TRANSPOSED: gl.constexpr, HAS_BIAS: gl.constexpr, TMA_STORE: gl.constexpr,
+    ROWS_FIRST: gl.constexpr, ALIGN_Y: gl.constexpr, PINGPONG: gl.constexpr,
+    BLOCK_IMG: gl.constexpr, BLOCK_P: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_N: gl.constexpr,
+    BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
+):
+    """`gather.correlate_branches` by persistent programs."""
+    M: gl.constexpr = BLOCK_IMG * BLOCK_P * BLOCK_Q
+    a_bufs, b_bufs, y_bufs, full, empty, order = ring(x, w_0, M, BLOCK_N, PINGPONG, STAGES)
+    sizes = (N, H, W, P, Q, G, GROUP)
+    strides = (sy_n, sy_p, sy_q, sy_k, 0)
+    gl.warp_specialize(
+        [
+            (
+                consume_branches,
+                (
+                    y, bias_ptr, strides, a_bufs, b_bufs, y_bufs, full, empty, order, sizes,
+                    BRANCHES, COUNT, SUM, TRANSPOSED, HAS_BIAS, TMA_STORE, ROWS_FIRST, ALIGN_Y,
+                    PINGPONG, BLOCK_IMG, BLOCK_P, BLOCK_Q, M, BLOCK_N, BLOCK_K, STAGES, 0
+                ),
+            ),
+            (
+                consume_branches,
+                (
+                    y, bias_ptr, strides, a_bufs, b_bufs, y_bufs, full, empty, order, sizes,
+                    BRANCHES, COUNT, SUM, TRANSPOSED, HAS_BIAS, TMA_STORE, ROWS_FIRST, ALIGN_Y,
+                    PINGPONG, BLOCK_IMG, BLOCK_P, BLOCK_Q, M, BLOCK_N, BLOCK_K, STAGES, 1
+                ),
+            ),
+            (
+                produce_branches,
+                (
+                    x, w_0, w_1, w_2, w_3, w_4, w_5, w_6, w_7, a_bufs, b_bufs, full, empty, sizes,
+                    BRANCHES, COUNT, SUM, TRANSPOSED, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_N, BLOCK_K,
+                    STAGES
+                ),
+            ),
+        ],
+        [4, 1],
+        [240, 24],
+    )
+
+
+@gluon.jit
+def consume_filters(
+    dw_0, dw_1, dw_2, dw_3, dw_4, dw_5, dw_6, dw_7, a_bufs, b_bufs, y_bufs, full, empty, order,
+    sizes, BRANCHES: gl.constexpr, COUNT: gl.constexpr, CHANNELS_LAST: gl.constexpr,
+    TMA_STORE: gl.constexpr, PINGPONG: gl.constexpr, BLOCK_IMG: gl.constexpr,
+    BLOCK_P: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
+    STAGES: gl.constexpr, ME: gl.constexpr,
+):
+    """`consume` of wgrad over the tiles of all branches' filters."""
+    N, H, W, P, Q, G, GROUP = sizes
+    filters = (dw_0, dw_1, dw_2, dw_3, dw_4, dw_5, dw_6, dw_7)
+    ROWS: gl.constexpr = BLOCK_M if PINGPONG else BLOCK_M // 2
+    ROW: gl.constexpr = 0 if PINGPONG else ME * ROWS
+    SLOTS: gl.constexpr = y_bufs.shape[0] // 2
+    layout: gl.constexpr = gl.NVMMADistributedLayout(
+        [3, 0], [4, 1], [16, BLOCK_N, 256 // a_bufs.dtype.primitive_bitwidth]
+    )
+    stage = 0
+    phase = 0
+    prev = STAGES - 1
+    turn = 0
+    go = 1 - ME
+    tiles = tiles_before(
+        sizes, COUNT, BRANCHES, False, True, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_M, BLOCK_N
+    )
+    tile = gl.program_id(0)
+    step = 2 * (gl.num_programs(0) - 1 - tile) + 1
+    while tile < tiles:
+        branch, i0, i1, i2, i3, steps = find_reduction(
+            tile, sizes, BRANCHES, COUNT, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_M, BLOCK_N
+        )
+        mine = True
+        if PINGPONG:
+            mine = turn == ME
+            turn ^= 1
+        if mine:
+            acc = gl.zeros((ROWS, BLOCK_N), gl.float32, layout)
+            acc, stage, phase, prev, go = multiply_in_turn(
+                acc, a_bufs, b_bufs, full, empty, order, steps, stage, phase, prev, go, ROW, True,
+                True, PINGPONG, STAGES, ME
+            )
+            for b in gl.static_range(COUNT):
+                if branch == b:
+                    store_filter(
+                        filters[b], y_bufs, acc, i0 + ROW, i1, i2, i3, G, BRANCHES[10 * b],
+                        BRANCHES[10 * b + 1], BRANCHES[10 * b + 2], BRANCHES[10 * b + 3],
+                        CHANNELS_LAST, TMA_STORE, SLOTS * ME, SLOTS
+                    )
+        else:  # the other consumer's stages
+            last = stage + steps
+            stage = last % STAGES
+            phase ^= last // STAGES & 1
+        tile, step = next_tile(tile, step)
+    tma.store_wait(0)
+
+
+@gluon.jit
+def store_filter(
+    dw, y_bufs, acc, i0, i1, i2, i3, G, C: gl.constexpr, K: gl.constexpr, R: gl.constexpr,
+    S: gl.constexpr, CHANNELS_LAST: gl.constexpr, TMA_STORE: gl.constexpr, FIRST: gl.constexpr,
+    SLOTS: gl.constexpr,
+):
+    """acc -> rows i0, tap (i1, i2), columns i3 of one branch's filter, KRSC or KCRS."""
+    TAP: gl.constexpr = C if CHANNELS_LAST else 1
+    CHANNEL: gl.constexpr = 1 if CHANNELS_LAST else R * S
+    store_parts(
+        dw, None, y_bufs, acc, i0, i1, i2, i3, ((i0 // K + 1) * K, R, S, C),
+        (R * S * C, S * TAP, TAP, CHANNEL, 0), 1, 1, False, TMA_STORE, False, 1, FIRST, SLOTS, 0
+    )
+
+
+@triton.jit
+def find_reduction(
+    tile, sizes, BRANCHES: tl.constexpr, COUNT: tl.constexpr, BLOCK_IMG: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):
+    """(branch, row, tap (r, s), column, steps) of a tile of all branches' filters."""
+    N, H, W, P, Q, G, GROUP = sizes
+    branch = tile * 0
+    i0 = branch
+    i1 = branch
+    i2 = branch
+    i3 = branch
+    steps = branch
+    for b in tl.static_range(COUNT):
+        first = tiles_before(
+            sizes, b, BRANCHES, False, True, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_M, BLOCK_N
+        )
+        last = tiles_before(
+            sizes, b + 1, BRANCHES, False, True, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_M, BLOCK_N
+        )
+        geo = (
+            N, H, W, P, Q, BRANCHES[10 * b], BRANCHES[10 * b + 1], G, BRANCHES[10 * b + 2],
+            BRANCHES[10 * b + 3], BRANCHES[10 * b + 6], BRANCHES[10 * b + 7], BRANCHES[10 * b + 8],
+            BRANCHES[10 * b + 9], 0, 0
+        )
+        g, k0, n0, r, s, p_lo, q_lo, boxes_p, boxes_q, much = reduction_tile(
+            tile - first, geo, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_M, BLOCK_N
+        )
+        mine = (tile >= first) & (tile < last)
+        branch = tl.where(mine, b, branch)
+        i0 = tl.where(mine, g * BRANCHES[10 * b + 1] + k0, i0)
+        i1 = tl.where(mine, r, i1)
+        i2 = tl.where(mine, s, i2)
+        i3 = tl.where(mine, n0, i3)
+        steps = tl.where(mine, much, steps)
+    return branch, i0, i1, i2, i3, steps
+
+
+@gluon.jit
+def produce_filters(
+    x, dy, a_bufs, b_bufs, full, empty, sizes, BRANCHES: gl.constexpr, COUNT: gl.constexpr,
+    BLOCK_IMG: gl.constexpr, BLOCK_P: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_M: gl.constexpr,
+    BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+):
+    N, H, W, P, Q, G, GROUP = sizes
+    stage = 0
+    phase = 1
+    tiles = tiles_before(
+        sizes, COUNT, BRANCHES, False, True, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_M, BLOCK_N
+    )
+    tile = gl.program_id(0)
+    step = 2 * (gl.num_programs(0) - 1 - tile) + 1
+    while tile < tiles:
+        for b in gl.static_range(COUNT):
+            first = tiles_before(
+                sizes, b, BRANCHES, False, True, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_M, BLOCK_N
+            )
+            last = tiles_before(
+                sizes, b + 1, BRANCHES, False, True, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_M, BLOCK_N
+            )
+            geo = (
+                N, H, W, P, Q, BRANCHES[10 * b], BRANCHES[10 * b + 1], G, BRANCHES[10 * b + 2],
+                BRANCHES[10 * b + 3], BRANCHES[10 * b + 6], BRANCHES[10 * b + 7],
+                BRANCHES[10 * b + 8], BRANCHES[10 * b + 9], 0, 0
+            )
+            # of other branches no step
+            much = gl.where((tile >= first) & (tile < last), 2147483647, 0)
+            _, stage, phase = produce_boxes_of(
+                x, dy, a_bufs, b_bufs, full, empty, geo, tile - first, 0, much,
+                BRANCHES[10 * b + 4], BRANCHES[10 * b + 5], stage, phase, BLOCK_IMG, BLOCK_P,
+                BLOCK_Q, BLOCK_M, BLOCK_N, STAGES
+            )
+        tile, step = next_tile(tile, step)
+
+
+@gluon.jit(do_not_specialize=RUNTIME, launch_metadata=branches_metadata)
+def wgrad_hopper_branches(
+    x, dy, dw_0, dw_1, dw_2, dw_3, dw_4, dw_5, dw_6, dw_7, N, H, W, P, Q, G, BRANCHES: gl.constexpr,
+    COUNT: gl.constexpr, CHANNELS_LAST: gl.constexpr, TMA_STORE: gl.constexpr,
+    PINGPONG: gl.constexpr, BLOCK_IMG: gl.constexpr, BLOCK_P: gl.constexpr, BLOCK_Q: gl.constexpr,
+    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+):
+    """`gather.wgrad_branches` by persistent programs."""
+    a_bufs, b_bufs, y_bufs, full, empty, order = ring(dy, x, BLOCK_M, BLOCK_N, PINGPONG, STAGES)
+    sizes = (N, H, W, P, Q, G, 1)
+    gl.warp_specialize(
+        [
+            (
+                consume_filters,
+                (
+                    dw_0, dw_1, dw_2, dw_3, dw_4, dw_5, dw_6, dw_7, a_bufs, b_bufs, y_bufs, full,
+                    empty, order, sizes, BRANCHES, COUNT, CHANNELS_LAST, TMA_STORE, PINGPONG,
+                    BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_M, BLOCK_N, STAGES, 0
+                ),
+            ),
+            (
+                consume_filters,
+                (
+                    dw_0, dw_1, dw_2, dw_3, dw_4, dw_5, dw_6, dw_7, a_bufs, b_bufs, y_bufs, full,
+                    empty, order, sizes, BRANCHES, COUNT, CHANNELS_LAST, TMA_STORE, PINGPONG,
+                    BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_M, BLOCK_N, STAGES, 1
+                ),
+            ),
+            (
+                produce_filters,
+                (
+                    x, dy, a_bufs, b_bufs, full, empty, sizes, BRANCHES, COUNT, BLOCK_IMG, BLOCK_P,
+                    BLOCK_Q, BLOCK_M, BLOCK_N, STAGES
+                ),
+            ),
+        ],
+        [4, 1],
+        [240, 24],
+    )
