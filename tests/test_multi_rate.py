@@ -11,6 +11,7 @@ from torch.nn import functional as F
 import tridil
 from tridil import cost_model, devices, multi_rate_conv1d, multi_rate_conv2d
 from tridil.branches import Branches
+from tridil.families import hopper
 from tridil.problem import PASSES, Problem
 
 
@@ -390,9 +391,11 @@ def test_work_is_that_of_the_branches():
 
 @pytest.mark.parametrize("target", ["cuda:80", "cuda:90"])
 @pytest.mark.parametrize("n", [1, 4])
-def test_deeplab_is_predicted_to_gain(target, n):
+def test_deeplab_is_predicted_to_gain(target, n, monkeypatch):
     """Forward and backward together, against the branches one by one as the kernels run them."""
-    device, branches = devices.of_target(target), deeplab(n)
+    # what runs is not asked here, and answers are kept by device
+    monkeypatch.setattr(hopper, "unavailable", lambda t: None if t == "cuda:90" else "other target")
+    device, branches = replace(devices.of_target(target), name="predicted"), deeplab(n)
     together = apart = 0
     for pass_ in PASSES:
         together += cost_model.best_of_branches(branches, pass_, device)[1]
@@ -400,7 +403,7 @@ def test_deeplab_is_predicted_to_gain(target, n):
             cost_model.predict(p, pass_, cost_model.best(p, pass_, device), device).seconds
             for p in branches.problems
         )
-    assert together <= 0.8 * apart
+    assert together <= 0.75 * apart
 
 
 def test_launches_of_deeplabs_head():

@@ -781,7 +781,14 @@ class Gemm(Family):
             axes = branch.axes(pass_)[0]
             total, most = self._steps(branch, pass_, c, tile, axes, flat)
             count = self._programs(branch, pass_, c, tile, axes, flat)
-            rows.append((count, total * step, most / c["SPLIT_K"] * step, total / count * step))
+            latest = (
+                total / count
+                if pass_ == "wgrad"
+                else least_steps(axes[0], c["BLOCK_P"])
+                * least_steps(axes[1], c["BLOCK_Q"])
+                * -(-channels(branch, pass_)[2] // tile[2])
+            )
+            rows.append((count, total * step, most / c["SPLIT_K"] * step, latest * step))
         fit, alone = self.resident(problem, pass_, c, tile, device), self.alone(c)
         waves = self.branch_waves(branches, pass_, configs, step, rows, fit, alone, device)
         hertz, dram_rate = device.clock * 1e9, device.dram * 1e9 * assumed.DRAM
@@ -800,16 +807,16 @@ class Gemm(Family):
     def branch_waves(
         self, branches: Branches, pass_: str, configs, step, rows, fit, alone, device: Device
     ) -> np.ndarray:
-        """`waves` of all branches, of which those with the longest programs come first. rows: of each
-        branch (programs, clocks in sum, of the longest, of the mean), arrays over configs; step:
-        clocks of one."""
-        counts, totals, most, means = (np.array(column) for column in zip(*rows))
-        return (
-            waves_of(counts[0], totals.sum(0), most.sum(0), device.sms, fit, alone)
-            if branches.adds(pass_)
-            else waves_of(
-                counts.sum(0), totals.sum(0), most.max(0), device.sms, fit, alone, means.min(0)
+        """`waves` of all branches, of which those with the longest programs come first, and of their
+        tiles those in the middle. rows: of each branch (programs, clocks in sum, of the longest, of
+        the one that comes last), arrays over configs; step: clocks of one."""
+        counts, totals, most, latest = (np.array(column) for column in zip(*rows))
+        if branches.adds(pass_):
+            return waves_of(
+                counts[0], totals.sum(0), most.sum(0), device.sms, fit, alone, latest.sum(0)
             )
+        return waves_of(
+            counts.sum(0), totals.sum(0), most.max(0), device.sms, fit, alone, latest.min(0)
         )
 
 
@@ -927,6 +934,13 @@ def heaviest_first(branches: Branches, pass_: str) -> list[int]:
         "wgrad": lambda problem: problem.useful_macs / prod(problem.w_shape),
     }[pass_]
     return sorted(range(len(branches.problems)), key=lambda i: -weight(branches.problems[i]))
+
+
+def least_steps(axis: Axis, sizes: np.ndarray) -> np.ndarray:
+    """The fewest taps that are live for a block of so many outputs."""
+    unique, at = np.unique(sizes, return_inverse=True)
+    blocks = axis.live_blocks(unique)
+    return (blocks >= -(-axis.out // unique)).sum(0)[at]
 
 
 def branch_geometry(branches: Branches, pass_: str, order: list[int]) -> tuple[int, ...]:

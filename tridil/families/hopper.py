@@ -576,27 +576,32 @@ class HopperFamily(Gemm):
         """Programs take the tiles to and fro, in the kernel's order."""
         found = []
         for config, clocks in zip(configs, step.tolist()):
-            walks = []
-            for i in heaviest_first(branches, pass_):
-                p = branches.problems[i]
-                axes, reduced = p.axes(pass_)[0], channels(p, pass_)[2]
-                tiles = Gemm.programs(self, p, pass_, config, axes)
-                sides = zip(axes, (config.BLOCK_P, config.BLOCK_Q))
-                walked = np.outer(
-                    *(steps_in_order(a, n, pass_ == "wgrad") for a, n in sides)
-                ).ravel()
-                if pass_ == "wgrad":
-                    images = -(-p.n // config.BLOCK_IMG)
-                    walks.append(np.repeat(walked, tiles // len(walked)) * images)
-                else:
-                    blocks = -(-reduced // config.BLOCK_K)
-                    walks.append(grouped(walked, p, pass_, config) * blocks)
+            walks = self._walks(branches, pass_, config)
             walk = sum(walks) if branches.adds(pass_) else np.concatenate(walks)
             turn, place = np.divmod(np.arange(len(walk)), config.PROGRAMS)
             program = np.where(turn % 2, config.PROGRAMS - 1 - place, place)
             tile = assumed.HOPPER_TILE[config.PINGPONG]
             found.append(np.bincount(program, walk * clocks + tile).max() + assumed.PROGRAM)
         return np.array(found)
+
+    def _walks(self, branches: Branches, pass_: str, config: Hopper) -> list[np.ndarray]:
+        """Steps of the tiles in the kernels' order: of each branch, of wgrad of each tap."""
+        if pass_ == "wgrad":
+            tiles = [
+                p.groups
+                * -(-(p.k // p.groups) // config.BLOCK_M)
+                * -(-(p.c // p.groups) // config.BLOCK_N)
+                for p in branches.problems
+            ]
+            return [np.full(tiles[i], much) for i, _, much in taps_in_order(branches, config)]
+        walks = []
+        for i in heaviest_first(branches, pass_):
+            p = branches.problems[i]
+            sides = zip(p.axes(pass_)[0], (config.BLOCK_P, config.BLOCK_Q))
+            walked = np.outer(*(steps_in_order(axis, side, False) for axis, side in sides)).ravel()
+            blocks = -(-channels(p, pass_)[2] // config.BLOCK_K)
+            walks.append(grouped(walked, p, pass_, config) * blocks)
+        return walks
 
     def branch_plan(
         self, branches: Branches, pass_: str, config: Hopper, precision: str, has_bias: bool
@@ -676,13 +681,21 @@ class HopperFamily(Gemm):
             box = self.stored(config, q, "wgrad")
             dw = Box(shape, (to[0], to[2], to[3], to[1]), box, 0, WIDTH)
             out.append((name, role, dw if store else None))
+        place = {i: at for at, i in enumerate(order)}
+        sequence = [(place[i], tap) for i, tap, _ in taps_in_order(branches, config)]
         return [
             launch(
                 "hopper:wgrad_hopper_branches",
                 programs,
                 (("x", "b", replace(x, swizzle=WIDTH)), ("dy", "a", dy), *out),
                 scalars,
-                constexprs | dict(CHANNELS_LAST=store, TMA_STORE=store),
+                constexprs
+                | dict(
+                    CHANNELS_LAST=store,
+                    TMA_STORE=store,
+                    SEQUENCE=tuple(value for pair in sequence for value in pair),
+                    TAPS=len(sequence),
+                ),
                 config.options(),
             )
         ]
@@ -701,6 +714,17 @@ def wrong_dtype(problem: Problem, pass_: str) -> str | None:
             f"got {problem.dtype} in {pass_}"
         )
     return None
+
+
+def taps_in_order(branches: Branches, config: Reduction) -> list[tuple[int, int, int]]:
+    """(branch, tap, steps of its tiles) of all filters, the longest first."""
+    found = []
+    for i, p in enumerate(branches.problems):
+        sides = zip(p.fprop_axes, (config.BLOCK_P, config.BLOCK_Q))
+        steps = np.outer(*(steps_in_order(axis, side, True) for axis, side in sides)).ravel()
+        images = -(-p.n // config.BLOCK_IMG)
+        found += [(i, tap, int(much) * images) for tap, much in enumerate(steps)]
+    return sorted(found, key=lambda item: -item[2])
 
 
 def stores_boxes(config: Hopper, problem: Problem, pass_: str) -> bool:

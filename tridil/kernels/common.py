@@ -121,6 +121,12 @@ def output_tile(
 
 
 @triton.jit
+def from_middle(i, count):
+    """The i-th of `count` blocks from the middle outwards: most taps are live there."""
+    return (count - 1) // 2 + tl.where(i % 2 == 1, i // 2 + 1, -(i // 2))
+
+
+@triton.jit
 def split_steps(split, nr, ns, blocks, SPLIT_K, IS_SPLIT: tl.constexpr):
     """(count, r, s, c): how many of the nr*ns*blocks (live tap, channel block) steps split z of
     SPLIT_K walks, and its first one."""

@@ -19,6 +19,7 @@ from .common import (
     box_pixels,
     branches_metadata,
     dot,
+    from_middle,
     launch_metadata,
     live_taps,
     load_masked,
@@ -419,6 +420,8 @@ def correlate_branches(
         _, g, img, p0, q0, n0 = output_tile(
             pid, N, P, Q, BRANCHES[1], G, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_N, False
         )
+        p0 = from_middle(p0 // BLOCK_P, tl.cdiv(P, BLOCK_P)) * BLOCK_P
+        q0 = from_middle(q0 // BLOCK_Q, tl.cdiv(Q, BLOCK_Q)) * BLOCK_Q
         acc = tl.zeros((PIXELS, BLOCK_N), ACC)
         for b in tl.static_range(COUNT):
             acc = accumulate_branch(
@@ -444,6 +447,8 @@ def correlate_branches(
                     pid - first, N, P, Q, BRANCHES[10 * b + 1], G, BLOCK_IMG, BLOCK_P, BLOCK_Q,
                     BLOCK_N, False
                 )
+                p0 = from_middle(p0 // BLOCK_P, tl.cdiv(P, BLOCK_P)) * BLOCK_P
+                q0 = from_middle(q0 // BLOCK_Q, tl.cdiv(Q, BLOCK_Q)) * BLOCK_Q
                 acc = accumulate_branch(
                     tl.zeros((PIXELS, BLOCK_N), ACC), x_ptr, filters[b], g, img, p0, q0, n0, N, H,
                     W, P, Q, G, CHANNELS, stride_h, stride_w, BRANCHES[10 * b],

@@ -26,6 +26,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from .common import (
     RUNTIME,
     branches_metadata,
+    from_middle,
     launch_metadata,
     live_outputs,
     live_taps,
@@ -119,8 +120,8 @@ def correlation_tile(
     q = t % tiles_q
     p = t // tiles_q
     if not STREAM:  # from the middle outwards
-        p = (tiles_p - 1) // 2 + tl.where(p % 2 == 1, p // 2 + 1, -(p // 2))
-        q = (tiles_q - 1) // 2 + tl.where(q % 2 == 1, q // 2 + 1, -(q // 2))
+        p = from_middle(p, tiles_p)
+        q = from_middle(q, tiles_q)
     p0 = p * BLOCK_P
     q0 = q * BLOCK_Q
     r_lo, nr = live_taps(p0, tl.minimum(p0 + BLOCK_P, P) - 1, H, off_h, 1, dil_h, R)
@@ -1086,7 +1087,7 @@ def correlate_hopper_branches(
 @gluon.jit
 def consume_filters(
     dw_0, dw_1, dw_2, dw_3, dw_4, dw_5, dw_6, dw_7, a_bufs, b_bufs, y_bufs, full, empty, order,
-    sizes, BRANCHES: gl.constexpr, COUNT: gl.constexpr, CHANNELS_LAST: gl.constexpr,
+    sizes, BRANCHES: gl.constexpr, COUNT: gl.constexpr, SEQUENCE: gl.constexpr, TAPS: gl.constexpr, CHANNELS_LAST: gl.constexpr,
     TMA_STORE: gl.constexpr, PINGPONG: gl.constexpr, BLOCK_IMG: gl.constexpr,
     BLOCK_P: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr, ME: gl.constexpr,
@@ -1111,9 +1112,13 @@ def consume_filters(
     tile = gl.program_id(0)
     step = 2 * (gl.num_programs(0) - 1 - tile) + 1
     while tile < tiles:
-        branch, i0, i1, i2, i3, steps = find_reduction(
-            tile, sizes, BRANCHES, COUNT, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_M, BLOCK_N
+        branch, inner, geo, c0, y0 = find_filter(
+            tile, sizes, BRANCHES, SEQUENCE, TAPS, BLOCK_M, BLOCK_N
         )
+        g, k0, i3, i1, i2, p_lo, q_lo, boxes_p, boxes_q, steps = reduction_tile(
+            inner, geo, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_M, BLOCK_N
+        )
+        i0 = g * field(branch, BRANCHES, 1) + k0
         mine = True
         if PINGPONG:
             mine = turn == ME
@@ -1155,50 +1160,54 @@ def store_filter(
 
 
 @triton.jit
-def find_reduction(
-    tile, sizes, BRANCHES: tl.constexpr, COUNT: tl.constexpr, BLOCK_IMG: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+def find_filter(
+    tile, sizes, BRANCHES: tl.constexpr, SEQUENCE: tl.constexpr, TAPS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
-    """(branch, row, tap (r, s), column, steps) of a tile of all branches' filters."""
+    """(branch, tile of its filter, its `geo`, the first channels of x and dy that it reads) of a
+    tile of all branches' filters. SEQUENCE: branch and tap of the walk, TAPS pairs, the longest
+    first."""
     N, H, W, P, Q, G, GROUP = sizes
     branch = tile * 0
-    i0 = branch
-    i1 = branch
-    i2 = branch
-    i3 = branch
-    steps = branch
-    for b in tl.static_range(COUNT):
-        first = tiles_before(
-            sizes, b, BRANCHES, False, True, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_M, BLOCK_N
+    tap = branch
+    inner = branch  # of the tap's tiles
+    first = branch
+    for i in tl.static_range(TAPS):
+        count = (
+            tl.cdiv(BRANCHES[10 * SEQUENCE[2 * i] + 1], BLOCK_M)
+            * tl.cdiv(BRANCHES[10 * SEQUENCE[2 * i]], BLOCK_N) * G
         )
-        last = tiles_before(
-            sizes, b + 1, BRANCHES, False, True, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_M, BLOCK_N
-        )
-        geo = (
-            N, H, W, P, Q, BRANCHES[10 * b], BRANCHES[10 * b + 1], G, BRANCHES[10 * b + 2],
-            BRANCHES[10 * b + 3], BRANCHES[10 * b + 6], BRANCHES[10 * b + 7], BRANCHES[10 * b + 8],
-            BRANCHES[10 * b + 9], 0, 0
-        )
-        g, k0, n0, r, s, p_lo, q_lo, boxes_p, boxes_q, much = reduction_tile(
-            tile - first, geo, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_M, BLOCK_N
-        )
-        mine = (tile >= first) & (tile < last)
-        branch = tl.where(mine, b, branch)
-        i0 = tl.where(mine, g * BRANCHES[10 * b + 1] + k0, i0)
-        i1 = tl.where(mine, r, i1)
-        i2 = tl.where(mine, s, i2)
-        i3 = tl.where(mine, n0, i3)
-        steps = tl.where(mine, much, steps)
-    return branch, i0, i1, i2, i3, steps
+        mine = (tile >= first) & (tile < first + count)
+        branch = tl.where(mine, SEQUENCE[2 * i], branch)
+        tap = tl.where(mine, SEQUENCE[2 * i + 1], tap)
+        inner = tl.where(mine, tile - first, inner)
+        first += count
+    C = field(branch, BRANCHES, 0)
+    K = field(branch, BRANCHES, 1)
+    geo = (
+        N, H, W, P, Q, C, K, G, field(branch, BRANCHES, 2), field(branch, BRANCHES, 3),
+        field(branch, BRANCHES, 6), field(branch, BRANCHES, 7), field(branch, BRANCHES, 8),
+        field(branch, BRANCHES, 9), 0, 0
+    )
+    inner += tap * (tl.cdiv(K, BLOCK_M) * tl.cdiv(C, BLOCK_N) * G)
+    return branch, inner, geo, field(branch, BRANCHES, 4), field(branch, BRANCHES, 5)
+
+
+@triton.jit
+def field(branch, BRANCHES: tl.constexpr, FIELD: tl.constexpr):
+    """An entry of BRANCHES."""
+    value = branch * 0 + BRANCHES[FIELD]
+    for b in tl.static_range(1, len(BRANCHES) // 10):
+        value = tl.where(branch == b, BRANCHES[10 * b + FIELD], value)
+    return value
 
 
 @gluon.jit
 def produce_filters(
-    x, dy, a_bufs, b_bufs, full, empty, sizes, BRANCHES: gl.constexpr, COUNT: gl.constexpr,
+    x, dy, a_bufs, b_bufs, full, empty, sizes, BRANCHES: gl.constexpr, COUNT: gl.constexpr, SEQUENCE: gl.constexpr, TAPS: gl.constexpr,
     BLOCK_IMG: gl.constexpr, BLOCK_P: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
 ):
-    N, H, W, P, Q, G, GROUP = sizes
     stage = 0
     phase = 1
     tiles = tiles_before(
@@ -1207,32 +1216,20 @@ def produce_filters(
     tile = gl.program_id(0)
     step = 2 * (gl.num_programs(0) - 1 - tile) + 1
     while tile < tiles:
-        for b in gl.static_range(COUNT):
-            first = tiles_before(
-                sizes, b, BRANCHES, False, True, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_M, BLOCK_N
-            )
-            last = tiles_before(
-                sizes, b + 1, BRANCHES, False, True, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_M, BLOCK_N
-            )
-            geo = (
-                N, H, W, P, Q, BRANCHES[10 * b], BRANCHES[10 * b + 1], G, BRANCHES[10 * b + 2],
-                BRANCHES[10 * b + 3], BRANCHES[10 * b + 6], BRANCHES[10 * b + 7],
-                BRANCHES[10 * b + 8], BRANCHES[10 * b + 9], 0, 0
-            )
-            # of other branches no step
-            much = gl.where((tile >= first) & (tile < last), 2147483647, 0)
-            _, stage, phase = produce_boxes_of(
-                x, dy, a_bufs, b_bufs, full, empty, geo, tile - first, 0, much,
-                BRANCHES[10 * b + 4], BRANCHES[10 * b + 5], stage, phase, BLOCK_IMG, BLOCK_P,
-                BLOCK_Q, BLOCK_M, BLOCK_N, STAGES
-            )
+        branch, inner, geo, c0, y0 = find_filter(
+            tile, sizes, BRANCHES, SEQUENCE, TAPS, BLOCK_M, BLOCK_N
+        )
+        _, stage, phase = produce_boxes_of(
+            x, dy, a_bufs, b_bufs, full, empty, geo, inner, 0, 2147483647, c0, y0, stage, phase,
+            BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_M, BLOCK_N, STAGES
+        )
         tile, step = next_tile(tile, step)
 
 
 @gluon.jit(do_not_specialize=RUNTIME, launch_metadata=branches_metadata)
 def wgrad_hopper_branches(
     x, dy, dw_0, dw_1, dw_2, dw_3, dw_4, dw_5, dw_6, dw_7, N, H, W, P, Q, G, BRANCHES: gl.constexpr,
-    COUNT: gl.constexpr, CHANNELS_LAST: gl.constexpr, TMA_STORE: gl.constexpr,
+    COUNT: gl.constexpr, SEQUENCE: gl.constexpr, TAPS: gl.constexpr, CHANNELS_LAST: gl.constexpr, TMA_STORE: gl.constexpr,
     PINGPONG: gl.constexpr, BLOCK_IMG: gl.constexpr, BLOCK_P: gl.constexpr, BLOCK_Q: gl.constexpr,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
 ):
@@ -1245,7 +1242,7 @@ def wgrad_hopper_branches(
                 consume_filters,
                 (
                     dw_0, dw_1, dw_2, dw_3, dw_4, dw_5, dw_6, dw_7, a_bufs, b_bufs, y_bufs, full,
-                    empty, order, sizes, BRANCHES, COUNT, CHANNELS_LAST, TMA_STORE, PINGPONG,
+                    empty, order, sizes, BRANCHES, COUNT, SEQUENCE, TAPS, CHANNELS_LAST, TMA_STORE, PINGPONG,
                     BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_M, BLOCK_N, STAGES, 0
                 ),
             ),
@@ -1253,14 +1250,14 @@ def wgrad_hopper_branches(
                 consume_filters,
                 (
                     dw_0, dw_1, dw_2, dw_3, dw_4, dw_5, dw_6, dw_7, a_bufs, b_bufs, y_bufs, full,
-                    empty, order, sizes, BRANCHES, COUNT, CHANNELS_LAST, TMA_STORE, PINGPONG,
+                    empty, order, sizes, BRANCHES, COUNT, SEQUENCE, TAPS, CHANNELS_LAST, TMA_STORE, PINGPONG,
                     BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_M, BLOCK_N, STAGES, 1
                 ),
             ),
             (
                 produce_filters,
                 (
-                    x, dy, a_bufs, b_bufs, full, empty, sizes, BRANCHES, COUNT, BLOCK_IMG, BLOCK_P,
+                    x, dy, a_bufs, b_bufs, full, empty, sizes, BRANCHES, COUNT, SEQUENCE, TAPS, BLOCK_IMG, BLOCK_P,
                     BLOCK_Q, BLOCK_M, BLOCK_N, STAGES
                 ),
             ),
