@@ -227,7 +227,8 @@ def test_command_line():
         "cpu",
     )
     assert out.returncode == 0 and out.stdout.count("dense 9.664 GMACs") == 3
-    assert out.stdout.count("kernel tma (cuda:90 loads boxes of the image by descriptor)") == 3
+    # hopper, where this process can compile it
+    assert len(re.findall(r"kernel (tma|hopper) \(.*cuda:90", out.stdout)) == 3
     out = run(
         "explain",
         "--shape",

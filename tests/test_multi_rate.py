@@ -417,3 +417,34 @@ def test_launches_of_deeplabs_head():
             plan = families.of(config.kernel).branch_plan(deeplab(), pass_, config, "ieee", False)
             counts.append(len(plan))
         assert counts[0] == 1 and sum(counts[1:]) <= 3
+
+
+def test_the_table_of_branches(capsys, monkeypatch, device, seed):
+    """perf/branches.py: without a GPU predictions for a target; with one times and a verdict."""
+    table = pytest.importorskip("branches")
+    assert table.main(["--target", "cuda:80", "--batch", "1"]) == 0
+    text = capsys.readouterr().out
+    assert "predicted and counted for NVIDIA A100" in text and "ESPNet-C level2 ESP" in text
+    for bad in (["--target", "cuda:70"], ["--batch", "0"], ["--measure", "--target", "cuda:80"]):
+        with pytest.raises(SystemExit) as stopped:
+            table.main(bad)
+        assert stopped.value.code == 2
+
+    class Gpu(table.tuner.Gpu):
+        def milliseconds(self, run, a, b):
+            run(a, b)
+            return 1.0
+
+    gpu, small = Gpu(device), aspp(c=16, k=16, size=7, rates=(2, 0))
+    for pass_ in PASSES:
+        row, config = table.row_of("small", small, pass_, gpu.target)
+        found = table.measured(small, pass_, config, gpu)
+        assert row["launches"] >= 1 and found["right"] and found["measured_aten_us"] == 1000
+
+
+def test_sets_of_real_networks():
+    from tridil import workloads
+
+    found = workloads.branches()
+    assert {len(b.problems) for b in found.values()} == {3, 4, 5}
+    assert sum(bool(b.apart("fprop")) for b in found.values()) == 0

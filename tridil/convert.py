@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
 
-from . import functional
+from . import aspp, functional
 from .drivers import BACKENDS
 from .module import DilatedConv1d, DilatedConv2d, _Dilated, mark_leaf, run
 from .problem import DTYPE_BYTES, Problem, pair, single, to_int
@@ -28,16 +28,19 @@ FUNCTIONS = {
 
 @dataclass
 class Report:
-    """What `convert` did: names of the replaced layers, and for every other convolution layer the
-    reason. print() shows a table."""
+    """What `convert` did: names of the replaced layers, of heads whose branches were joined, and for
+    every other convolution layer, and head where branches were asked for, the reason. print() shows
+    a table."""
 
     replaced: list[str] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
+    joined: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
         rows = [
             ("layer", "tridil"),
             *((name, "yes") for name in self.replaced),
+            *self.joined.items(),
             *((name, f"no: {why}") for name, why in self.skipped.items()),
         ]
         width = max(len(name) for name, _ in rows)
@@ -50,6 +53,7 @@ def convert(
     min_dilation: int = 2,
     predicate: Callable[[str, nn.Module], bool] | None = None,
     backend: str = "auto",
+    branches: bool = False,
 ) -> Report:
     """Turn, in place, the `nn.Conv2d` and `nn.Conv1d` layers of `model` (itself included) into
     `DilatedConv2d` and `DilatedConv1d`.
@@ -63,6 +67,10 @@ def convert(
     nn.Conv1d; others are left alone but for those that `predicate` names: they keep their code,
     whose calls of F.conv2d or F.conv1d run as `dilated_conv2d` or `dilated_conv1d`. backend is that
     of the layers, also of those converted before.
+
+    branches=True also joins the parallel branches of the ASPP heads of torchvision and
+    segmentation_models_pytorch: their convolutions run in one launch a pass (`multi_rate_conv2d`),
+    what follows in each branch as before. Parameters and state_dict stay what they are.
 
     Raises TypeError and ValueError for arguments that are none of these, before anything is
     changed.
@@ -101,11 +109,21 @@ def convert(
             module._converted = True
             mark_leaf(module)
         module.backend = backend
+    if branches:
+        for name, module in model.named_modules():
+            if aspp.is_known(module):
+                reason = None if aspp.is_joined(module) else aspp.reason(module)
+                if reason is None:
+                    aspp.join(module, backend)
+                    count = len(aspp.dense(module))
+                    report.joined[name] = f"{count} of {len(module.convs)} branches in one launch"
+                else:
+                    report.skipped[name] = f"branches stay apart: {reason}"
     return report
 
 
 def revert(model: nn.Module) -> list[str]:
-    """Undo `convert`, in place; names of the layers that are plain again. Layers built as
+    """Undo `convert`, in place; names of the layers and heads that are plain again. Layers built as
     DilatedConv2d or DilatedConv1d stay.
 
     Raises ValueError, before anything is changed, where something derived a class from that of a
@@ -113,6 +131,7 @@ def revert(model: nn.Module) -> list[str]:
     """
     _check_model(model)
     plain = {tridil: plain for plain, tridil in LAYERS.items()}
+    joined = {name: module for name, module in model.named_modules() if aspp.is_joined(module)}
     converted = {
         name: module for name, module in model.named_modules() if "_converted" in module.__dict__
     }
@@ -128,7 +147,9 @@ def revert(model: nn.Module) -> list[str]:
         for attribute in ("backend", "_converted", "__module__"):
             module.__dict__.pop(attribute, None)
         _become(module, cls)
-    return list(converted)
+    for module in joined.values():
+        aspp.part(module)
+    return [*converted, *joined]
 
 
 def scan(model: Callable[..., Any], *inputs: Any, **kwargs: Any) -> Counter[Problem]:

@@ -297,7 +297,7 @@ def run(pass_, a, b, bias, x_shape, w_shapes, geometry):
     with torch.cuda.device(a.device) if a.is_cuda else nullcontext():
         config = _config(branches, pass_, a, auto)
         if config is None:
-            return _one_by_one(branches, pass_, a, b, bias, auto)
+            return one_by_one(branches, pass_, a, b, bias, partial(_of_branch, pass_, auto))
         from . import launch  # imports Triton
 
         precision = _precision(a)
@@ -333,18 +333,19 @@ def _config(branches: Branches, pass_, a, auto):
     return _configs[key]
 
 
-def _one_by_one(branches: Branches, pass_, a, b, bias, auto):
-    """The same by the passes of each branch."""
-    count, nhwc = len(branches.problems), branches.first.layout == "nhwc"
+def _of_branch(pass_, auto, p: Problem, a, b, bias):
+    geometry = p.stride, (*p.padding[0], *p.padding[1]), p.dilation, p.groups
+    nhwc = p.layout == "nhwc"
+    return passes.run(pass_, a, b, bias, p.x_shape, p.w_shape, geometry, nhwc, auto)
+
+
+def one_by_one(branches: Branches, pass_, a, b, bias, one):
+    """The same by one(problem, a, b, bias), the pass of a branch."""
+    count, problems = len(branches.problems), branches.problems
 
     def cut(t, begins, shared):
         sizes = [end - begin for begin, end in zip(begins, begins[1:])]
         return [t] * count if shared else t.split(sizes, 1)
-
-    def one(i, a, b, bias):
-        p = branches.problems[i]
-        geometry = p.stride, (*p.padding[0], *p.padding[1]), p.dilation, p.groups
-        return passes.run(pass_, a, b, bias, p.x_shape, p.w_shape, geometry, nhwc, auto)
 
     def join(results, adds):
         return reduce(torch.add, results) if adds else torch.cat(results, 1)
@@ -354,18 +355,14 @@ def _one_by_one(branches: Branches, pass_, a, b, bias, auto):
         xs = cut(a, branches.x_channels, branches.shared_input)
         biases = [None] * count
         if bias is not None:
-            biases = [bias, *biases[1:]] if adds else cut_bias(bias, branches)
-        return join([one(i, xs[i], b[i], biases[i]) for i in range(count)], adds)
+            biases = [bias, *biases[1:]] if adds else bias.split([p.k for p in problems])
+        return join([one(p, *rest) for p, *rest in zip(problems, xs, b, biases)], adds)
     dys = cut(a, branches.y_channels, adds)
     if pass_ == "dgrad":
-        results = [one(i, dys[i], b[i], None) for i in range(count)]
+        results = [one(p, dy, w, None) for p, dy, w in zip(problems, dys, b)]
         return join(results, branches.shared_input)
     xs = cut(b, branches.x_channels, branches.shared_input)
-    return [one(i, dys[i], xs[i], None) for i in range(count)]
-
-
-def cut_bias(bias, branches: Branches) -> Sequence[torch.Tensor]:
-    return bias.split([problem.k for problem in branches.problems])
+    return [one(p, dy, x, None) for p, dy, x in zip(problems, dys, xs)]
 
 
 def _fprop(x, w, bias, *geometry):

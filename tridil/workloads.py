@@ -8,6 +8,7 @@ import re
 from dataclasses import dataclass, replace
 from importlib.resources import files
 
+from .branches import Branches
 from .problem import Problem
 
 # about one layer per kind: dilated ResNet, ASPP (one with the dilation beyond the map, one on an
@@ -157,3 +158,34 @@ def suite(name: str, dtype: str = "float16", layout: str = "nhwc") -> list[Workl
         # the first of equal ones
         chosen = list({w.problem: w for w in reversed(chosen)}.values())[::-1]
     return chosen
+
+
+# parallel branches of the workloads: (model, beginning of the layers' names, whether they share
+# their input, whether a 1x1 convolution runs beside them)
+_PARALLEL = (
+    ("tv/deeplabv3_resnet50", "classifier.0.convs", True, True),
+    ("smp/DeepLabV3_r50", "decoder.aspp.convs", True, True),
+    ("mmseg/deeplabv3_r50-d8", "decode_head.aspp", True, True),
+    ("deeplab-os16 ASPP (paper rates)", "aspp", True, True),
+    ("deeplabv2_vgg16 ASPP-L", "fc6", True, False),
+    ("ESPNet-C", "level2 ESP", True, False),
+    ("ESPNet-C", "level3 ESP", True, False),
+    ("RegSeg exp49", "stage16 quarter", False, False),
+    ("smp/DeepLabV3Plus_r101", "decoder.aspp.0.convs", True, False),
+    ("timm/mixnet_l_os8", "blocks.5.0", False, False),
+)
+
+
+def branches(dtype: str = "float16", layout: str = "nhwc") -> dict[str, Branches]:
+    """Sets of parallel branches of the workloads by name: the ASPP of five DeepLabs, ESPNet's narrow
+    ones, RegSeg's per-group dilation, and two depthwise sets, which no kernel joins."""
+    found = {}
+    for model, layer, shared, has_1x1 in _PARALLEL:
+        problems = [
+            w.problem for w in load(dtype, layout) if w.model == model and w.layer.startswith(layer)
+        ]
+        if has_1x1:
+            first = problems[0]
+            problems.append(replace(first, r=1, s=1, padding=((0, 0), (0, 0)), dilation=(1, 1)))
+        found[f"{model} {layer}"] = Branches(tuple(problems), shared)
+    return found

@@ -1,0 +1,144 @@
+"""Heads of real networks with their branches in one launch: equal to the originals."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+import tridil
+from tridil import aspp
+
+
+@pytest.fixture(scope="module", autouse=True)
+def torchvision():
+    """torchvision also where its compiled part does not go with this torch: heads need nothing of
+    it, but the import asks for two operators."""
+    library = None
+    try:
+        import torchvision  # noqa: F401
+    except ImportError:
+        pass
+    except RuntimeError:
+        library = torch.library.Library("torchvision", "DEF")
+        for name in ("nms", "qnms"):
+            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    yield library
+
+
+def torchvision_head():
+    deeplabv3 = pytest.importorskip("torchvision.models.segmentation.deeplabv3")
+    head = deeplabv3.ASPP(16, (2, 4, 9), 8)
+    return nn.Sequential(nn.Conv2d(3, 16, 3, 4, 1), head, nn.Conv2d(8, 5, 1))
+
+
+def smp(name, **rest):
+    models = pytest.importorskip("segmentation_models_pytorch")
+    return getattr(models, name)(
+        "resnet18", encoder_weights=None, classes=5, decoder_channels=8, **rest
+    )
+
+
+MODELS = {
+    "torchvision head": torchvision_head,
+    "smp DeepLabV3": lambda: smp("DeepLabV3", decoder_atrous_rates=(2, 4, 9)),
+    "smp DeepLabV3+": lambda: smp("DeepLabV3Plus", decoder_aspp_separable=False),
+}
+
+
+def build(name, device, dtype=torch.float64):
+    torch.manual_seed(0)
+    model = MODELS[name]()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):  # drawn anew at each call
+            module.p = 0.0
+    return model.to(device, dtype)
+
+
+@pytest.mark.parametrize(
+    "name",
+    # encoders end in 512 channels, which the interpreter takes its time for
+    [
+        "torchvision head",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in list(MODELS)[1:]),
+    ],
+)
+def test_five_steps_are_those_of_the_original(name, backend, device):
+    """Outputs, gradients, running averages and parameters, through five steps of SGD."""
+    plain = build(name, device)
+    joined = copy.deepcopy(plain)
+    # nothing else: encoders are large
+    report = tridil.convert(joined, branches=True, backend=backend, min_dilation=99)
+    assert len(report.joined) == 1 and "4 of 5 branches in one launch" in str(report)
+    assert plain.state_dict().keys() == joined.state_dict().keys()
+    x = torch.randn(2, 3, 32, 32, device=device, dtype=torch.float64)
+    optimizers = [torch.optim.SGD(model.parameters(), lr=0.05) for model in (plain, joined)]
+    for _ in range(5):
+        outputs = []
+        for model, optimizer in zip((plain, joined), optimizers):
+            optimizer.zero_grad()
+            y = model(x)
+            y.square().mean().backward()
+            optimizer.step()
+            outputs.append(y.detach())
+        torch.testing.assert_close(*outputs)
+        grads = [[p.grad for p in model.parameters()] for model in (plain, joined)]
+        torch.testing.assert_close(*grads)
+    torch.testing.assert_close(dict(plain.state_dict()), dict(joined.state_dict()))
+    names = tridil.revert(joined)
+    assert set(report.joined) <= set(names)
+    assert [type(m) for m in joined.modules()] == [type(m) for m in plain.modules()]
+    plain.eval(), joined.eval()
+    torch.testing.assert_close(joined(x), plain(x))
+
+
+def test_one_call_runs_the_branches(device, monkeypatch):
+    """What the head calls is one multi_rate_conv2d with all four filters."""
+    model, calls = build("torchvision head", device), []
+    tridil.convert(model, branches=True)
+    run = aspp.multi_rate_conv2d
+    monkeypatch.setattr(
+        aspp, "multi_rate_conv2d", lambda x, w, *a, **k: calls.append(len(w)) or run(x, w, *a, **k)
+    )
+    model.eval()(torch.randn(1, 3, 16, 16, device=device, dtype=torch.float64))
+    assert calls == [4]
+
+
+def test_compiled_autocast_and_copies(device, backend):
+    model = build("torchvision head", device, torch.float32).eval()
+    x = torch.randn(1, 3, 16, 16, device=device)
+    expected = model(x)
+    tridil.convert(model, branches=True, backend=backend)
+    for same in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert aspp.is_joined(same[1])
+        torch.testing.assert_close(same(x), expected, rtol=1e-4, atol=1e-4)
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    again = torch.load(buffer, weights_only=False)
+    torch.testing.assert_close(again(x), expected, rtol=1e-4, atol=1e-4)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), expected, rtol=1e-4, atol=1e-4)
+    with torch.autocast(device.type, torch.bfloat16):
+        y = model(x)
+    torch.testing.assert_close(y.float(), expected, rtol=0.1, atol=0.1)
+    plain = build("torchvision head", device, torch.float32)
+    model.load_state_dict(plain.state_dict())
+    plain.load_state_dict(model.state_dict())
+
+
+def test_what_stays_apart(device):
+    model = build("smp DeepLabV3", device)
+    report = tridil.convert(model)
+    assert not report.joined and not any(map(aspp.is_joined, model.modules()))
+    separable = smp("DeepLabV3Plus")
+    report = tridil.convert(separable, branches=True)
+    assert not report.joined and "not dense convolutions" in str(report)
+    hooked = build("torchvision head", device)
+    hooked[1].convs[1][0].register_forward_hook(lambda *_: None)
+    assert "have hooks" in str(tridil.convert(hooked, branches=True))
+    twice = build("torchvision head", device)
+    first, second = (tridil.convert(twice, branches=True, backend=b) for b in ("auto", "aten"))
+    assert first.joined == second.joined and twice[1].backend == "aten"
