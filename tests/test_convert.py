@@ -198,7 +198,10 @@ def test_which_layers_are_converted(seed):
     assert after.keys() == parameters.keys() and all(
         after[name] is parameters[name] for name in parameters
     )
-    lines = str(report).splitlines()
+    text = str(report).splitlines()
+    assert text[1].split() == ["dilated", "yes"]
+    assert text[-1].startswith(f"3 of {3 + len(reasons)} convolution layers run")
+    lines = report.details().splitlines()
     assert len(lines) == 1 + 3 + len(reasons) and lines[1].split() == ["dilated", "yes"]
     assert lines[4].startswith("flat ") and "no: dilation 1" in lines[4]
 

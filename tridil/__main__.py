@@ -126,7 +126,18 @@ def parse_shape(text: str, dtype: str = "float16", layout: str = "nhwc") -> Prob
 
 
 def explain(args) -> int:
-    """What runs for one layer, and why."""
+    """What runs for one layer, or for a model, and why; what a model gains."""
+    if (args.shape is None) == (args.model is None):
+        raise ValueError("explain takes --shape for one layer, or --model for a network")
+    if args.model is not None:
+        model, inputs = model_and_input(args)
+        found = verdict.verdict_of(
+            verdict.counts_of(model, *inputs),
+            device_of(args.device) if torch.cuda.is_available() else None,
+            args.target or (None if torch.cuda.is_available() else drivers.target()),
+        )
+        print(verdict.verdict_text(found))
+        return 0
     problem = parse_shape(args.shape, args.dtype, args.layout)
     print(verdict.text_of(problem, device_of(args.device), args.backend, args.target))
     return 0
@@ -160,11 +171,43 @@ def passes_of(text: str) -> list[str]:
     return names
 
 
-def model_of(text: str) -> tuple:
-    """(module, *inputs) of "package.module:factory". Raises ValueError that says what is wrong."""
+def model_and_input(args) -> tuple[torch.nn.Module, tuple]:
+    """(model, inputs) of --model, with --input on the meta device: neither weights nor results take
+    memory or time. Raises ValueError that says what is wrong."""
+    if args.input is None:
+        model, *inputs = model_of(args.model)
+        return model, tuple(inputs)
+    try:
+        shape = tuple(map(int, args.input.split(",")))
+    except ValueError:
+        shape = ()
+    if len(shape) not in (2, 3, 4) or min(shape) < 1:
+        raise ValueError(f"--input takes sizes such as 8,3,512,512, got {args.input!r}")
+    with torch.device("meta"):
+        model = made(args.model, "a function that returns a module")
+    model = model[0] if isinstance(model, tuple) and model else model
+    if not isinstance(model, torch.nn.Module):
+        raise ValueError(f"{args.model} must return a module, got {type(model).__name__}")
+    dtype = getattr(torch, args.dtype)
+    last = args.layout == "nhwc" and len(shape) == 4
+    x = torch.empty(shape, dtype=dtype, device="meta")
+    if last:
+        x = x.contiguous(memory_format=torch.channels_last)
+    try:
+        model = model.to("meta", dtype)
+        model = model.to(memory_format=torch.channels_last) if last else model
+        model(x)
+    except Exception as e:  # it is the user's code
+        raise ValueError(
+            f"--model {args.model} does not run on --input {args.input}: {first_line(e)}"
+        ) from e
+    return model, (x,)
+
+
+def made(text: str, usage: str):
+    """What the factory of "package.module:factory" returns."""
     module, _, name = text.partition(":")
     sys.path.insert(0, os.getcwd())
-    usage = "a function that returns (module, inputs)"
     try:
         factory = getattr(importlib.import_module(module), name, None) if module and name else None
         subject = factory() if callable(factory) else None
@@ -173,6 +216,12 @@ def model_of(text: str) -> tuple:
         raise ValueError(f"--model {text}: {type(e).__name__}: {first_line(e)}") from e
     if not callable(factory):
         raise ValueError(f"--model takes package.module:factory, {usage}, got {text!r}")
+    return subject
+
+
+def model_of(text: str) -> tuple:
+    """(module, *inputs) of "package.module:factory". Raises ValueError that says what is wrong."""
+    subject = made(text, "a function that returns (module, inputs)")
     if not isinstance(subject, tuple) or len(subject) != 2:
         raise ValueError(f"{text} must return (module, inputs), got {type(subject).__name__}")
     module, inputs = subject
@@ -387,7 +436,6 @@ def main(argv=None) -> int:
         sub.set_defaults(run=run)
         sub.add_argument(
             "--shape",
-            required=name == "explain",
             help='e.g. "n=4 c=256 h=60 w=60 k=256 r=3 d=12"; also s, stride, pad, g',
         )
         sub.add_argument(
@@ -410,6 +458,13 @@ def main(argv=None) -> int:
                 "--suite", default="quick", help="suite of tridil.workloads: " + ", ".join(SUITES)
             )
             sub.add_argument("--passes", default=",".join(PASSES))
+    commands.choices["explain"].add_argument(
+        "--model",
+        help="package.module:factory, a function that returns a module (with --input) or (module, inputs)",
+    )
+    commands.choices["explain"].add_argument(
+        "--input", metavar="N,C,H,W", help="sizes of the model's input; nothing is computed"
+    )
     commands.choices["explain"].add_argument("--backend", default="auto", choices=drivers.BACKENDS)
     commands.choices["explain"].add_argument(
         "--device", help="torch device of the tensors (default: cuda if there is one)"

@@ -30,21 +30,41 @@ FUNCTIONS = {
 class Report:
     """What `convert` did: names of the replaced layers, of heads whose branches were joined, and for
     every other convolution layer, and head where branches were asked for, the reason. print() shows
-    a table."""
+    what was done and counts the reasons; `details` has a line for each layer."""
 
     replaced: list[str] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
     joined: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        rows = [
-            ("layer", "tridil"),
-            *((name, "yes") for name in self.replaced),
-            *self.joined.items(),
-            *((name, f"no: {why}") for name, why in self.skipped.items()),
-        ]
-        width = max(len(name) for name, _ in rows)
-        return "\n".join(f"{name:{width}}  {what}" for name, what in rows)
+        done = [("layer", "tridil"), *((name, "yes") for name in self.replaced)]
+        reasons = Counter(self.skipped.values())
+        total = len(self.replaced) + len(self.skipped)
+        return "\n".join(
+            [
+                *_table([*done, *self.joined.items()] if len(done) > 1 or self.joined else []),
+                *(f"{count} not: {why}" for why, count in reasons.most_common()),
+                f"{len(self.replaced)} of {total} convolution layers run as tridil's; what that gains: tridil.explain(model, *inputs)",
+            ]
+        )
+
+    def details(self) -> str:
+        """A line per layer, converted or not, and why."""
+        return "\n".join(
+            _table(
+                [
+                    ("layer", "tridil"),
+                    *((name, "yes") for name in self.replaced),
+                    *self.joined.items(),
+                    *((name, f"no: {why}") for name, why in self.skipped.items()),
+                ]
+            )
+        )
+
+
+def _table(rows: list[tuple[str, str]]) -> list[str]:
+    width = max((len(name) for name, _ in rows), default=0)
+    return [f"{name:{width}}  {what}" for name, what in rows]
 
 
 def convert(

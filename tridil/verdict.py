@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import nn
+from torch.utils._pytree import tree_map
 
 from . import choice, cost_model, drivers
 from . import config as cfg
+from .convert import scan
 from .functional import problem_of_tensors
 from .problem import PASSES, Problem
 
@@ -121,23 +125,222 @@ def macs_text(count: int) -> str:
     return f"{count} MACs"
 
 
-def explain(
-    input: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None = None,
-    stride: int | Sequence[int] = 1,
-    padding: int | str | Sequence[int] = 0,
-    dilation: int | Sequence[int] = 1,
-    groups: int = 1,
-    *,
-    backend: str = "auto",
-) -> list[dict[str, Any]]:
-    """Prints what `dilated_conv2d` runs for these arguments, and why: for each pass the backend,
-    the kernel, its config and where that came from, dense, useful and executed
-    multiply-accumulates, the measured or predicted time and what limits it. Returns the rows of
-    `rows_of`.
+# ---- whole models
+def counts_of(model: nn.Module, *inputs: Any, **kwargs: Any) -> Counter[Problem]:
+    """`scan` of a model on the meta device, where nothing is computed; as it is where that does not
+    work."""
+
+    def meta(t):
+        return t.to("meta") if isinstance(t, torch.Tensor) else t
+
+    state = {name: meta(t) for name, t in (*model.named_parameters(), *model.named_buffers())}
+    try:
+        return scan(
+            lambda *args, **kw: torch.func.functional_call(model, state, args, kw),
+            *tree_map(meta, inputs),
+            **tree_map(meta, kwargs),
+        )
+    # a model may make tensors of its own on a device, or look at values
+    except Exception:
+        return scan(model, *inputs, **kwargs)
+
+
+def verdict_of(
+    counts: Mapping[Problem, int], device=None, target: str | None = None
+) -> dict[str, Any]:
+    """What a model gains whose convolutions are these, each so often in a step.
+
+    rows: of each dilated convolution problem, count, share (of the dense multiply-accumulates of all
+    convolutions), per pass the backend that "auto" takes and why, kernels_ms, aten_ms and auto_ms of
+    all passes and all calls, label of the times ("measured", "predicted" where a part of them is).
+    share, gain and step_gain of the model: ATen's time over auto's, of the dilated convolutions, and
+    of all convolutions (others run through ATen); None where there is nothing dilated. undilated:
+    rows of depthwise layers of dilation 1 that auto would run through the kernels. advice: what to do
+    next, sentences.
     """
-    problem = problem_of_tensors(input, weight, bias, stride, padding, dilation, groups)
-    rows = rows_of(problem, input.device, backend)
-    print(text_of(problem, input.device, backend, rows=rows))
+    aim = target or drivers.target()
+    device = None if target else device
+    total = sum(count * problem.dense_macs for problem, count in counts.items())
+    rows, undilated, others = [], [], 0.0
+    for problem, count in counts.items():
+        taps = problem.r * problem.s
+        row = _row_of(problem, count, total, aim, device)
+        if max(problem.dilation) > 1:
+            rows.append(row)
+            continue
+        others += row["aten_ms"]
+        depthwise = problem.groups == problem.c > 1 and taps > 1
+        if depthwise and row["gain"] > 1 and "triton" in row["backends"].values():
+            undilated.append(row)
+    rows.sort(key=lambda row: -row["aten_ms"])
+    aten, auto = (sum(row[name] for row in rows) for name in ("aten_ms", "auto_ms"))
+    labels = {row["label"] for row in rows}
+    found = dict(
+        target=aim,
+        rows=rows,
+        undilated=undilated,
+        share=sum(row["share"] for row in rows),
+        gain=aten / auto if rows else None,
+        step_gain=(aten + others) / (auto + others) if rows else None,
+        label="predicted" if labels != {"measured"} else "measured",
+    )
+    return found | {"advice": _advice(found, aim)}
+
+
+def _row_of(problem: Problem, count: int, total: int, aim: str, device) -> dict[str, Any]:
+    precision = drivers.fp32_precision(aim) if problem.dtype == "float32" else "ieee"
+    row = dict(
+        problem=problem,
+        count=count,
+        share=count * problem.dense_macs / max(total, 1),
+        backends={},
+        why={},
+        kernels_ms=0.0,
+        aten_ms=0.0,
+        auto_ms=0.0,
+        copies_ms=0.0,
+        label="measured",
+    )
+    unfit = drivers.unfit(problem)
+    for pass_ in PASSES:
+        found = choice.decide(problem, pass_, aim, precision, device)
+        record = found.record or {}
+        aten = choice.aten_ms(record)
+        kernels = record.get("ms", 1e3 * found.prediction.seconds)
+        aten_ms = aten[0] if aten else 1e3 * found.cudnn
+        backend = "aten" if unfit else found.backend
+        row["backends"][pass_], row["why"][pass_] = backend, unfit or found.why
+        row["kernels_ms"] += count * kernels
+        row["aten_ms"] += count * aten_ms
+        row["auto_ms"] += count * (kernels if backend == "triton" else aten_ms)
+        if backend == "triton" and not record:
+            row["copies_ms"] += 1e3 * count * found.prediction.parts.get(cost_model.COPIES, 0.0)
+        if not record or not aten:
+            row["label"] = "predicted"
+    return row | {"gain": row["aten_ms"] / row["auto_ms"] if row["auto_ms"] else 1.0}
+
+
+def _advice(found: dict[str, Any], aim: str) -> list[str]:
+    rows, told = found["rows"], []
+    if not rows:
+        told.append("nothing here is dilated: nothing to convert")
+    elif not any("triton" in row["backends"].values() for row in rows):
+        told.append(f"nothing to gain: every pass stays with {choice.library(aim)}")
+    copies = sum(row["copies_ms"] for row in rows)
+    if copies:
+        told.append(
+            f"make the model and its input channels_last: that saves {copies:.4g} ms of copies a step"
+        )
+    elif any(row["problem"].layout == "nchw" and row["problem"].h > 1 for row in rows):
+        told.append("make the model and its input channels_last, and ask again")
+    if rows and found["label"] == "predicted":
+        told.append("these times are predicted; tridil.tune(model, *inputs) measures them on a GPU")
+    if found["undilated"]:
+        gain = sum(row["aten_ms"] - row["auto_ms"] for row in found["undilated"])
+        told.append(
+            f"{sum(row['count'] for row in found['undilated'])} depthwise layers of dilation 1 are predicted to gain {gain:.4g} ms, too: "
+            "convert(model, min_dilation=1, predicate=lambda name, layer: layer.groups > 1)"
+        )
+    return told
+
+
+def verdict_text(found: dict[str, Any]) -> str:
+    """`verdict_of` as people read it."""
+    library = choice.library(found["target"])
+    head = ("layer", "times", "MACs", *PASSES, "kernels ms", f"{library} ms", "auto ms", "gain", "")
+    lines = [head]
+    for row in found["rows"]:
+        kernels = {"triton": "kernels", "aten": library}
+        lines.append(
+            (
+                geometry(row["problem"]),
+                str(row["count"]),
+                f"{row['share']:.1%}",
+                *(kernels[row["backends"][pass_]] for pass_ in PASSES),
+                f"{row['kernels_ms']:.4g}",
+                f"{row['aten_ms']:.4g}",
+                f"{row['auto_ms']:.4g}",
+                f"{row['gain']:.2f}x",
+                row["label"],
+            )
+        )
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    text = [
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip()
+        for line in lines
+        if found["rows"]
+    ]
+    if found["rows"]:
+        text.append(
+            f"\n{len(found['rows'])} kinds of dilated layers, {found['share']:.1%} of the multiply-accumulates of all convolutions, "
+            f"target {found['target']}, forward and backward:\n"
+            f"  these layers run {found['gain']:.2f} times as fast as with {library} alone, {found['label']}"
+            f"{'' if found['label'] == 'measured' else f' ({library} estimated)'}\n"
+            f"  all convolutions {found['step_gain']:.2f} times; what is no convolution is not counted"
+        )
+    return "\n".join([*text, *(f"- {sentence}" for sentence in found["advice"])])
+
+
+def geometry(problem: Problem) -> str:
+    """A layer in a few words: `n4 c2048 60x60 k256 3x3 d12`."""
+
+    def pair(a, b):
+        return f"{a}" if a == b else f"{a},{b}"
+
+    rest = [f"d{pair(*problem.dilation)}"] if max(problem.dilation) > 1 else []
+    rest += [f"s{pair(*problem.stride)}"] if max(problem.stride) > 1 else []
+    rest += [f"g{problem.groups}"] if problem.groups > 1 else []
+    return (
+        f"n{problem.n} c{problem.c} {problem.h}x{problem.w} k{problem.k} {problem.r}x{problem.s} "
+        + " ".join([*rest, problem.dtype, problem.layout])
+    )
+
+
+def explain(
+    subject: torch.Tensor | Problem | Mapping[Problem, int] | nn.Module,
+    *args: Any,
+    backend: str = "auto",
+    target: str | None = None,
+    **kwargs: Any,
+) -> list[dict[str, Any]] | dict[str, Any]:
+    """Prints what runs, and why, and what it gains.
+
+    explain(input, weight, bias=None, stride=1, ...), the arguments of `dilated_conv2d`, or
+    explain(problem): for each pass the backend, the kernel, its config and where that came from,
+    dense, useful and executed multiply-accumulates, the measured or predicted time and what limits
+    it; returns the rows of `rows_of`.
+
+    explain(model, *inputs), or explain(counts) with what `scan` gives: for each dilated layer, and in
+    sum, its share of the multiply-accumulates, the backend that "auto" takes for each pass, the times
+    of the kernels and of ATen, the gain, and what to do next; returns `verdict_of`. The model is
+    traced on the meta device where it can be: nothing is computed, and no weight is changed.
+
+    target, like "cuda:90": the answer for a GPU of that kind, whatever is here; without it and
+    without a GPU it is for the one that `info` names. Raises TypeError for another subject, ValueError
+    for a target that nothing can be compiled for.
+    """
+    if target is not None:
+        drivers.check_target(target)
+    if isinstance(subject, nn.Module) or isinstance(subject, Mapping):
+        counts = counts_of(subject, *args, **kwargs) if callable(subject) else subject
+        if not all(isinstance(p, Problem) and isinstance(n, int) for p, n in counts.items()):
+            raise TypeError(
+                f"counts must map Problems to how often each runs, as tridil.scan gives, got {dict(counts)!r:.100}"
+            )
+        device = torch.device("cuda") if torch.cuda.is_available() else None
+        found = verdict_of(counts, device, target)
+        print(verdict_text(found))
+        return found
+    if isinstance(subject, torch.Tensor):
+        problem, device = problem_of_tensors(subject, *args, **kwargs), subject.device
+    elif isinstance(subject, Problem):
+        problem = subject
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        target = target or (None if torch.cuda.is_available() else drivers.target())
+    else:
+        raise TypeError(
+            f"explain takes a tensor and what dilated_conv2d takes, a Problem, a model or what scan gives, got {type(subject).__name__}"
+        )
+    rows = rows_of(problem, device, backend, target)
+    print(text_of(problem, device, backend, target, rows))
     return rows
