@@ -122,7 +122,9 @@ def parse_shape(text: str, dtype: str = "float16", layout: str = "nhwc") -> Prob
         dtype,
         layout,
     )
-    return replace(problem, h=one["h"], w=one["w"], padding=(pad[:2], pad[2:])) if four else problem
+    top, bottom, left, right = pad if four else (0, 0, 0, 0)
+    sides = (top, bottom), (left, right)
+    return replace(problem, h=one["h"], w=one["w"], padding=sides) if four else problem
 
 
 def explain(args) -> int:
@@ -195,7 +197,8 @@ def model_and_input(args) -> tuple[torch.nn.Module, tuple]:
         x = x.contiguous(memory_format=torch.channels_last)
     try:
         model = model.to("meta", dtype)
-        model = model.to(memory_format=torch.channels_last) if last else model
+        if last:
+            model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         model(x)
     except Exception as e:  # it is the user's code
         raise ValueError(

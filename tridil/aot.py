@@ -87,7 +87,8 @@ def sources(
             for name, role, box in item.tensors
         }
         # written as the JIT writes them: Triton's cache is keyed by their text
-        signature, attrs = {}, {}
+        signature: dict[str, str] = {}
+        attrs: dict[tuple, list] = {}
         for i, (name, parameter) in enumerate(zip(fn.arg_names, fn.params)):
             if name not in constants and name not in tensors and name not in scalars:
                 constants[name] = None  # of fewer branches than there may be
@@ -351,7 +352,7 @@ def _read_cubin(kernel, arch: int, tile, warps: int, nbytes: int) -> dict:
     # warps of their own for loads and products included
     threads = re.search(r"\.reqntid (\d+)", kernel.asm["ptx"])
     row = dict.fromkeys(LOOP) | sass.measure(text, arch, tile, warps, nbytes)
-    row["registers"] = int(re.search(r"REG:(\d+)", usage)[1])
+    row["registers"] = int(re.findall(r"REG:(\d+)", usage)[0])
     row["ctas_per_sm"] = sass.programs_per_sm(
         arch, row["registers"], int(threads[1]) if threads else 32 * warps, kernel.metadata.shared
     )
@@ -361,7 +362,7 @@ def _read_cubin(kernel, arch: int, tile, warps: int, nbytes: int) -> dict:
 def _read_amdgcn(text: str) -> dict:
     mma = Counter(re.findall(r"\b(v_mfma_\w+)", text))
     number = {
-        key: int(re.search(rf"\.{key}:\s*(\d+)", text)[1])
+        key: int(re.findall(rf"\.{key}:\s*(\d+)", text)[0])
         for key in ("vgpr_count", "vgpr_spill_count", "sgpr_spill_count")
     }
     return dict.fromkeys((*LOOP, "ctas_per_sm")) | dict(

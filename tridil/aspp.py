@@ -4,6 +4,7 @@ segmentation_models_pytorch. `convert(model, branches=True)` is what users call.
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 import torch
 from torch import nn
@@ -35,7 +36,7 @@ def is_joined(module: nn.Module) -> bool:
     return "_joined" in module.__dict__
 
 
-def dense(module: nn.Module) -> list[nn.Sequential]:
+def dense(module: Any) -> list[nn.Sequential]:
     """The branches that one launch runs: those that begin with a convolution of all channels."""
     return [
         branch
@@ -53,7 +54,7 @@ def reason(module: nn.Module) -> str | None:
         return "its forward was replaced on the object"
     if len(branches) < 2:
         return "its branches are not dense convolutions"
-    convs = [branch[0] for branch in branches]
+    convs: list[Any] = [branch[0] for branch in branches]
     if any(getattr(m, name) for m in (*branches, *convs) for name in _HOOKS):
         return "its branches have hooks, which would not be called"
     if any(
@@ -67,15 +68,16 @@ def reason(module: nn.Module) -> str | None:
     return None
 
 
-def join(module: nn.Module, backend: str) -> None:
+def join(module: Any, backend: str) -> None:
     """Makes the branches of a head run in one launch, in place."""
     if not is_joined(module):
-        module.__class__ = _joined_class(type(module))
+        cls: Any = type(module)
+        module.__class__ = _joined_class(cls)
         module._joined = True
     module.backend = backend
 
 
-def part(module: nn.Module) -> None:
+def part(module: Any) -> None:
     """Undoes `join`."""
     for attribute in ("_joined", "backend"):
         module.__dict__.pop(attribute, None)
@@ -86,7 +88,7 @@ def part(module: nn.Module) -> None:
 def _joined_class(cls: type) -> type:
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         branches = dense(self)
-        convs = [branch[0] for branch in branches]
+        convs: list[Any] = [branch[0] for branch in branches]
         y = multi_rate_conv2d(
             x,
             [conv.weight for conv in convs],
@@ -117,7 +119,7 @@ def _joined_class(cls: type) -> type:
         "__reduce_ex__": lambda self, protocol: (
             _new,
             (cls,),
-            *cls.__reduce_ex__(self, protocol)[2:],
+            *cls.__reduce_ex__(self, protocol)[2:],  # type: ignore[call-arg]
         ),
     }
     return type(cls)(f"Joined{cls.__name__}", (cls,), own)

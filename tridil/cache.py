@@ -68,7 +68,7 @@ def code(launches: Iterable[Launch]) -> str:
 
 @lru_cache
 def _source(module: str) -> str:
-    return Path(find_spec(module).origin).read_text(encoding="utf-8")
+    return Path(find_spec(module).origin).read_text(encoding="utf-8")  # type: ignore[union-attr,arg-type]
 
 
 @lru_cache(maxsize=1)

@@ -272,11 +272,11 @@ def decide_branches(
     apart = cost_model.around_branches(branches, pass_, spec)
     for problem in branches.problems:
         choice = decide(problem, pass_, target, precision, device)
-        kernels = choice.backend == "triton"
-        if choice.record and (known := choice.record["ms"] if kernels else aten_ms(choice.record)):
-            apart += (known if kernels else known[0]) / 1e3
+        record, aten = choice.record, aten_ms(choice.record) if choice.record else None
+        if choice.backend == "triton":
+            apart += record["ms"] / 1e3 if record else choice.prediction.seconds
         else:
-            apart += choice.prediction.seconds if kernels else choice.cudnn / assumed.MARGIN
+            apart += aten[0] / 1e3 if aten else choice.cudnn / assumed.MARGIN
     found = cost_model.best_of_branches(branches, pass_, spec, precision)
     return (None, apart, apart) if found is None else (*found, apart)
 

@@ -114,7 +114,7 @@ def to_json(config: Config) -> dict:
 
 def from_json(values: Mapping, pass_: str) -> Config:
     """The config of a pass that `to_json` wrote. Raises ValueError when it is none."""
-    wanted = families.of(values.get("kernel")).config_class(pass_)
+    wanted = families.of(values.get("kernel")).config_class(pass_)  # type: ignore[arg-type]
     if set(values) != set(wanted.names()):
         raise ValueError(
             f"a {pass_} config of {values['kernel']} has exactly the entries {sorted(wanted.names())}, got {sorted(values)}"

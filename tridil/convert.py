@@ -376,7 +376,7 @@ def _tridil_class(cls) -> type:
             "__reduce_ex__": lambda self, protocol: (
                 _new,
                 (cls,),
-                *super(LAYERS[base], self).__reduce_ex__(protocol)[2:],
+                *super(LAYERS[base], self).__reduce_ex__(protocol)[2:],  # type: ignore[arg-type,operator]
             ),
         },
     )

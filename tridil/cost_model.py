@@ -118,8 +118,8 @@ def best_of_branches(
             seconds = family.branch_seconds(branches, pass_, configs, device, precision)
             copied = _copies_of_branches(branches, pass_, family, device)
             found.append((float(seconds.min()) + copied, configs[int(seconds.argmin())]))
-    seconds, config = min(found, key=itemgetter(0), default=(0.0, None))
-    return config and (config, seconds)
+    best = min(found, key=itemgetter(0), default=None)
+    return best and (best[1], best[0])
 
 
 def _copies_of_branches(branches: Branches, pass_: str, family: Family, device: Device) -> float:

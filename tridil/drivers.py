@@ -138,7 +138,7 @@ def _serves(device_type: str) -> str | None:
 
 # torch.compile asks it and does not trace a driver: torch.compiler.assume_constant_result without
 # its import of the compiler
-_serves._dynamo_marked_constant = True
+setattr(_serves, "_dynamo_marked_constant", True)  # noqa: B010
 
 
 def choose(problem: Problem, device, backend: str = "auto") -> str:
@@ -186,11 +186,12 @@ def too_old(device_type: str, index: int | None) -> str | None:
     )
 
 
-too_old._dynamo_marked_constant = True
+setattr(too_old, "_dynamo_marked_constant", True)  # noqa: B010
 
 
 def fp32_precision(target: str) -> str:
     """ "tf32" or "ieee", as torch.backends.cudnn.conv.fp32_precision (and the older allow_tf32) say;
     of AMD's GPUs only gfx942 has tf32."""
-    allowed = target.startswith("cuda") or target == "hip:gfx942"
-    return "tf32" if allowed and torch.backends.cudnn.conv.fp32_precision == "tf32" else "ieee"
+    allowed, cudnn = target.startswith("cuda") or target == "hip:gfx942", torch.backends.cudnn
+    tf32 = cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]
+    return "tf32" if allowed and tf32 else "ieee"

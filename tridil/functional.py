@@ -307,7 +307,8 @@ def _refuse_torchscript():
     )
 
 
-dilated_conv2d.__prepare_scriptable__ = dilated_conv1d.__prepare_scriptable__ = _refuse_torchscript
+for _function in (dilated_conv2d, dilated_conv1d):
+    setattr(_function, "__prepare_scriptable__", _refuse_torchscript)  # noqa: B010
 
 
 def _dtype(input, weight, bias) -> tuple[torch.dtype, bool]:
@@ -361,7 +362,7 @@ def _to_onnx() -> bool:
     return False
 
 
-_to_onnx._dynamo_marked_constant = True
+setattr(_to_onnx, "_dynamo_marked_constant", True)  # noqa: B010
 
 
 def _run(x, weight, bias, problem: Problem, dtype, autocast, auto) -> torch.Tensor:
@@ -392,7 +393,7 @@ def _cast(t, dtype) -> torch.Tensor:
         and not t._is_view()
         and type(t) in ops.ORDINARY
         and torch.is_autocast_cache_enabled()
-        and torch._C._autograd._saved_tensors_hooks_is_enabled()
+        and torch._C._autograd._saved_tensors_hooks_is_enabled()  # type: ignore[attr-defined]
         and not torch.compiler.is_compiling()
         and not (
             torch.is_inference_mode_enabled()
@@ -409,7 +410,7 @@ def _cast(t, dtype) -> torch.Tensor:
                 t.new_empty((0, *t.shape[1:]), dtype=dtype), t
             )
         if y.requires_grad:
-            return y.grad_fn._saved_weight
+            return y.grad_fn._saved_weight  # type: ignore[union-attr]
     return t.to(dtype)
 
 

@@ -124,4 +124,4 @@ def install() -> None:
         ),
     ]
     for name in _Late.modules.keys() & sys.modules.keys():
-        sys.meta_path[0].register(name, sys.modules[name])
+        sys.meta_path[0].register(name, sys.modules[name])  # type: ignore[attr-defined]

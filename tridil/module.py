@@ -22,11 +22,11 @@ class _Dilated:
     backend: str = "auto"  # of objects pickled without one
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[misc]
         mark_leaf(self)
 
     def extra_repr(self) -> str:
-        return super().extra_repr() + (
+        return super().extra_repr() + (  # type: ignore[misc]
             "" if self.backend == "auto" else f", backend={self.backend!r}"
         )
 
@@ -37,7 +37,7 @@ class _Dilated:
         )
 
 
-def _finish(layer: nn.Module, backend: str) -> None:
+def _finish(layer: Any, backend: str) -> None:
     """The end of __init__."""
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
@@ -47,7 +47,7 @@ def _finish(layer: nn.Module, backend: str) -> None:
 
 def run(
     function: Callable[..., torch.Tensor],
-    layer: nn.Module,
+    layer: Any,
     input: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
@@ -73,7 +73,7 @@ def run(
     )
 
 
-def mark_leaf(layer: nn.Module) -> None:
+def mark_leaf(layer: Any) -> None:
     """Makes torch.fx call a layer and not trace through it, as it does with those of torch.nn:
     tracers ask the object for its module. Subclasses that users derive are traced through, as those
     of nn.Conv2d are."""
@@ -113,7 +113,7 @@ class DilatedConv2d(_Dilated, nn.Conv2d):
             dilation,
             groups,
             bias,
-            padding_mode,
+            padding_mode,  # type: ignore[arg-type]
             device,
             dtype,
         )
@@ -161,7 +161,7 @@ class DilatedConv1d(_Dilated, nn.Conv1d):
             dilation,
             groups,
             bias,
-            padding_mode,
+            padding_mode,  # type: ignore[arg-type]
             device,
             dtype,
         )

@@ -82,8 +82,8 @@ def _run(
     dims, input, weights, bias, padding, dilation, stride, groups, shared_input, how, backend
 ) -> torch.Tensor:
     weights = _sequence(weights, "weights", "a tensor")
-    biases = (bias,) if bias is None or isinstance(bias, torch.Tensor) else tuple(bias)
-    tensors = (input, *weights, *biases)
+    given = (bias,) if bias is None or isinstance(bias, torch.Tensor) else tuple(bias)
+    tensors = (input, *weights, *given)
     if has_torch_function(tensors) and any(isinstance(t, torch.fx.Proxy) for t in tensors):
         return handle_torch_function(
             multi_rate_conv2d if dims == 2 else multi_rate_conv1d,
@@ -266,7 +266,8 @@ def _branches(
             h,
             w,
             shape[0],
-            *shape[2:],
+            shape[2],
+            shape[3],
             stride,
             (pad[:2], pad[2:]),
             dilation[2 * i : 2 * i + 2],
@@ -538,7 +539,7 @@ class MultiRateConv2d(nn.ModuleList):
                 raise ValueError(
                     f"kernel_size must be odd, so that padding keeps the size, got {size}"
                 )
-            padding = tuple(d * (taps - 1) // 2 for d, taps in zip(rate, size))
+            padding = rate[0] * (size[0] - 1) // 2, rate[1] * (size[1] - 1) // 2
             layers.append(
                 DilatedConv2d(
                     c,
@@ -559,14 +560,15 @@ class MultiRateConv2d(nn.ModuleList):
         self.shared_input, self.reduce, self.backend = shared_input, reduce, backend
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
+        first: Any = self[0]
         return multi_rate_conv2d(
             input,
-            [layer.weight for layer in self],
-            [layer.bias for layer in self],
+            [layer.weight for layer in self],  # type: ignore[misc]
+            [layer.bias for layer in self],  # type: ignore[misc]
             padding=[layer.padding for layer in self],
             dilation=[layer.dilation for layer in self],
-            stride=self[0].stride,
-            groups=self[0].groups,
+            stride=first.stride,
+            groups=first.groups,
             shared_input=self.shared_input,
             reduce=self.reduce,
             backend=self.backend,

@@ -4,6 +4,7 @@ call each other. Imports no Triton."""
 from __future__ import annotations
 
 from functools import partial, reduce
+from typing import Any
 
 import torch
 from torch._functorch.utils import enable_single_level_autograd_function
@@ -281,7 +282,7 @@ def _register(name):
     )
 
 
-FUNCTIONS = {function.pass_: function for function in (Fprop, Dgrad, Wgrad)}
+FUNCTIONS: dict[str, Any] = {function.pass_: function for function in (Fprop, Dgrad, Wgrad)}
 for _name, _function in FUNCTIONS.items():
     _function.op = getattr(torch.ops.tridil, _name).default
     _function.op.function = _function
@@ -309,15 +310,15 @@ def convolve(x, w, bias, problem: Problem, auto: bool = False) -> torch.Tensor:
         ):
             return passes.run("fprop", x, w, bias, x.shape, w.shape, geometry, nhwc, auto)
         if auto and passes.is_all_aten(x, w, bias, geometry, nhwc):
-            aten_conv, axes = (
-                (torch.conv2d, slice(2)) if x.dim() == 4 else (torch.conv1d, slice(1, 2))
-            )
+            axes = slice(2) if x.dim() == 4 else slice(1, 2)
+            aten_conv: Any = torch.conv2d if x.dim() == 4 else torch.conv1d
+            padding: Any = problem.padding[axes]
             return aten_conv(
                 x,
                 w,
                 bias,
                 problem.stride[axes],
-                [lo for lo, _ in problem.padding[axes]],
+                [lo for lo, _ in padding],
                 problem.dilation[axes],
                 problem.groups,
             )

@@ -264,7 +264,7 @@ class Problem:
     @cached_property
     def fprop_axes(self) -> tuple[Axis, Axis]:
         """The correlation that fprop runs along h and w; wgrad reduces over the same one."""
-        return tuple(
+        h, w = (
             Axis(size, out, st, -lo, dil, taps)
             for size, out, st, (lo, _), dil, taps in zip(
                 (self.h, self.w),
@@ -275,6 +275,7 @@ class Problem:
                 (self.r, self.s),
             )
         )
+        return h, w
 
     @cached_property
     def dgrad_axes(self) -> tuple[tuple[Axis, ...], tuple[Axis, ...]]:
@@ -284,7 +285,7 @@ class Problem:
         With g = gcd(stride, dilation), the taps of a class are ``r0 + t*stride/g`` and its dilation
         is ``dilation/g``.
         """
-        return tuple(
+        hs, ws = (
             tuple(_residue_classes(size, out, st, lo, dil, taps))
             for size, out, st, (lo, _), dil, taps in zip(
                 (self.h, self.w),
@@ -295,6 +296,7 @@ class Problem:
                 (self.r, self.s),
             )
         )
+        return hs, ws
 
     @property
     def dgrad_covers(self) -> bool:
@@ -473,7 +475,8 @@ def pads(
     if type(padding) is tuple and padding and type(padding[0]) is tuple:
         return padding
     if not isinstance(padding, str):
-        return tuple((p, p) for p in pair(padding, "padding"))
+        h, w = pair(padding, "padding")
+        return (h, h), (w, w)
     if padding == "valid":
         return ((0, 0), (0, 0))
     if padding != "same":
@@ -484,7 +487,8 @@ def pads(
         raise ValueError(
             f"padding='same' needs stride 1, got stride={stride}: give the padding as numbers"
         )
-    return tuple((d * (t - 1) // 2, d * (t - 1) - d * (t - 1) // 2) for d, t in zip(dilation, taps))
+    sides = [(d * (t - 1) // 2, d * (t - 1) - d * (t - 1) // 2) for d, t in zip(dilation, taps)]
+    return sides[0], sides[1]
 
 
 def problem_of(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from dataclasses import dataclass
+from typing import Any
 
 from .devices import of_target
 
@@ -91,11 +92,11 @@ def loops(code: list[Instruction]) -> list[list[Instruction]]:
         if dominates(head, tail):
             without_head = graph.subgraph(set(graph) - {head})
             body = {head, tail} | (nx.ancestors(without_head, tail) if tail != head else set())
-            blocks, last = found.get(head, (set(), 0))
-            found[head] = (blocks | body, max(last, tail))
+            blocks, end = found.get(head, (set(), 0))
+            found[head] = (blocks | body, max(end, tail))
     return [
-        [ins for start in sorted(blocks) if start <= last for ins in code[start : ends[start]]]
-        for blocks, last in found.values()
+        [one for start in sorted(blocks) if start <= end for one in code[start : ends[start]]]
+        for blocks, end in found.values()
     ]
 
 
@@ -156,9 +157,9 @@ def measure(text: str, target: int, tile: tuple[int, int, int], warps: int, nbyt
     mma = Counter({op: n for op, n in opcodes.items() if MMA.match(op)})
     loads: Counter = Counter()
     for op, n in opcodes.items():
-        if LOADS.match(op):
-            loads[f"{LOADS.match(op)[0]}{'' if 'UTMA' in op else '.' + _width(op)}"] += n
-    row = dict(
+        if known := LOADS.match(op):
+            loads[f"{known[0]}{'' if 'UTMA' in op else '.' + _width(op)}"] += n
+    row: dict[str, Any] = dict(
         spills=sum(n for op, n in opcodes.items() if op.startswith(("LDL", "STL"))),
         mma=mma.most_common(1)[0][0] if mma else "none",
         loads=dict(sorted(loads.items())),
@@ -167,6 +168,9 @@ def measure(text: str, target: int, tile: tuple[int, int, int], warps: int, nbyt
     if not found:
         return row | dict(per_fma=per_fma(code))
     (m, n, k), (hot, feeding) = tile, found
+    length: float
+    issued: float
+    multiplied: float
     loop = hot[0]
     ops = Counter(ins.opcode for ins in loop)
     # tcgen05 products are issued by one warp
@@ -176,9 +180,9 @@ def measure(text: str, target: int, tile: tuple[int, int, int], warps: int, nbyt
     # each warpgroup runs its loop once for its share of a step, or in turn
     if feeding and row["mma"].startswith("HGMMA"):
         fma = sum(
-            64 * int(found[1]) * int(found[2])
+            64 * int(shape[1]) * int(shape[2])
             for ins in sum(hot, [])
-            if (found := re.match(r"HGMMA\.64x(\d+)x(\d+)", ins.opcode))
+            if (shape := re.match(r"HGMMA\.64x(\d+)x(\d+)", ins.opcode))
         )
         length, loaded = sum(map(len, hot)), sum(map(len, feeding))
         issued, multiplied, length = (
@@ -213,7 +217,7 @@ def measure(text: str, target: int, tile: tuple[int, int, int], warps: int, nbyt
         overhead=round((issued - multiplied) / (m * n * k / 2048), 3),
         loop_ldsm=sum(c for op, c in ops.items() if op.startswith("LDSM")),
         bound=round(clocks["tensor"] / max(clocks.values()), 3),
-        limiter=max(clocks, key=clocks.get),
+        limiter=max(clocks, key=clocks.__getitem__),
         l2_bytes_per_fma=round(moved / (m * n * k), 4),
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import torch
 
@@ -120,9 +121,9 @@ def random_problem(rng: random.Random, dtype: str = "float16", max_macs: float =
             ]
         )
         h, w = (rng.choice([1, 2, 3, 5, 7, 8, 9, 12, 16, 21]) for _ in range(2))
-        dilation = tuple(rng.choice([1, 1, 2, 2, 3, 4, 5, 8, 13, 30]) for _ in range(2))
-        stride = tuple(rng.choice([1, 1, 1, 2, 2, 3, 5]) for _ in range(2))
-        padding = tuple(
+        dilation: Any = tuple(rng.choice([1, 1, 2, 2, 3, 4, 5, 8, 13, 30]) for _ in range(2))
+        stride: Any = tuple(rng.choice([1, 1, 1, 2, 2, 3, 5]) for _ in range(2))
+        padding: Any = tuple(
             tuple(
                 rng.choice([d * (t - 1) // 2, d * (t - 1) // 2, 0, rng.randrange(d * t + 2)])
                 for _ in range(2)

@@ -177,7 +177,7 @@ def _measure_now(
     in threads, between the measurements. settings: those of torch.backends.cudnn.benchmark under which ATen is
     timed."""
     deadline = time.monotonic() + (float("inf") if budget is None else budget)
-    ranked = {job: cost_model.rank(*job[:2], gpu.spec, job[2])[:top] for job in jobs}
+    ranked = {job: cost_model.rank(job[0], job[1], gpu.spec, job[2])[:top] for job in jobs}
     rows: list[dict] = []
     with gpu.compiling(
         [(*job, config) for job, configs in ranked.items() for config in configs]
@@ -185,7 +185,11 @@ def _measure_now(
         for job in _bar(jobs, progress):
             if rows and time.monotonic() >= deadline:
                 break
-            rows.append(row := _measure(*job, ranked[job], gpu, deadline, settings, compiled))
+            rows.append(
+                row := _measure(
+                    job[0], job[1], job[2], ranked[job], gpu, deadline, settings, compiled
+                )
+            )
             _keep(row)
     return rows
 
@@ -312,7 +316,7 @@ def _measure(
             queue = [
                 c for c in near if c not in seen and cfg.fits(c, problem, pass_, gpu.target) is None
             ]
-    config, ms = best or (None, None)
+    config, ms = best or (None, None)  # type: ignore[assignment]
     predicted = (
         1e3 * cost_model.predict(problem, pass_, config, gpu.spec, precision).seconds
         if config

@@ -189,7 +189,7 @@ def verdict_of(
 
 def _row_of(problem: Problem, count: int, total: int, aim: str, device) -> dict[str, Any]:
     precision = drivers.fp32_precision(aim) if problem.dtype == "float32" else "ieee"
-    row = dict(
+    row: dict[str, Any] = dict(
         problem=problem,
         count=count,
         share=count * problem.dense_macs / max(total, 1),
@@ -322,7 +322,9 @@ def explain(
     if target is not None:
         drivers.check_target(target)
     if isinstance(subject, nn.Module) or isinstance(subject, Mapping):
-        counts = counts_of(subject, *args, **kwargs) if callable(subject) else subject
+        counts: Mapping[Problem, int] = (
+            counts_of(subject, *args, **kwargs) if isinstance(subject, nn.Module) else subject
+        )
         if not all(isinstance(p, Problem) and isinstance(n, int) for p, n in counts.items()):
             raise TypeError(
                 f"counts must map Problems to how often each runs, as tridil.scan gives, got {dict(counts)!r:.100}"

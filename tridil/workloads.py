@@ -64,12 +64,12 @@ class Workload:
 
 def load(dtype: str = "float16", layout: str = "nhwc") -> list[Workload]:
     """All rows of workloads.csv, in order, as problems of `dtype` and `layout`."""
-    with files(__package__).joinpath("workloads.csv").open(encoding="utf-8", newline="") as f:
-        return [_workload(row, dtype, layout) for row in csv.DictReader(f)]
+    text = files(__package__).joinpath("workloads.csv").read_text(encoding="utf-8")
+    return [_workload(row, dtype, layout) for row in csv.DictReader(text.splitlines())]
 
 
 def _workload(row: dict, dtype: str, layout: str) -> Workload:
-    layer, times = re.fullmatch(r"(.*?)(?: \(x(\d+)\))?", row["layer"]).groups()
+    ((layer, times),) = re.findall(r"^(.*?)(?: \(x(\d+)\))?$", row["layer"])
     sizes = {
         key: int(value) for key, value in row.items() if key not in ("model", "layer", "source")
     }

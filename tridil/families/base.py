@@ -12,6 +12,7 @@ from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from math import gcd, prod
 from operator import attrgetter
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -42,6 +43,10 @@ class Config:
     num_warps: int
     num_stages: int
     maxnreg: int | None
+
+    if TYPE_CHECKING:  # sizes that families and passes have of their own
+
+        def __getattr__(self, name: str) -> Any: ...
 
     @classmethod
     @lru_cache
@@ -151,7 +156,7 @@ class Family:
 
     kernels: tuple[str, ...] = ()
 
-    def config_class(self, pass_: str) -> type[Config]:
+    def config_class(self, pass_: str) -> type[Any]:
         """The class of a pass's configs."""
         raise NotImplementedError
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product
 from math import gcd, prod
+from typing import Any
 
 import numpy as np
 
@@ -85,7 +86,7 @@ def fill(problem: Problem) -> tuple[int, int] | None:
         else 0
         for axes, size in zip(problem.dgrad_axes, (problem.h, problem.w))
     ]
-    return tuple(sides) if all(sides) else None
+    return (sides[0], sides[1]) if all(sides) else None
 
 
 def warp(target: str) -> int:
@@ -186,7 +187,7 @@ def tap_row_walk(axis: Axis, block: int, rows: int) -> tuple[int, int]:
 class Depthwise(Family):
     kernels = ("depthwise",)
 
-    def config_class(self, pass_: str) -> type[Config]:
+    def config_class(self, pass_: str) -> type[Any]:
         return Reduction if pass_ == "wgrad" else Correlation
 
     def operand_format(self, problem: Problem) -> tuple[str, int]:
@@ -656,17 +657,16 @@ class Depthwise(Family):
                 TRANSPOSED=pass_ == "dgrad",
                 HAS_BIAS=has_bias,
             )
-            tensors = (
-                ("x_ptr", "a", None),
-                ("w_ptr", "b", None),
-                ("bias_ptr", "bias", None),
-                ("y_ptr", "out", None),
-            )
             found.append(
                 launch(
                     "depthwise:correlate_depthwise",
                     programs,
-                    tensors,
+                    (
+                        ("x_ptr", "a", None),
+                        ("w_ptr", "b", None),
+                        ("bias_ptr", "bias", None),
+                        ("y_ptr", "out", None),
+                    ),
                     scalars,
                     sizes,
                     config.options(),

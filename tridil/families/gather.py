@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from math import gcd, prod
+from typing import Any
 
 import numpy as np
 
@@ -110,7 +111,7 @@ class Gather(Gemm):
     kernels = ("gather", FLAT)
     joins = True
 
-    def config_class(self, pass_: str) -> type[Config]:
+    def config_class(self, pass_: str) -> type[Any]:
         return Reduction if pass_ == "wgrad" else Correlation
 
     def flat(self, kernel: str) -> bool:

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from math import prod
+from typing import Any
 
 import numpy as np
 
@@ -76,7 +77,7 @@ def is_flat(problem: Problem, pass_: str) -> bool:
     )
 
 
-def channels(problem: Problem, pass_: str, taps: int = 1) -> tuple[int | None, int, int | None]:
+def channels(problem: Problem, pass_: str, taps: int = 1) -> tuple[Any, int, Any]:
     """(channels of tile rows, of tile columns, of the reduction), of one group: None where these
     are pixels; taps of a flattened reduction."""
     c, k = problem.c // problem.groups, problem.k // problem.groups
@@ -99,7 +100,7 @@ def suits(m: int, n: int, rows: int | None, cols: int, nbytes: int, least: int =
     return wanted and not (nbytes == 4 and m * n > 128 * 128)
 
 
-def reduction_steps(pass_: str, reduced: int | None, nbytes: int) -> list[int]:
+def reduction_steps(pass_: str, reduced: Any, nbytes: int) -> list[int]:
     """BLOCK_K, or pixels of wgrad's box, the largest first; channels are not padded much."""
     if pass_ == "wgrad":
         return [64, 32, 16] if nbytes == 2 else [32, 16]
@@ -138,7 +139,8 @@ def boxes(
         if powers
         else (images, height, -(-(count // 2 + 1) // (images * height)))
     )
-    return tuple(np.array([side]) for side in last)
+    b, p, q = (np.array([side]) for side in last)
+    return b, p, q
 
 
 @lru_cache(maxsize=16)
@@ -310,7 +312,7 @@ class Gemm(Family):
 
     # ---- legality
     def illegal(
-        self, config: GemmConfig, pass_: str, target: str, least: int, powers: Sequence[str]
+        self, config: Config, pass_: str, target: str, least: int, powers: Sequence[str]
     ) -> str | None:
         """What is wrong with a tile whatever the problem is. least: output channels of a tile;
         powers: what must be a power of two."""
@@ -339,9 +341,7 @@ class Gemm(Family):
             return f"SPLIT_K (={config.SPLIT_K}) must be at most 65535"
         return None
 
-    def too_large(
-        self, config: GemmConfig, problem: Problem, pass_: str, target: str
-    ) -> str | None:
+    def too_large(self, config: Config, problem: Problem, pass_: str, target: str) -> str | None:
         """Whether the grid or the shared memory is more than there is."""
         programs = self.grid(problem, pass_, config)
         if programs >= 2**31:
@@ -392,7 +392,7 @@ class Gemm(Family):
         )
 
     # ---- tiles
-    def tile(self, config: GemmConfig, pass_: str) -> tuple[int, int, int]:
+    def tile(self, config: Config, pass_: str) -> tuple[int, int, int]:
         return (
             (config.BLOCK_M, config.BLOCK_N, pixels(config))
             if pass_ == "wgrad"
@@ -421,15 +421,16 @@ class Gemm(Family):
     def writes_partials(self, c: dict, pass_: str) -> np.ndarray:
         return c["SPLIT_K"] > 1
 
-    def splits(self, option: GemmConfig, search: Search, target: str) -> list[GemmConfig]:
+    def splits(self, option: Config, search: Search, target: str) -> list[Config]:
         """option, and the same with the reduction split so that the programs fill about half of the
         target's SMs, all and twice."""
         problem, pass_, tile = search.problem, search.pass_, self.tile(option, search.pass_)
         most = search.most_splits(tile[2])
         if most < 2:
             return [option]
-        fields, flat = vars(option), self.flat(option.kernel)
-        programs = max(
+        fields: dict[str, Any] = vars(option)
+        flat = self.flat(option.kernel)
+        programs: Any = max(
             [
                 1,
                 *(
@@ -448,7 +449,7 @@ class Gemm(Family):
 
     # ---- work
     def programs(
-        self, problem: Problem, pass_: str, config: GemmConfig, axes: tuple[Axis, Axis]
+        self, problem: Problem, pass_: str, config: Config, axes: tuple[Axis, Axis]
     ) -> int:
         return int(
             self._programs(
@@ -461,7 +462,7 @@ class Gemm(Family):
             )
         )
 
-    def _programs(self, problem, pass_, c, tile, axes, flat) -> np.ndarray:
+    def _programs(self, problem, pass_, c, tile, axes, flat) -> Any:
         rows, cols, _ = channels(problem, pass_)
         if pass_ == "wgrad":
             taps = problem.r * problem.s
@@ -474,13 +475,13 @@ class Gemm(Family):
         )
         return count * -(-cols // tile[1]) * problem.groups * c["SPLIT_K"]
 
-    def grid(self, problem: Problem, pass_: str, config: GemmConfig) -> int:
+    def grid(self, problem: Problem, pass_: str, config: Config) -> int:
         """Programs of the largest launch of a pass."""
         return max(
             (self.programs(problem, pass_, config, axes) for axes in problem.axes(pass_)), default=0
         )
 
-    def _steps(self, problem, pass_, c, tile, axes, flat) -> tuple[np.ndarray, np.ndarray]:
+    def _steps(self, problem, pass_, c, tile, axes, flat) -> tuple[Any, Any]:
         """(sum, maximum) over tiles of one launch of their reduction steps, all splits together."""
         (h, w), (m, n, step) = axes, tile
         images, p, q = -(-problem.n // c["BLOCK_IMG"]), c["BLOCK_P"], c["BLOCK_Q"]
@@ -515,7 +516,7 @@ class Gemm(Family):
             return sums * -(-cols // n), most
         return sums * -(-reduced // step), most * -(-reduced // step)
 
-    def executed(self, problem: Problem, pass_: str, configs: Sequence[GemmConfig]) -> np.ndarray:
+    def executed(self, problem: Problem, pass_: str, configs: Sequence[Config]) -> np.ndarray:
         """`executed_macs` of many configs."""
         found = np.zeros(len(configs))
         for kernel in dict.fromkeys(config.kernel for config in configs):
@@ -529,10 +530,10 @@ class Gemm(Family):
             found[some] = total * tile[0] * tile[1] * tile[2]
         return found
 
-    def executed_macs(self, problem: Problem, pass_: str, config: GemmConfig) -> int:
+    def executed_macs(self, problem: Problem, pass_: str, config: Config) -> int:
         return int(self.executed(problem, pass_, [config])[0])
 
-    def requested_bytes(self, problem: Problem, pass_: str, config: GemmConfig) -> int:
+    def requested_bytes(self, problem: Problem, pass_: str, config: Config) -> int:
         """An upper bound: masked elements are counted, too."""
         c, result = columns([config]), result_shape(problem, pass_)
         tile, total = self._tiles(c, pass_), 0
@@ -560,7 +561,7 @@ class Gemm(Family):
         self,
         problem: Problem,
         pass_: str,
-        configs: Sequence[GemmConfig],
+        configs: Sequence[Config],
         device: Device,
         precision: str,
     ) -> np.ndarray:
@@ -576,7 +577,7 @@ class Gemm(Family):
         self,
         problem: Problem,
         pass_: str,
-        configs: Sequence[GemmConfig],
+        configs: Sequence[Config],
         device: Device,
         precision: str,
     ) -> dict:
@@ -589,6 +590,9 @@ class Gemm(Family):
         )
         step = np.maximum.reduce(list(clocks.values())) / assumed.ATTAINED
         fit, alone = self.resident(problem, pass_, c, tile, device), self.alone(c)
+        launches: Any
+        waves: Any
+        work: Any
         splits, launches, waves, work, programs = (
             c["SPLIT_K"],
             0,
@@ -642,7 +646,7 @@ class Gemm(Family):
         self,
         problem: Problem,
         pass_: str,
-        configs: Sequence[GemmConfig],
+        configs: Sequence[Config],
         axes,
         count,
         total,
@@ -662,7 +666,7 @@ class Gemm(Family):
         )
 
     def predict(
-        self, problem: Problem, pass_: str, config: GemmConfig, device: Device, precision: str
+        self, problem: Problem, pass_: str, config: Config, device: Device, precision: str
     ) -> Prediction:
         t = self._times(problem, pass_, [config], device, precision)
         clocks = {name: float(np.ravel(value)[0]) for name, value in t.pop("clocks").items()}
@@ -701,7 +705,7 @@ class Gemm(Family):
                 else "unequal programs in the last wave"
             )
         else:
-            limiter = units[max(clocks, key=clocks.get)]
+            limiter = units[max(clocks, key=clocks.__getitem__)]
         return Prediction(seconds, limiter, parts)
 
     # ---- several convolutions in one launch
@@ -731,7 +735,7 @@ class Gemm(Family):
             if pass_ == "wgrad" or config.SPLIT_K == 1
         ]
 
-    def unfit(self, config: GemmConfig, branches: Branches, pass_: str, target: str) -> str | None:
+    def unfit(self, config: Config, branches: Branches, pass_: str, target: str) -> str | None:
         """Why a config cannot run a pass of all branches in one launch."""
         if not self.joins:
             return super().unfit(config, branches, pass_, target)
@@ -740,7 +744,7 @@ class Gemm(Family):
         reasons = (self.fits(config, problem, pass_, target) for problem in branches.problems)
         return branches.apart(pass_) or next(filter(None, reasons), None)
 
-    def branch_programs(self, branches: Branches, pass_: str, config: GemmConfig) -> int:
+    def branch_programs(self, branches: Branches, pass_: str, config: Config) -> int:
         """Programs of the launch."""
         counts = [
             self.programs(problem, pass_, config, problem.axes(pass_)[0])
@@ -752,7 +756,7 @@ class Gemm(Family):
         self,
         branches: Branches,
         pass_: str,
-        configs: Sequence[GemmConfig],
+        configs: Sequence[Config],
         device: Device,
         precision: str,
     ) -> np.ndarray:
@@ -768,7 +772,7 @@ class Gemm(Family):
         self,
         branches: Branches,
         pass_: str,
-        configs: Sequence[GemmConfig],
+        configs: Sequence[Config],
         device: Device,
         precision: str,
     ) -> np.ndarray:
@@ -850,9 +854,7 @@ def waves_of(programs, total, most, sms: int, fit, alone, latest=None):
 
 
 # ---- results of launches, whole or split
-def correlation_result(
-    p: Problem, pass_: str, h: Axis, w: Axis, config: GemmConfig, has_bias: bool
-):
+def correlation_result(p: Problem, pass_: str, h: Axis, w: Axis, config: Config, has_bias: bool):
     """(scalars, constexprs, role of the result, elements of partial sums, launches that sum them)
     of fprop or of one residue class of dgrad.
 
@@ -890,7 +892,7 @@ def correlation_result(
     return scalars, constexprs, "partials" if split > 1 else "out", split * total, sums
 
 
-def wgrad_result(p: Problem, config: GemmConfig, partial: bool):
+def wgrad_result(p: Problem, config: Config, partial: bool):
     """(scalars, strides (k, c, r, s) of what is written, its role, elements of partial sums,
     launches that sum them) of wgrad; partial: whether fp32 sums (SPLIT_K, K, R, S, C) are written
     and added by a second launch."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib import import_module
 from math import prod
+from typing import Any
 
 import numpy as np
 
@@ -98,14 +99,14 @@ class HopperFamily(Gemm):
     least = 1
     joins = True
 
-    def config_class(self, pass_: str) -> type[Config]:
+    def config_class(self, pass_: str) -> type[Any]:
         return Reduction if pass_ == "wgrad" else Correlation
 
     def operand_format(self, problem: Problem) -> tuple[str, int]:
         return "nhwc", 16
 
     # ---- legality
-    def fits(self, config: Hopper, problem: Problem, pass_: str, target: str) -> str | None:
+    def fits(self, config: Config, problem: Problem, pass_: str, target: str) -> str | None:
         if reason := unavailable(target):
             return reason
         for name in ("PINGPONG", "STREAM"):
@@ -125,7 +126,7 @@ class HopperFamily(Gemm):
             or self.too_large(config, problem, pass_, target)
         )
 
-    def _no_tile(self, config: Hopper, problem: Problem, pass_: str) -> str | None:
+    def _no_tile(self, config: Config, problem: Problem, pass_: str) -> str | None:
         (m, n, k), rows, nbytes = (
             self.tile(config, pass_),
             self.rows(config, pass_),
@@ -160,7 +161,7 @@ class HopperFamily(Gemm):
             return f"kernel hopper counts elements in 32 bits, got a tensor of {elements(problem)}"
         return None
 
-    def _no_share(self, config: Hopper, problem: Problem, pass_: str) -> str | None:
+    def _no_share(self, config: Config, problem: Problem, pass_: str) -> str | None:
         """What is wrong with how programs share the work."""
         names = ["PROGRAMS"] if pass_ == "wgrad" else ["PROGRAMS", "GROUP"]
         for name in names:
@@ -192,7 +193,7 @@ class HopperFamily(Gemm):
             return f"STREAM needs a live tap in every tile, {problem.key()} has tiles without"
         return None
 
-    def rows(self, config: Hopper, pass_: str) -> int:
+    def rows(self, config: Config, pass_: str) -> int:
         """Rows that one consumer multiplies."""
         return self.tile(config, pass_)[0] // (1 if config.PINGPONG else 2)
 
@@ -230,7 +231,8 @@ class HopperFamily(Gemm):
             # steps of a program, so that it multiplies more than it adds up
             for least in (8, 4):
                 if total >= least * sms or least == 4 and total >= 2 * least:
-                    yield replace(option, STREAM=True, PROGRAMS=min(sms, total // least))
+                    shared: dict[str, Any] = dict(STREAM=True, PROGRAMS=min(sms, total // least))
+                    yield replace(option, **shared)
                     break
 
     def _whole_tiles(self, problem: Problem, pass_: str) -> Iterator[Config]:
@@ -262,10 +264,11 @@ class HopperFamily(Gemm):
                     **(dict(BLOCK_M=m) if rows else dict(BLOCK_K=k, GROUP=8)),
                 )
 
-    def adapt(self, config: Hopper, device: Device) -> Hopper:
+    def adapt(self, config: Config, device: Device) -> Config:
         if config.PROGRAMS <= device.sms:
             return config
-        return replace(config, PROGRAMS=device.sms)
+        fewer: dict[str, Any] = dict(PROGRAMS=device.sms)
+        return replace(config, **fewer)
 
     # ---- time
     def shared_bytes(self, problem: Problem, pass_: str, c: dict, tile, target: str) -> np.ndarray:
@@ -323,7 +326,7 @@ class HopperFamily(Gemm):
         return np.array(found)
 
     def busiest(
-        self, problem: Problem, pass_: str, config: Hopper, axes: tuple[Axis, Axis]
+        self, problem: Problem, pass_: str, config: Config, axes: tuple[Axis, Axis]
     ) -> tuple[float, int]:
         """(share of all steps, tiles) of the program with the most steps, when programs take every
         PROGRAMS-th tile."""
@@ -345,7 +348,7 @@ class HopperFamily(Gemm):
         # two fp32 parts of each, of which one is written before the end; the result
         return assumed.HOPPER_SUMS * shared * (3 * 4 + DTYPE_BYTES[problem.dtype])
 
-    def partial_bytes(self, problem: Problem, pass_: str, config: Hopper) -> int:
+    def partial_bytes(self, problem: Problem, pass_: str, config: Config) -> int:
         m, n, _ = self.tile(config, pass_)
         return 16 * (config.PROGRAMS - 1) * m * n * len(problem.axes(pass_)) if config.STREAM else 0
 
@@ -371,7 +374,7 @@ class HopperFamily(Gemm):
         ]
 
     def _correlation(
-        self, p: Problem, pass_: str, h: Axis, w: Axis, config: Correlation, has_bias: bool
+        self, p: Problem, pass_: str, h: Axis, w: Axis, config: Config, has_bias: bool
     ) -> list[Launch]:
         """fprop, or one residue class of dgrad; axes h, w."""
         c, k = p.c // p.groups, p.k // p.groups
@@ -416,7 +419,7 @@ class HopperFamily(Gemm):
         ) | self.constants(config)
         return self.launches("correlate", tiles, tensors, scalars, constexprs, config, pass_)
 
-    def _wgrad(self, p: Problem, config: Reduction) -> list[Launch]:
+    def _wgrad(self, p: Problem, config: Config) -> list[Launch]:
         c, (h, w) = p.c // p.groups, p.fprop_axes
         tiles = self.programs(p, "wgrad", config, (h, w))
         walked = [
@@ -476,7 +479,7 @@ class HopperFamily(Gemm):
         tensors,
         scalars: dict,
         constexprs: dict,
-        config: Hopper,
+        config: Config,
         pass_: str,
     ) -> list[Launch]:
         """The launch of a pass, and (STREAM) the one that sums the tiles that programs share."""
@@ -518,13 +521,13 @@ class HopperFamily(Gemm):
             )
         return found
 
-    def constants(self, config: Hopper) -> dict:
+    def constants(self, config: Config) -> dict:
         values = config.constexprs()
         return {name: values[name] for name in values if name not in ("PROGRAMS", "GROUP")} | {
             "STAGES": config.num_stages
         }
 
-    def stored(self, config: Hopper, problem: Problem, pass_: str) -> tuple[int, ...]:
+    def stored(self, config: Config, problem: Problem, pass_: str) -> tuple[int, ...]:
         """The box of one store by descriptor: a consumer's rows, WIDTH bytes of columns."""
         rows, columns = self.rows(config, pass_), WIDTH // DTYPE_BYTES[problem.dtype]
         if pass_ == "wgrad":
@@ -535,7 +538,7 @@ class HopperFamily(Gemm):
 
     # ---- work
     def programs(
-        self, problem: Problem, pass_: str, config: Hopper, axes: tuple[Axis, Axis]
+        self, problem: Problem, pass_: str, config: Config, axes: tuple[Axis, Axis]
     ) -> int:
         return (
             config.PROGRAMS
@@ -550,7 +553,7 @@ class HopperFamily(Gemm):
         is_meant = self.tile_options(problem, pass_, target, precision)
         return list(self._whole_tiles(problem, pass_)) if is_meant else []
 
-    def unfit(self, config: Hopper, branches: Branches, pass_: str, target: str) -> str | None:
+    def unfit(self, config: Config, branches: Branches, pass_: str, target: str) -> str | None:
         if reason := super().unfit(config, branches, pass_, target):
             return reason
         if config.STREAM or branches.first.stride != (1, 1):
@@ -563,7 +566,7 @@ class HopperFamily(Gemm):
             return f"BLOCK_K (={config.BLOCK_K}) must divide the channels that each branch reads, got {sizes}"
         return None
 
-    def branch_programs(self, branches: Branches, pass_: str, config: Hopper) -> int:
+    def branch_programs(self, branches: Branches, pass_: str, config: Config) -> int:
         counts = [
             Gemm.programs(self, problem, pass_, config, problem.axes(pass_)[0])
             for problem in branches.problems
@@ -577,14 +580,14 @@ class HopperFamily(Gemm):
         found = []
         for config, clocks in zip(configs, step.tolist()):
             walks = self._walks(branches, pass_, config)
-            walk = sum(walks) if branches.adds(pass_) else np.concatenate(walks)
+            walk = np.sum(walks, 0) if branches.adds(pass_) else np.concatenate(walks)
             turn, place = np.divmod(np.arange(len(walk)), config.PROGRAMS)
             program = np.where(turn % 2, config.PROGRAMS - 1 - place, place)
             tile = assumed.HOPPER_TILE[config.PINGPONG]
             found.append(np.bincount(program, walk * clocks + tile).max() + assumed.PROGRAM)
         return np.array(found)
 
-    def _walks(self, branches: Branches, pass_: str, config: Hopper) -> list[np.ndarray]:
+    def _walks(self, branches: Branches, pass_: str, config: Config) -> list[np.ndarray]:
         """Steps of the tiles in the kernels' order: of each branch, of wgrad of each tap."""
         if pass_ == "wgrad":
             tiles = [
@@ -604,7 +607,7 @@ class HopperFamily(Gemm):
         return walks
 
     def branch_plan(
-        self, branches: Branches, pass_: str, config: Hopper, precision: str, has_bias: bool
+        self, branches: Branches, pass_: str, config: Config, precision: str, has_bias: bool
     ) -> list[Launch]:
         if branches.first.dtype == "float32" and precision != "tf32":
             raise ValueError(
@@ -666,7 +669,7 @@ class HopperFamily(Gemm):
         ]
 
     def _wgrad_branches(
-        self, branches, config: Reduction, order, programs, scalars, constexprs
+        self, branches, config: Config, order, programs, scalars, constexprs
     ) -> list[Launch]:
         p, store = branches.first, branches.first.layout == "nhwc"
         h, w = p.fprop_axes
@@ -700,7 +703,7 @@ class HopperFamily(Gemm):
             )
         ]
 
-    def _filters(self, p: Problem, pass_: str, config: Correlation) -> Box:
+    def _filters(self, p: Problem, pass_: str, config: Config) -> Box:
         """The descriptor of w (K, R*S, C) for fprop or dgrad."""
         c, n, k = p.c // p.groups, config.BLOCK_N, config.BLOCK_K
         tile = (n, 1, k) if pass_ == "fprop" else (k, 1, n)
@@ -716,7 +719,7 @@ def wrong_dtype(problem: Problem, pass_: str) -> str | None:
     return None
 
 
-def taps_in_order(branches: Branches, config: Reduction) -> list[tuple[int, int, int]]:
+def taps_in_order(branches: Branches, config: Config) -> list[tuple[int, int, int]]:
     """(branch, tap, steps of its tiles) of all filters, the longest first."""
     found = []
     for i, p in enumerate(branches.problems):
@@ -727,7 +730,7 @@ def taps_in_order(branches: Branches, config: Reduction) -> list[tuple[int, int,
     return sorted(found, key=lambda item: -item[2])
 
 
-def stores_boxes(config: Hopper, problem: Problem, pass_: str) -> bool:
+def stores_boxes(config: Config, problem: Problem, pass_: str) -> bool:
     """Whether results are stored by descriptor: NHWC, in multiples of 16 bytes per pixel."""
     _, out, _ = channels(problem, pass_)
     return (
@@ -749,7 +752,7 @@ def steps_in_order(axis: Axis, side: int, by_tap: bool) -> np.ndarray:
     return live[(len(blocks) - 1) // 2 + np.where(blocks % 2, blocks // 2 + 1, -(blocks // 2))]
 
 
-def grouped(steps: np.ndarray, problem: Problem, pass_: str, config: Correlation) -> np.ndarray:
+def grouped(steps: np.ndarray, problem: Problem, pass_: str, config: Config) -> np.ndarray:
     """The steps of all tiles in their order, of those of all pixel boxes of an image."""
     tiles_n = -(-channels(problem, pass_)[1] // config.BLOCK_N)
     images = -(-problem.n // config.BLOCK_IMG) * problem.groups

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
+from typing import Any
 
 import numpy as np
 
@@ -67,7 +68,7 @@ def architecture(target: str) -> int:
 class Tma(Gemm):
     kernels = ("tma",)
 
-    def config_class(self, pass_: str) -> type[Config]:
+    def config_class(self, pass_: str) -> type[Any]:
         return Reduction if pass_ == "wgrad" else Correlation
 
     def operand_format(self, problem: Problem) -> tuple[str, int]:
@@ -350,6 +351,7 @@ def source_box(
 ) -> tuple[Box, Axis, Axis]:
     """The descriptor of the source of a correlation (NHWC, `size` channels), strided axes seen as
     views of stride 1, and the axes of that view."""
+    assert h.subsampled and w.subsampled  # `no_descriptors` refuses others
     (h_view, h0, h_step), (w_view, w0, w_step) = h.subsampled, w.subsampled
     s_n, s_h, s_w, _ = nhwc_strides(h.size, w.size, size)
     return (
