@@ -121,12 +121,13 @@ def _serves(device_type: str) -> str | None:
         return (
             None
             if device_type == "cpu"
-            else f"TRITON_INTERPRET=1 runs kernels on CPU tensors, got a tensor on {device_type!r}"
+            else f"TRITON_INTERPRET=1 interprets kernels, for tests, on CPU tensors, got a tensor on {device_type!r}"
         )
     driver = _driver()
     if isinstance(driver, str):
         return (
-            driver + " (TRITON_INTERPRET=1 interprets the kernels on CPU tensors: slow, for tests)"
+            driver
+            + " (TRITON_INTERPRET=1 interprets the kernels on CPU tensors: for tests of a few pixels, thousands of times slower than ATen)"
         )
     served = driver.get_active_torch_device().type
     return (
