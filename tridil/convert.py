@@ -18,8 +18,14 @@ from . import aspp, functional
 from .drivers import BACKENDS
 from .module import DilatedConv1d, DilatedConv2d, _Dilated, mark_leaf, run
 from .problem import DTYPE_BYTES, Problem, pair, single, to_int
+from .transposed import DilatedConvTranspose1d, DilatedConvTranspose2d
 
 LAYERS = {nn.Conv2d: DilatedConv2d, nn.Conv1d: DilatedConv1d}
+# on request
+TRANSPOSED = {
+    nn.ConvTranspose2d: DilatedConvTranspose2d,
+    nn.ConvTranspose1d: DilatedConvTranspose1d,
+}
 FUNCTIONS = {
     nn.Conv2d: (functional.dilated_conv2d, torch.conv2d),
     nn.Conv1d: (functional.dilated_conv1d, torch.conv1d),
@@ -74,6 +80,7 @@ def convert(
     predicate: Callable[[str, nn.Module], bool] | None = None,
     backend: str = "auto",
     branches: bool = False,
+    transposed: bool = False,
 ) -> Report:
     """Turn, in place, the `nn.Conv2d` and `nn.Conv1d` layers of `model` (itself included) into
     `DilatedConv2d` and `DilatedConv1d`.
@@ -91,6 +98,8 @@ def convert(
     branches=True also joins the parallel branches of the ASPP heads of torchvision and
     segmentation_models_pytorch: their convolutions run in one launch a pass (`multi_rate_conv2d`),
     what follows in each branch as before. Parameters and state_dict stay what they are.
+    transposed=True also takes `nn.ConvTranspose2d` and `nn.ConvTranspose1d` of more than one tap,
+    whatever their dilation.
 
     Raises TypeError and ValueError for arguments that are none of these, before anything is
     changed.
@@ -109,7 +118,7 @@ def convert(
         if isinstance(module, nn.modules.conv._ConvNd) or getattr(
             module, "original_name", None
         ) in ("Conv1d", "Conv2d"):
-            reason = _reason(name, module, min_dilation, predicate)
+            reason = _reason(name, module, min_dilation, predicate, transposed)
             if reason is None:
                 chosen.append(module)
                 if "_converted" in module.__dict__:
@@ -150,7 +159,7 @@ def revert(model: nn.Module) -> list[str]:
     converted layer (FSDP's fully_shard).
     """
     _check_model(model)
-    plain = {tridil: plain for plain, tridil in LAYERS.items()}
+    plain = {tridil: plain for plain, tridil in (LAYERS | TRANSPOSED).items()}
     joined = {name: module for name, module in model.named_modules() if aspp.is_joined(module)}
     converted = {
         name: module for name, module in model.named_modules() if "_converted" in module.__dict__
@@ -281,7 +290,7 @@ def _become(module, cls):
     module.__class__ = cls
 
 
-def _reason(name, module, min_dilation, predicate) -> str | None:
+def _reason(name, module, min_dilation, predicate, transposed) -> str | None:
     """Why `convert` leaves a convolution layer alone."""
     cls = _plain_class(module)
     base = next((base for base in LAYERS if issubclass(cls, base)), None)
@@ -291,6 +300,8 @@ def _reason(name, module, min_dilation, predicate) -> str | None:
         return f"is a {cls.__name__} already"
     if isinstance(module, nn.modules.lazy.LazyModuleMixin):
         return "is not initialised: run the model once before convert"
+    if any(issubclass(cls, plain) for plain in TRANSPOSED):
+        return _reason_transposed(name, module, cls, predicate, transposed)
     if base is None:
         return f"{cls.__module__}.{cls.__qualname__} is neither nn.Conv2d nor nn.Conv1d"
     if {"forward", "_conv_forward"} & module.__dict__.keys():
@@ -321,6 +332,19 @@ def _reason(name, module, min_dilation, predicate) -> str | None:
     return None
 
 
+def _reason_transposed(name, module, cls, predicate, transposed) -> str | None:
+    """Why `convert` leaves a transposed layer alone."""
+    if cls not in TRANSPOSED and not isinstance(module, _Dilated):
+        return f"{cls.__module__}.{cls.__qualname__} is a subclass of a transposed layer"
+    if not transposed:
+        return "is transposed: convert(model, transposed=True) takes it"
+    if "forward" in module.__dict__:
+        return "its forward was replaced on the object"
+    if all(size == 1 for size in module.kernel_size):
+        return f"kernel {'x'.join(map(str, module.kernel_size))} has one tap"
+    return None if predicate is None or predicate(name, module) else "predicate is false"
+
+
 @cache
 def _comes_to_nn_conv(cls) -> bool:
     """Whether a subclass convolves by nn.Conv's own `_conv_forward`, as far as its code shows: by
@@ -344,6 +368,8 @@ def _comes_to_nn_conv(cls) -> bool:
 @cache
 def _tridil_class(cls) -> type:
     """The class of a converted layer of class `cls`, of users' classes one that derives from both."""
+    if cls in TRANSPOSED:
+        return TRANSPOSED[cls]
     base = next(base for base in LAYERS if issubclass(cls, base))
     if cls is base:
         return LAYERS[base]

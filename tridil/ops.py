@@ -326,3 +326,18 @@ def convolve(x, w, bias, problem: Problem, auto: bool = False) -> torch.Tensor:
         # launch
         return super(torch.autograd.Function, Fprop).apply(x, w, bias, geometry, nhwc, auto, True)
     return torch.ops.tridil.fprop(x, w, bias, *geometry, nhwc, auto)
+
+
+def transpose(dy, w, bias, problem: Problem, auto: bool = False) -> torch.Tensor:
+    """x (N, C, H, W) or (N, C, L) of the convolution that `problem` describes, from its y and w: the
+    transposed convolution, + bias (C,) or None; differentiable twice."""
+    geometry = (
+        problem.stride,
+        (*problem.padding[0], *problem.padding[1]),
+        problem.dilation,
+        problem.groups,
+    )
+    nhwc = problem.layout == "nhwc"
+    shape = problem.x_shape if dy.dim() == 4 else (problem.n, problem.c, problem.w)
+    x = _apply(is_plain(dy, w, bias), "dgrad", dy, w, shape, geometry, nhwc, auto)
+    return x if bias is None else x + bias.view(-1, *[1] * (x.dim() - 2))

@@ -92,6 +92,20 @@ def _workload(row: dict, dtype: str, layout: str) -> Workload:
     return Workload(row["model"], layer, int(times or 1), problem, row["source"])
 
 
+def _transposed(
+    model, layer, n, c, k, size, taps, stride, padding, source, dtype, layout
+) -> Workload:
+    """A transposed layer as the convolution of its result."""
+    dims = 1 if size[0] == 1 else 2
+    strides, pads = ((1, stride), (0, padding)) if dims == 1 else ((stride,) * 2, (padding,) * 2)
+    h, w = (
+        (one - 1) * step - 2 * pad + tap for one, step, pad, tap in zip(size, strides, pads, taps)
+    )
+    sides = (pads[0], pads[0]), (pads[1], pads[1])
+    problem = Problem(n, k, h, w, c, taps[0], taps[1], strides, sides, (1, 1), 1, dtype, layout)
+    return Workload(model, layer, 1, problem, source)
+
+
 def _is_aspp(w: Workload) -> bool:
     """Dilation of at least 12 on both axes of a 2D map, at least 256 channels."""
     return min(w.problem.dilation) >= 12 and w.problem.h > 1 and w.problem.c >= 256
@@ -109,6 +123,26 @@ _TRAINED = (
     "VAN-B2",
     "WaveNet (r9y9)",
 )
+# transposed layers: (model, layer, images, channels in and out, height and width of the input, taps,
+# stride, padding, source)
+_TRANSPOSED = (
+    *(
+        ("U-Net", f"up {c}", 4, c, c // 2, (size, size), (2, 2), 2, 0, "arXiv:1505.04597, figure 1, padded maps of 512x512")
+        for c, size in ((1024, 32), (512, 64), (256, 128), (128, 256))
+    ),
+    *(
+        ("DCGAN", f"{c}->{k}", 128, c, k, (size, size), (4, 4), 2, 1, "arXiv:1511.06434, figure 1; 4x4 taps as in pytorch/examples dcgan")
+        for c, k, size in ((1024, 512, 4), (512, 256, 8), (256, 128, 16), (128, 3, 32))
+    ),
+    *(
+        ("HiFi-GAN V1", f"up {s}, {c}->{c // 2}", 16, c, c // 2, (1, length), (1, 2 * s), s, s // 2, "arXiv:2010.05646, table of V1; segments of 8192 samples")
+        for c, s, length in ((512, 8, 32), (256, 8, 256), (128, 2, 2048), (64, 2, 4096))
+    ),
+    *(
+        ("EnCodec 24 kHz decoder", f"up {s}, {c}->{c // 2}", 8, c, c // 2, (1, length), (1, 2 * s), s, 0, "arXiv:2210.13438, section 3.1: strides 8, 5, 4, 2, twice as many taps; one second")
+        for c, s, length in ((512, 8, 75), (256, 5, 600), (128, 4, 3000), (64, 2, 12000))
+    ),
+)  # fmt: skip
 DILATIONS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64)
 SUITES = {
     "quick": lambda w: (w.model, w.layer) in QUICK,
@@ -120,6 +154,7 @@ SUITES = {
     "training": lambda w: w.model in _TRAINED,
     "all": lambda w: True,
     "classic": lambda w: False,
+    "transposed": lambda w: False,
     "batch1": lambda w: "deeplab" in w.model.lower() or (w.model, w.layer) in QUICK,
 }
 
@@ -129,8 +164,9 @@ def suite(name: str, dtype: str = "float16", layout: str = "nhwc") -> list[Workl
     12 or more), "deeplab" (those of the DeepLabs), "segmentation" (of all networks for it),
     "depthwise" (88 depthwise and grouped layers), "audio1d" (sequences), "training" (the dilated
     layers of the networks in perf/models.py, at their training batch), "batch1" (quick and deeplab,
-    one image each), "classic" (made up: 3x3, 256 channels on 64x64, dilation 1 to 64) or "all"
-    (297).
+    one image each), "classic" (made up: 3x3, 256 channels on 64x64, dilation 1 to 64), "transposed" (16
+    upsampling layers, each as the convolution that it transposes: its dgrad is the layer's forward
+    pass) or "all" (297).
 
     Raises ValueError for an unknown name.
     """
@@ -149,6 +185,8 @@ def suite(name: str, dtype: str = "float16", layout: str = "nhwc") -> list[Workl
             )
             for d in DILATIONS
         ]
+    if name == "transposed":
+        return [_transposed(*row, dtype, layout) for row in _TRANSPOSED]
     chosen = [w for w in load(dtype, layout) if SUITES[name](w)]
     if name == "batch1":
         chosen = [
