@@ -213,7 +213,8 @@ def test_the_suite_holds_the_layers_of_networks():
         )
         p = transposed.problem_of(len(taps), x, w, None, stride, pad, 0, 1, 1, x.dtype)
         y = FUNCTIONS[len(taps)][1](x, w, None, stride, pad)
-        assert (p.n, p.c, p.h, p.w)[-1 - len(taps) :] == tuple(y.shape)[-1 - len(taps) :]
+        assert (p.n, p.c, p.w) == (*y.shape[:2], y.shape[-1])
+        assert p.h == (y.shape[-2] if len(taps) == 2 else 1)
         assert any(q.key() == p.key().replace("nchw", "nhwc") for q in layers.values()), (
             name,
             p.key(),
