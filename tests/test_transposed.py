@@ -108,7 +108,7 @@ def test_module_cases(dims, training, backend, device):
         layer.load_state_dict(theirs.state_dict())
         close(layer(*call.args, **call.kwargs), theirs(*call.args, **call.kwargs))
         count += 1
-    assert count >= 3
+    assert count >= 2
 
 
 def test_layers(backend, device, seed):

@@ -2,6 +2,7 @@
 is `nn.Conv2d`, `convert` a whole model."""
 
 from .convert import convert, revert, scan
+from .enabling import disable, enable, enabled
 from .functional import dilated_conv1d, dilated_conv2d
 from .module import DilatedConv1d, DilatedConv2d
 from .multi_rate import MultiRateConv2d, multi_rate_conv1d, multi_rate_conv2d
@@ -28,6 +29,9 @@ __all__ = [
     "dilated_conv2d",
     "dilated_conv_transpose1d",
     "dilated_conv_transpose2d",
+    "disable",
+    "enable",
+    "enabled",
     "explain",
     "multi_rate_conv1d",
     "multi_rate_conv2d",

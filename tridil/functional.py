@@ -70,7 +70,7 @@ def dilated_conv2d(
     dtype, autocast = _dtype(input, weight, bias)
     if input.layout != torch.strided or weight.layout != torch.strided:
         _check_layout(input, weight, backend)
-        return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
+        return torch.conv2d(input, weight, bias, stride, padding, dilation, groups)
     stride = stride if type(stride) is int else pair(stride, "stride")
     padding = padding if type(padding) in (int, str) else pair(padding, "padding")
     dilation = dilation if type(dilation) is int else pair(dilation, "dilation")
@@ -98,7 +98,7 @@ def dilated_conv2d(
         or auto
         and (_is_foreign(input) or _is_foreign(weight))
     ):
-        return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
+        return torch.conv2d(input, weight, bias, stride, padding, dilation, groups)
     y = _run(
         input if input.dim() == 4 else input.unsqueeze(0),
         weight,
@@ -180,7 +180,7 @@ def dilated_conv1d(
             raise TypeError(
                 f"causal=True needs strided tensors, got {input.layout} and {weight.layout}: convert them with .to_dense()"
             )
-        return F.conv1d(input, weight, bias, stride, padding, dilation, groups)
+        return torch.conv1d(input, weight, bias, stride, padding, dilation, groups)
     problem = _problem_1d(input, weight, bias, stride, padding, dilation, groups, causal, dtype)
     chosen, auto = _choose(problem, input, backend)
     if (
@@ -193,7 +193,7 @@ def dilated_conv1d(
     ):
         if causal:
             input, weight, dilation = _padded(input, weight, dilation, problem)
-        return F.conv1d(input, weight, bias, stride, padding, dilation, groups)
+        return torch.conv1d(input, weight, bias, stride, padding, dilation, groups)
     x = input if input.dim() == 3 else input.unsqueeze(0)
     y = _run(x, weight, bias, problem, dtype, autocast, auto)
     return y if input.dim() == 3 else y.squeeze(0)
@@ -406,7 +406,7 @@ def _cast(t, dtype) -> torch.Tensor:
             torch.enable_grad(),
             torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t),
         ):
-            y = (F.conv2d if t.dim() == 4 else F.conv1d)(
+            y = (torch.conv2d if t.dim() == 4 else torch.conv1d)(
                 t.new_empty((0, *t.shape[1:]), dtype=dtype), t
             )
         if y.requires_grad:

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 from torch.nn.common_types import _size_1_t, _size_2_t
 from torch.overrides import has_torch_function_variadic
 
@@ -59,7 +58,7 @@ def dilated_conv_transpose1d(
 
 def _run(dims, input, weight, bias, stride, padding, output_padding, groups, dilation, backend):
     compiling = torch.compiler.is_compiling()
-    plain: Any = F.conv_transpose2d if dims == 2 else F.conv_transpose1d
+    plain: Any = torch.conv_transpose2d if dims == 2 else torch.conv_transpose1d
     args = stride, padding, output_padding, groups, dilation
     if (
         has_torch_function_variadic(input, weight, bias)
@@ -67,8 +66,7 @@ def _run(dims, input, weight, bias, stride, padding, output_padding, groups, dil
         and functional._foreign_modes()
     ):
         function = dilated_conv_transpose2d if dims == 2 else dilated_conv_transpose1d
-        shown = torch.conv_transpose2d if dims == 2 else torch.conv_transpose1d
-        return functional._show(function, shown, (input, weight, bias), *args, backend=backend)
+        return functional._show(function, plain, (input, weight, bias), *args, backend=backend)
     dtype, autocast = functional._dtype(input, weight, bias)
     if input.layout != torch.strided or weight.layout != torch.strided:
         functional._check_layout(input, weight, backend)
