@@ -34,9 +34,12 @@ class Column:
     scale: float = 1
     over: str | None = None
     untimed: bool = False
+    # the heading where nothing was timed, if it differs
+    untimed_head: str | None = None
 
-    @property
-    def heading(self) -> str:
+    def heading(self, timed: bool) -> str:
+        if not timed and self.untimed_head:
+            return self.untimed_head
         return f"{self.head}\n{self.kind}" if self.kind else self.head
 
     def show(self, frame: pd.DataFrame, name: str) -> list[str]:
@@ -52,6 +55,13 @@ class Column:
 
 def text(value) -> str:
     return "" if pd.isna(value) else str(value)
+
+
+def milliseconds(value) -> str:
+    """Times of kernels; those below a microsecond say so."""
+    if pd.isna(value):
+        return ""
+    return f"{value:.3f}" if value >= 0.001 else f"{1e3 * value:.2f} us"
 
 
 def short(dtype: str) -> str:
@@ -131,13 +141,34 @@ COLUMNS = {
         "{:.2f}",
     ),
     "predicted_ms": Column(
-        "predicted", "time of tridil by its cost model", "ms", "{:.3f}", untimed=True
+        "predicted", "time of tridil by its cost model", "ms", milliseconds, untimed=True
+    ),
+    "cudnn_ms": Column(
+        "predicted",
+        "estimate of cuDNN's time, in its favour",
+        "cuDNN\nms",
+        milliseconds,
+        untimed=True,
+    ),
+    "auto": Column(
+        "predicted",
+        'what backend="auto" takes: the kernels (triton) or ATen (aten)',
+        "auto\ntakes",
+        text,
+        untimed=True,
+    ),
+    "gain": Column(
+        "predicted",
+        'estimate of cuDNN / time of what "auto" takes',
+        "gain",
+        "{:.2f}",
+        untimed=True,
     ),
     "roof_ms": Column(
         "predicted",
         "useful MACs at the peak of the device's units, or compulsory bytes at its DRAM bandwidth, whichever takes longer",
         "roof ms",
-        "{:.3f}",
+        milliseconds,
         untimed=True,
     ),
     "error": Column(
@@ -146,6 +177,7 @@ COLUMNS = {
         "error/\nbudget",
         "{:.2f}",
         over="budget",
+        untimed_head="error/budget\ninterpreter,\nreduced copy",
     ),
     "budget": Column("measured", "error allowed to that element"),
     "checked_on": Column("", "the convolution whose result was checked"),
@@ -312,7 +344,7 @@ def table(frame: pd.DataFrame) -> pd.DataFrame:
     that hold nothing are left out."""
     timed = frame["ms"].notna().any()
     view = {
-        column.heading: column.show(frame, name)
+        column.heading(timed): column.show(frame, name)
         for name, column in COLUMNS.items()
         if column.head and not (column.untimed and timed)
     }

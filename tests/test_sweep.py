@@ -96,9 +96,15 @@ def test_without_a_gpu(run):
     )
     assert f"executed/useful MACs {ratio:.3f}" in out
     assert (run.out / "results.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    # what "auto" takes, cuDNN's estimate and the gain, from the choice itself
+    for row in rows.to_dict("records"):
+        assert row["auto"] in ("triton", "aten") and row["gain"] >= 1
+        taken = row["predicted_ms"] if row["auto"] == "triton" else row["cudnn_ms"]
+        assert row["gain"] == pytest.approx(row["cudnn_ms"] / taken)
     page = (run.out / "results.md").read_text()
     assert (
-        "error/budget measured" in page
+        "error/budget interpreter, reduced copy" in page
+        and "gain predicted" in page
         and "executed/useful predicted" in page
         and "target cuda:80" in page
         and "| net d3: n2 c16" in page
@@ -642,3 +648,8 @@ def test_what_is_no_table_of_a_sweep_is_refused(run, content, capsys):
         and "results.csv" in capsys.readouterr().err
         and (run.out / "results.csv").read_text() == content
     )
+
+
+def test_times_below_a_microsecond_say_so():
+    assert results.milliseconds(0.25) == "0.250" and results.milliseconds(0.0008) == "0.80 us"
+    assert results.milliseconds(float("nan")) == ""
