@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import sys
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -19,19 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import pandas as pd  # noqa: E402
 import torch  # noqa: E402
 
-from tridil import (  # noqa: E402
-    choice,
-    cost_model,
-    devices,
-    drivers,
-    families,
-    launch,
-    multi_rate,
-    passes,
-    testing,
-    tuner,
-    workloads,
-)
+from tridil import choice, devices, drivers, families, tuner, workloads  # noqa: E402
 from tridil import config as cfg  # noqa: E402
 from tridil.branches import Branches  # noqa: E402
 from tridil.problem import PASSES  # noqa: E402
@@ -82,55 +69,12 @@ def plan(problem, pass_, config, precision):
 
 def measured(branches: Branches, pass_: str, config, gpu) -> dict:
     """Times on a GPU in us, of one launch, and one by one by tridil's kernels and by ATen, with what
-    is around them; and whether the launch's
-    results are right."""
-    x, dy = (
-        testing.random_tensors(replace(branches.first, c=c, k=k, groups=1), gpu.device, seed)[place]
-        for c, k, seed, place in (
-            (branches.x_channels[-1], branches.y_channels[-1], 0, 0),
-            (branches.x_channels[-1], branches.y_channels[-1], 1, 3),
-        )
-    )
-    last = drivers.FORMATS[branches.first.layout]
-    x, dy = (t.contiguous(memory_format=last) for t in (x, dy))
-    ws = [gpu.tensors(p)[1] for p in branches.problems]
-    a, b = {"fprop": (x, ws), "dgrad": (dy, ws), "wgrad": (dy, x)}[pass_]
-
-    def kernels(p, a, b, bias):
-        best = cost_model.best(p, pass_, gpu.spec, "ieee")
-        return launch.prepare(p, pass_, best, "ieee")(a, b)
-
-    def aten(p, a, b, bias):
-        return passes.aten(p, pass_, a, b)
-
-    runs = {
-        "measured_us": launch.prepare_branches(branches, pass_, config, "ieee"),
-        "measured_apart_us": lambda a, b: multi_rate.one_by_one(
-            branches, pass_, a, b, None, kernels
-        ),
-        "measured_aten_us": lambda a, b: multi_rate.one_by_one(branches, pass_, a, b, None, aten),
+    is around them; and whether the launch's results are right."""
+    row = tuner.measure_branches(branches, pass_, [config], gpu)
+    times = {"": row["ms"], "apart_": row["kernels_ms"], "aten_": row.get("aten_ms")}
+    return {f"measured_{name}us": ms and 1e3 * ms for name, ms in times.items()} | {
+        "right": row["config"] is not None
     }
-
-    def exact(p, a, b, bias):
-        return gpu.reference(p, pass_, a, b)
-
-    got, expected = (
-        runs["measured_us"](a, b),
-        multi_rate.one_by_one(branches, pass_, a, b, None, exact),
-    )
-    depth, right = sum(testing.reduction_depth(p, pass_) for p in branches.problems), True
-    for one, wanted in zip(*([t] if torch.is_tensor(t) else t for t in (got, expected))):
-        allowed = testing.budget(wanted, one.dtype, depth, "ieee", pass_)
-        right &= bool(((one.double() - wanted).abs() <= allowed).all())
-    # filters of fprop and dgrad are the same in all rounds: a network has them in L2, too
-    return {
-        name: 1e3 * gpu.milliseconds(partial(alone, run, b) if b is ws else run, a, x)
-        for name, run in runs.items()
-    } | {"right": right}
-
-
-def alone(run, filters, a, _):
-    return run(a, filters)
 
 
 def main(argv=None) -> int:

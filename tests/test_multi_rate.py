@@ -443,6 +443,47 @@ def test_the_table_of_branches(capsys, monkeypatch, device, seed):
         assert row["launches"] >= 1 and found["right"] and found["measured_aten_us"] == 1000
 
 
+def test_measured_branches_decide(device, monkeypatch, tmp_path, seed):
+    """What was measured to be faster runs, together or one by one, until the kernels change."""
+    pytest.importorskip("triton")
+    from tridil import cache, choice, drivers, tuner
+
+    monkeypatch.setenv("TRIDIL_CACHE", str(tmp_path))
+    branches, target = aspp(c=16, k=16, size=7, rates=(2, 0)), drivers.target()
+
+    class Gpu(tuner.Gpu):
+        """The first launches, of the branches together, take `first` ms, later ones 2."""
+
+        def milliseconds(self, run, a, b):
+            run(a, b)
+            self.calls = getattr(self, "calls", 0) + 1
+            return self.first if self.calls <= 2 else 2.0
+
+    for first, together in ((1.0, True), (3.0, False)):
+        for pass_ in PASSES:
+            gpu = Gpu(device)
+            gpu.first = first
+            (row,) = tridil.tune(branches, passes=[pass_], top=2, gpu=gpu)
+            assert (
+                row["config"]
+                and not row["rejected"]
+                and row["apart_ms"] == 2
+                and row["ms"] == first
+            )
+            found = choice.resolve_branches(branches, pass_, target, "ieee", device, True)
+            assert (found == row["config"]) if together else found is None
+            # asked for, the kernels run together
+            assert choice.resolve_branches(branches, pass_, target, "ieee", device) == row["config"]
+    monkeypatch.setattr(cache, "code", lambda launches: "changed")
+    assert choice.measured_branches(branches, "fprop", target, "ieee", gpu.name) is None
+    with pytest.raises(RuntimeError, match="measured on a GPU"):
+        tridil.tune(branches, device="cpu")
+    wrong = Gpu(device)
+    wrong.first, wrong.reference = 1.0, lambda p, q, a, b: Gpu.reference(wrong, p, q, a, b) + 1
+    (row,) = tridil.tune(branches, passes=["fprop"], top=1, gpu=wrong)
+    assert row["config"] is None and "wrong" in row["rejected"][0][1]
+
+
 def test_sets_of_real_networks():
     from tridil import workloads
 

@@ -25,6 +25,7 @@ from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
 
+from .branches import Branches
 from .families import Launch
 from .problem import Problem
 
@@ -48,10 +49,11 @@ def path(target: str) -> Path:
     return folder() / (target.replace(":", "-") + ".json")
 
 
-def key(problem: Problem, pass_: str, precision: str = "ieee") -> str:
-    """Identity of a measurement: the problem, dilation included, and the pass; of float32 also the
-    precision of its products."""
-    return f"{problem.key()} | {pass_}" + (f" {precision}" if problem.dtype == "float32" else "")
+def key(problem: Problem | Branches, pass_: str, precision: str = "ieee") -> str:
+    """Identity of a measurement: the problem or branches, dilation included, and the pass; of float32
+    also the precision of its products."""
+    dtype = (problem.first if isinstance(problem, Branches) else problem).dtype
+    return f"{problem.key()} | {pass_}" + (f" {precision}" if dtype == "float32" else "")
 
 
 def code(launches: Iterable[Launch]) -> str:

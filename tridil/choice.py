@@ -281,13 +281,37 @@ def decide_branches(
     return (None, apart, apart) if found is None else (*found, apart)
 
 
+def measured_branches(
+    branches: Branches, pass_: str, target: str, precision: str, name: str
+) -> tuple[Config, dict] | None:
+    """(config, record) of the fresh measurement of a pass of all branches on the GPU of that name."""
+    key = cache.key(branches, pass_, precision)
+    for entries in (cache.user(target), cache.shipped(target)):
+        record = entries.get(key, {}).get(name)
+        if not record or not cache.is_fresh(record):
+            continue
+        try:
+            config = cfg.from_json(record["config"], pass_)
+            plan = families.of(config.kernel).branch_plan(branches, pass_, config, precision, False)
+        # of another version
+        except (ValueError, NotImplementedError):
+            continue
+        unfit = families.of(config.kernel).unfit(config, branches, pass_, target)
+        if unfit is None and record.get("code") == cache.code(plan):
+            return config, record
+    return None
+
+
 def resolve_branches(
     branches: Branches, pass_: str, target: str, precision: str, device=None, auto: bool = False
 ) -> Config | None:
     """The config that runs a pass of all branches in one launch, or None: where no launch can, and
     (auto) where they are predicted to be faster one by one."""
+    spec, name = device_spec(target, device)
+    if measured := measured_branches(branches, pass_, target, precision, name):
+        best, record = measured
+        return best if not auto or record["ms"] <= record["apart_ms"] else None
     if not auto:
-        spec, _ = device_spec(target, device)
         found = cost_model.best_of_branches(branches, pass_, spec, precision)
         return found and found[0]
     config, together, apart = decide_branches(branches, pass_, target, precision, device)

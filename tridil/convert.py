@@ -45,12 +45,13 @@ class Report:
     def __str__(self) -> str:
         done = [("layer", "tridil"), *((name, "yes") for name in self.replaced)]
         reasons = Counter(self.skipped.values())
+        running = len(self.replaced) + sum(" already" in why for why in self.skipped.values())
         total = len(self.replaced) + len(self.skipped)
         return "\n".join(
             [
                 *_table([*done, *self.joined.items()] if len(done) > 1 or self.joined else []),
                 *(f"{count} not: {why}" for why, count in reasons.most_common()),
-                f"{len(self.replaced)} of {total} convolution layers run as tridil's; what that gains: tridil.explain(model, *inputs)",
+                f"{running} of {total} convolution layers run as tridil's; what that gains: tridil.explain(model, *inputs)",
             ]
         )
 

@@ -106,20 +106,26 @@ def best(problem: Problem, pass_: str, device: Device | str, precision: str = "t
     )
 
 
-@lru_cache(maxsize=1024)
 def best_of_branches(
     branches: Branches, pass_: str, device: Device, precision: str = "tf32"
 ) -> tuple[Config, float] | None:
     """(config, seconds) of the launch that is predicted to run a pass of all branches fastest; None
     where none can."""
-    found = []
+    return next(iter(rank_of_branches(branches, pass_, device, precision)), None)
+
+
+@lru_cache(maxsize=1024)
+def rank_of_branches(
+    branches: Branches, pass_: str, device: Device, precision: str = "tf32"
+) -> list[tuple[Config, float]]:
+    """The same of all candidates, the fastest prediction first."""
+    found: list[tuple[Config, float]] = []
     for family in families.FAMILIES:
         if configs := family.branch_options(branches, pass_, device.target, precision):
             seconds = family.branch_seconds(branches, pass_, configs, device, precision)
-            copied = _copies_of_branches(branches, pass_, family, device)
-            found.append((float(seconds.min()) + copied, configs[int(seconds.argmin())]))
-    best = min(found, key=itemgetter(0), default=None)
-    return best and (best[1], best[0])
+            seconds = seconds + _copies_of_branches(branches, pass_, family, device)
+            found += zip(configs, seconds.tolist())
+    return sorted(found, key=itemgetter(1))
 
 
 def _copies_of_branches(branches: Branches, pass_: str, family: Family, device: Device) -> float:

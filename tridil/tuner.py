@@ -16,8 +16,22 @@ from typing import Any
 
 import torch
 
-from . import aot, assumed, cache, choice, clock, cost_model, drivers, functional, passes, reference
+from . import (
+    aot,
+    assumed,
+    cache,
+    choice,
+    clock,
+    cost_model,
+    drivers,
+    families,
+    functional,
+    multi_rate,
+    passes,
+    reference,
+)
 from . import config as cfg
+from .branches import Branches
 from .choice import ATEN
 from .convert import scan
 from .drivers import FORMATS
@@ -85,7 +99,7 @@ class Gpu:
 
 
 def tune(
-    subject: Problem | Iterable[Problem] | torch.Tensor | torch.nn.Module,
+    subject: Problem | Branches | Iterable[Problem] | torch.Tensor | torch.nn.Module,
     *args: Any,
     passes: Sequence[str] = PASSES,
     top: int = 8,
@@ -101,7 +115,8 @@ def tune(
     cache (`tridil.cache`).
 
     subject: a Problem or several; or the input of a convolution with its weight and the other
-    arguments of `dilated_conv2d`; or a module with example inputs, whose convolutions are measured.
+    arguments of `dilated_conv2d`; or a module with example inputs, whose convolutions are measured;
+    or Branches: see `tune_branches`.
     passes: of "fprop", "dgrad", "wgrad". top: candidates, the cost model's best. budget: seconds;
     what was measured by then is kept, and a later call goes on, since what is already in the cache
     is left out unless `force`. Under torchrun every rank measures its part of several problems. A
@@ -113,6 +128,8 @@ def tune(
     RuntimeError where there is no GPU, TypeError for another subject, ValueError for an unknown
     pass.
     """
+    if isinstance(subject, Branches):
+        return tune_branches(subject, passes=passes, top=top, device=device, gpu=gpu)
     problems = list(dict.fromkeys(_problems(subject, args, kwargs)))
     if set(passes) - set(PASSES) or top < 1:
         raise ValueError(
@@ -163,6 +180,124 @@ def tune(
     if rows:
         choice.changed()
     return rows
+
+
+def tune_branches(
+    branches: Branches,
+    *,
+    passes: Sequence[str] = PASSES,
+    top: int = 4,
+    device: torch.types.Device = None,
+    gpu: Gpu | None = None,
+) -> list[dict[str, Any]]:
+    """Measures parallel branches in one launch, by the `top` configs that the cost model ranks first,
+    beside the same branches one by one, by tridil's kernels and by ATen, and keeps the answers in the
+    user's cache: `multi_rate_conv2d` then runs the faster.
+
+    Returns a row per pass that a launch can run: branches, pass, config (None where every candidate
+    was wrong or failed), ms, apart_ms (the faster of the two ways one by one), kernels_ms, aten_ms,
+    predicted_ms, rejected, target, device, date. Errors as in `tune`.
+    """
+    if gpu is None:
+        found = torch.device(device if device is not None else "cuda")
+        if found.type != "cuda" or not torch.cuda.is_available():
+            raise RuntimeError(f"configs are measured on a GPU, got {found}")
+        with torch.cuda.device(found):
+            here = Gpu(torch.device("cuda", torch.cuda.current_device()))
+            return tune_branches(branches, passes=passes, top=top, gpu=here)
+    problem, rows = branches.first, []
+    precision = drivers.fp32_precision(gpu.target) if problem.dtype == "float32" else "ieee"
+    for pass_ in passes:
+        ranked = cost_model.rank_of_branches(branches, pass_, gpu.spec, precision)[:top]
+        if ranked:
+            row = measure_branches(branches, pass_, [c for c, _ in ranked], gpu, precision)
+            predicted = dict(ranked).get(row["config"])
+            rows.append(row | {"predicted_ms": predicted and 1e3 * predicted})
+            _keep_branches(rows[-1], precision)
+    if rows:
+        choice.changed()
+    return rows
+
+
+def measure_branches(
+    branches: Branches, pass_: str, configs: Sequence[Config], gpu: Gpu, precision: str = "ieee"
+) -> dict[str, Any]:
+    """One row of `tune_branches`."""
+    from . import launch  # imports Triton
+
+    whole = replace(branches.first, c=branches.x_channels[-1], k=branches.y_channels[-1], groups=1)
+    x, _, _, dy = gpu.tensors(whole)
+    ws = [gpu.tensors(problem)[1] for problem in branches.problems]
+    a, b = {"fprop": (x, ws), "dgrad": (dy, ws), "wgrad": (dy, x)}[pass_]
+
+    def apart(one):
+        return lambda a, b: multi_rate.one_by_one(branches, pass_, a, b, None, one)
+
+    def kernels(p, a, b, bias):
+        config = cost_model.best(p, pass_, gpu.spec, precision)
+        return launch.prepare(p, pass_, config, precision)(a, b)
+
+    def timed(run) -> float:
+        # filters of fprop and dgrad are the same in all rounds: a network has them in L2, too
+        return gpu.milliseconds((lambda t, _: run(t, ws)) if b is ws else run, a, x)
+
+    def listed(found):
+        return [found] if torch.is_tensor(found) else found
+
+    expected = listed(apart(lambda p, a, b, bias: gpu.reference(p, pass_, a, b))(a, b))
+    depth = sum(reduction_depth(problem, pass_) for problem in branches.problems)
+    best, rejected = None, []
+    for config in configs:
+        try:
+            run = launch.prepare_branches(branches, pass_, config, precision)
+            for got, wanted in zip(listed(run(a, b)), expected):
+                allowed = budget(wanted, got.dtype, depth, precision, pass_)
+                if not bool(((got.double() - wanted).abs() <= allowed).all()):
+                    raise ValueError("its result is wrong")
+            ms = timed(run)
+            best = (config, ms) if best is None or ms < best[1] else best
+        # what does not compile or launch is said, and the next one is tried
+        except Exception as e:
+            rejected.append((config, f"{type(e).__name__}: {e}"))
+            log.warning("tridil: rejected %s for %s of %s: %s", config, pass_, branches.key(), e)
+    times = {"kernels_ms": timed(apart(kernels))}
+    try:
+        times["aten_ms"] = timed(apart(lambda p, a, b, bias: passes.aten(p, pass_, a, b)))
+    except (RuntimeError, NotImplementedError) as e:  # no such convolution there
+        log.info("tridil: ATen cannot run %s of %s: %s", pass_, branches.key(), e)
+    return {
+        "branches": branches,
+        "pass": pass_,
+        "config": best and best[0],
+        "ms": best and best[1],
+        "apart_ms": min(times.values()),
+        **times,
+        "rejected": rejected,
+        "target": gpu.target,
+        "device": gpu.name,
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def _keep_branches(row: dict, precision: str) -> None:
+    config, branches, pass_ = row["config"], row["branches"], row["pass"]
+    if config is None:
+        return
+    plan = families.of(config.kernel).branch_plan(branches, pass_, config, precision, False)
+    times = {
+        name: round(row[name], 6)
+        for name in ("ms", "apart_ms", "kernels_ms", "aten_ms")
+        if name in row
+    }
+    record = {
+        "config": cfg.to_json(config),
+        **times,
+        "code": cache.code(plan),
+        "triton": cache.triton(),
+        "torch": torch.__version__,
+        "date": row["date"],
+    }
+    cache.add(row["target"], {cache.key(branches, pass_, precision): {row["device"]: record}})
 
 
 def _measure_now(
