@@ -835,3 +835,26 @@ def test_executed_macs_are_those_that_run(name, monkeypatch, p=None):
         cfg, count = cost_model.best(p, pass_, drivers.target()), 0
         check(p, [pass_], [cfg])
         assert count == config.executed_macs(p, pass_, cfg)
+
+
+@pytest.mark.parametrize(
+    ("channels", "groups", "out"), [(8, 1, 8), (8, 2, 4), (7, 7, 7), (7, 7, 14)]
+)
+@pytest.mark.parametrize("layout", ["nchw", "nhwc"])
+def test_a_dgrad_that_no_tap_reaches_is_zero(channels, groups, out, layout):
+    """Steps over the map so long that its pixels lie between the taps."""
+    p = problem_of(
+        (1, channels, 3, 8),
+        (out, channels // groups, 1, 1),
+        None,
+        (5, 1),
+        ((1, 0), (0, 0)),
+        1,
+        groups,
+        "float16",
+        layout,
+    )
+    assert not p.axes("dgrad")
+    (dx,) = check(p, ["dgrad"])
+    assert dx.shape == p.x_shape and not dx.any()
+    check(p, ["fprop", "wgrad"])

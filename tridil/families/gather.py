@@ -141,7 +141,8 @@ class Gather(Gemm):
     def tile_options(
         self, problem: Problem, pass_: str, target: str, precision: str
     ) -> list[Config]:
-        if is_depthwise(problem):
+        # of a dgrad that no tap reaches nothing is launched, but something must be chosen
+        if is_depthwise(problem) and problem.axes(pass_):
             return []
         flat = is_flat(problem, pass_)
         options = list(self._tiles_of(problem, pass_, target, precision, flat))
