@@ -14,7 +14,7 @@ at once.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from math import prod
@@ -518,17 +518,16 @@ class Gemm(Family):
 
     def executed(self, problem: Problem, pass_: str, configs: Sequence[Config]) -> np.ndarray:
         """`executed_macs` of many configs."""
-        found = np.zeros(len(configs))
-        for kernel in dict.fromkeys(config.kernel for config in configs):
-            some = [i for i, config in enumerate(configs) if config.kernel == kernel]
-            c = columns([configs[i] for i in some])
+
+        def macs(some):
+            c, flat = columns(some), self.flat(some[0].kernel)
             tile = self._tiles(c, pass_)
-            total = sum(
-                self._steps(problem, pass_, c, tile, axes, self.flat(kernel))[0]
-                for axes in problem.axes(pass_)
+            steps = (
+                self._steps(problem, pass_, c, tile, axes, flat)[0] for axes in problem.axes(pass_)
             )
-            found[some] = total * tile[0] * tile[1] * tile[2]
-        return found
+            return sum(steps) * tile[0] * tile[1] * tile[2]
+
+        return by_kernel(configs, macs)
 
     def executed_macs(self, problem: Problem, pass_: str, config: Config) -> int:
         return int(self.executed(problem, pass_, [config])[0])
@@ -565,13 +564,9 @@ class Gemm(Family):
         device: Device,
         precision: str,
     ) -> np.ndarray:
-        found = np.zeros(len(configs))
-        for kernel in dict.fromkeys(config.kernel for config in configs):
-            some = [i for i, config in enumerate(configs) if config.kernel == kernel]
-            found[some] = self._times(
-                problem, pass_, [configs[i] for i in some], device, precision
-            )["seconds"]
-        return found
+        return by_kernel(
+            configs, lambda some: self._times(problem, pass_, some, device, precision)["seconds"]
+        )
 
     def _times(
         self,
@@ -622,9 +617,7 @@ class Gemm(Family):
             )
         result, dram_rate = prod(result_shape(problem, pass_)), device.dram * 1e9 * assumed.DRAM
         sums = self.sums(problem, pass_, c, tile)
-        partial = sums / np.where(
-            sums < device.l2 * 2**19, device.l2_clock * assumed.L2 * device.sms * hertz, dram_rate
-        )
+        partial = partial_seconds(sums, device)
         launches = launches * np.where(sums > 0, 2, 1)
         dram = problem.bytes / dram_rate
         if not self.covers(problem, pass_):  # dx begins as zeros
@@ -760,13 +753,9 @@ class Gemm(Family):
         device: Device,
         precision: str,
     ) -> np.ndarray:
-        found = np.zeros(len(configs))
-        for kernel in dict.fromkeys(config.kernel for config in configs):
-            some = [i for i, config in enumerate(configs) if config.kernel == kernel]
-            found[some] = self._branch_times(
-                branches, pass_, [configs[i] for i in some], device, precision
-            )
-        return found
+        return by_kernel(
+            configs, lambda some: self._branch_times(branches, pass_, some, device, precision)
+        )
 
     def _branch_times(
         self,
@@ -799,9 +788,7 @@ class Gemm(Family):
         weights = sum(map(prod, branches.w_shapes))
         sums = np.where(c["SPLIT_K"] > 1, 4 * weights * (2 * c["SPLIT_K"] + 1), 0)
         launches = np.where(sums > 0, 2, 1)
-        partial = sums / np.where(
-            sums < device.l2 * 2**19, device.l2_clock * assumed.L2 * device.sms * hertz, dram_rate
-        )
+        partial = partial_seconds(sums, device)
         return (
             np.maximum(waves / hertz, branches.bytes / dram_rate)
             + partial
@@ -822,6 +809,23 @@ class Gemm(Family):
         return waves_of(
             counts.sum(0), totals.sum(0), most.max(0), device.sms, fit, alone, latest.min(0)
         )
+
+
+def by_kernel(
+    configs: Sequence[Config], figures: Callable[[Sequence[Config]], np.ndarray]
+) -> np.ndarray:
+    """A figure of each config, of which `figures` takes those of one kernel at a time."""
+    found = np.zeros(len(configs))
+    for kernel in dict.fromkeys(config.kernel for config in configs):
+        some = [i for i, config in enumerate(configs) if config.kernel == kernel]
+        found[some] = figures([configs[i] for i in some])
+    return found
+
+
+def partial_seconds(sums: np.ndarray, device: Device) -> np.ndarray:
+    """Seconds of so many bytes of partial sums: through L2 where half of it holds them."""
+    l2 = device.l2_clock * assumed.L2 * device.sms * device.clock * 1e9
+    return sums / np.where(sums < device.l2 * 2**19, l2, device.dram * 1e9 * assumed.DRAM)
 
 
 def waves_of(programs, total, most, sms: int, fit, alone, latest=None):
