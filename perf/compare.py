@@ -4,6 +4,7 @@
     python perf/compare.py main HEAD          both in temporary worktrees, which are removed afterwards
     python perf/compare.py HEAD .             the working tree as it is
     python perf/compare.py old/results.csv new/results.csv
+    python perf/compare.py HEAD~1 HEAD --picks     only which configs, launches and counts the cost model picks
 
 Of revisions HEAD's tests run first. With a GPU both are swept in turn: base, head, head, base.
 Without one, or with --static, they are compared by what the compiler makes of a suite's kernels, by
@@ -327,6 +328,28 @@ def execute(command: list[str], cwd: Path, env: dict) -> subprocess.CompletedPro
             raise
 
 
+def compare_picks(base: dict, head: dict) -> tuple[list[dict], list[str]]:
+    """(findings, lines) of what `perf/picks.py` wrote of both: a pick, its launches or its count that
+    differs is worse, for a change of form has none."""
+    known = base.keys() & head.keys()
+    changed = sorted(key for key in known if base[key] != head[key])
+    findings = [
+        {
+            "what": key,
+            "figure": "pick",
+            "base": str(base[key]),
+            "head": str(head[key]),
+            "change": "",
+            "worse": True,
+        }
+        for key in changed
+    ]
+    return findings, [
+        *only_in(dict.fromkeys((key,) for key in base), dict.fromkeys((key,) for key in head)),
+        f"{len(known)} picks compared, {len(changed)} differ",
+    ]
+
+
 def compare_trees(args, trees: dict, folder: Path, run) -> tuple[list[dict], list[str]]:
     """(findings, lines to print) of two trees; run is like `execute`. Raises Unusable."""
 
@@ -359,6 +382,12 @@ def compare_trees(args, trees: dict, folder: Path, run) -> tuple[list[dict], lis
         call(side, *arguments, "--json", out, out=out)
         return json.loads(out.read_text())
 
+    if args.picks:
+        # the same script for both, which may not have it
+        script = str(Path(__file__).resolve().with_name("picks.py"))
+        return compare_picks(
+            *(rows(side, script, "--targets", args.targets) for side in ("BASE", "HEAD"))
+        )
     has_gpu = torch.cuda.is_available() and not args.static
     if not args.no_tests:
         done, last = call(
@@ -443,6 +472,11 @@ def main(argv=None, run=execute) -> int:
     parser.add_argument("base", metavar="BASE", help="a revision, '.' or a .csv file")
     parser.add_argument("head", metavar="HEAD", help="a revision, '.' or a .csv file")
     parser.add_argument("--static", action="store_true", help="no times, also with a GPU")
+    parser.add_argument(
+        "--picks",
+        action="store_true",
+        help="nothing but the configs that are picked for all workloads, their launches and counts",
+    )
     parser.add_argument("--suite", default="quick", help="suite of tridil.workloads")
     parser.add_argument(
         "--targets",

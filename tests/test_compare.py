@@ -610,3 +610,32 @@ def test_the_compilers_part_for_real(repository, capsys):
         "verdict: no regression (0 worse, 0 better)\n"
     )
     assert len(counts) == 5 and min(counts) >= 2
+
+
+def test_picks_that_differ(tmp_path):
+    """A form that changes must change no pick; what one side alone has is said."""
+    import picks
+
+    base = {"cuda:80 fprop a": ["gather b64", 10, [["correlate", 4, 1, 1]]], "cuda:80 fprop b": [1]}
+    head = {"cuda:80 fprop a": ["gather b64", 11, [["correlate", 4, 1, 1]]], "cuda:80 fprop c": [1]}
+    findings, lines = compare.compare_picks(base, head)
+    assert [f["what"] for f in findings] == ["cuda:80 fprop a"] and findings[0]["worse"]
+    assert lines[-1] == "1 picks compared, 1 differ" and len(lines) == 3
+    assert compare.compare_picks(base, base)[0] == []
+    found = picks.picks(["cuda:80"])
+    assert len(found) == len({*found}) > 1200 and all(len(value) == 3 for value in found.values())
+
+
+def test_picks_of_two_revisions(repository, capsys):
+    """Both sides run this checkout's script in their own tree."""
+    calls = []
+
+    def run(command, cwd, env):
+        calls.append((Path(command[1]).name, str(cwd), command[command.index("--targets") + 1]))
+        out = Path(command[command.index("--json") + 1])
+        out.write_text(json.dumps({"cuda:80 fprop a": [len(calls)]}))
+        return SimpleNamespace(returncode=0, stdout="", stderr="")
+
+    assert compare.main(["HEAD~1", "HEAD", "--picks", "--targets", "cuda:80"], run) == 1
+    assert [call[0] for call in calls] == ["picks.py"] * 2 and len({call[1] for call in calls}) == 2
+    assert "1 picks compared, 1 differ" in capsys.readouterr().out
