@@ -490,3 +490,15 @@ def test_sets_of_real_networks():
     found = workloads.branches()
     assert {len(b.problems) for b in found.values()} == {3, 4, 5}
     assert sum(bool(b.apart("fprop")) for b in found.values()) == 0
+
+
+def test_explained(capsys):
+    rows = tridil.explain(deeplab(), target="cuda:80")
+    text = capsys.readouterr().out
+    assert [row["pass"] for row in rows] == list(PASSES) and text.count("together (predicted") >= 2
+    for row in rows:
+        assert row["together"] == (row["predicted_ms"] < row["predicted_apart_ms"])
+    strided = Branches(tuple(replace(p, stride=(2, 2)) for p in aspp(rates=(2, 3)).problems))
+    rows = tridil.explain(strided, target="cuda:80")
+    assert not rows[1]["together"] and "needs stride 1, got (2, 2)" in rows[1]["why"]
+    assert "one by one" in capsys.readouterr().out

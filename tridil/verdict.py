@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_map
 
 from . import choice, cost_model, drivers
 from . import config as cfg
+from .branches import Branches
 from .convert import scan
 from .functional import problem_of_tensors
 from .problem import PASSES, Problem
@@ -296,8 +297,57 @@ def geometry(problem: Problem) -> str:
     )
 
 
+# ---- parallel branches
+def branch_rows(branches: Branches, device=None, target: str | None = None) -> list[dict[str, Any]]:
+    """What "auto" does with parallel branches: rows with pass, together (whether one launch runs
+    them), why, kernel and config (None where no launch can), ms and apart_ms (measured, or None),
+    predicted_ms and predicted_apart_ms."""
+    aim, rows = target or drivers.target(), []
+    device = None if target else device
+    precision = drivers.fp32_precision(aim) if branches.first.dtype == "float32" else "ieee"
+    _, name = choice.device_spec(aim, device)
+    for pass_ in PASSES:
+        config, together, apart = choice.decide_branches(branches, pass_, aim, precision, device)
+        measured = choice.measured_branches(branches, pass_, aim, precision, name)
+        record = measured[1] if measured else {}
+        config = measured[0] if measured else config
+        if config is None:
+            why = branches.apart(pass_) or "no kernel joins them"
+        elif record:
+            why = (
+                f"measured: {record['ms']:.4g} ms together, {record['apart_ms']:.4g} ms one by one"
+            )
+        else:
+            why = f"predicted: {1e3 * together:.4g} ms together, {1e3 * apart:.4g} ms one by one"
+        joined = choice.resolve_branches(branches, pass_, aim, precision, device, True)
+        rows.append(
+            {
+                "pass": pass_,
+                "together": joined is not None,
+                "why": why,
+                "kernel": config and config.kernel,
+                "config": config and cfg.describe(config),
+                "ms": record.get("ms"),
+                "apart_ms": record.get("apart_ms"),
+                "predicted_ms": 1e3 * together if config else None,
+                "predicted_apart_ms": 1e3 * apart,
+            }
+        )
+    return rows
+
+
+def branch_text(branches: Branches, rows: list[dict[str, Any]], aim: str) -> str:
+    """`branch_rows` as people read them."""
+    lines = [f"{branches.key()}, target {aim}"]
+    for row in rows:
+        kernel = f"; kernel {row['kernel']}: {row['config']}" if row["kernel"] else ""
+        how = "together" if row["together"] else "one by one"
+        lines.append(f"{row['pass']}: {how} ({row['why']}){kernel}")
+    return "\n".join(lines)
+
+
 def explain(
-    subject: torch.Tensor | Problem | Mapping[Problem, int] | nn.Module,
+    subject: torch.Tensor | Problem | Branches | Mapping[Problem, int] | nn.Module,
     *args: Any,
     backend: str = "auto",
     target: str | None = None,
@@ -314,6 +364,9 @@ def explain(
     sum, its share of the multiply-accumulates, the backend that "auto" takes for each pass, the times
     of the kernels and of ATen, the gain, and what to do next; returns `verdict_of`. The model is
     traced on the meta device where it can be: nothing is computed, and no weight is changed.
+
+    explain(branches), of `tridil.branches.Branches`: whether one launch runs them, and why; returns
+    `branch_rows`.
 
     target, like "cuda:90": the answer for a GPU of that kind, whatever is here; without it and
     without a GPU it is for the one that `info` names. Raises TypeError for another subject, ValueError
@@ -335,13 +388,18 @@ def explain(
         return found
     if isinstance(subject, torch.Tensor):
         problem, device = problem_of_tensors(subject, *args, **kwargs), subject.device
+    elif isinstance(subject, Branches):
+        device = torch.device("cuda") if torch.cuda.is_available() else None
+        found_rows = branch_rows(subject, device, target)
+        print(branch_text(subject, found_rows, target or drivers.target()))
+        return found_rows
     elif isinstance(subject, Problem):
         problem = subject
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         target = target or (None if torch.cuda.is_available() else drivers.target())
     else:
         raise TypeError(
-            f"explain takes a tensor and what dilated_conv2d takes, a Problem, a model or what scan gives, got {type(subject).__name__}"
+            f"explain takes a tensor and what dilated_conv2d takes, a Problem, Branches, a model or what scan gives, got {type(subject).__name__}"
         )
     rows = rows_of(problem, device, backend, target)
     print(text_of(problem, device, backend, target, rows))
