@@ -268,6 +268,7 @@ def test_instructions_of_direct_kernels(target):
             assert row["loads"]["LDG.128"] >= columns and set(row["loads"]) <= {"LDG.128", "LDG.16"}
 
 
+@pytest.mark.slow
 def test_saved_code(tmp_path):
     shape = ("--shape", "n=64 c=64 h=32 w=32 k=64 d=2", "--target", "cuda:90", "--passes", "fprop")
     out, rows = tridil_aot(tmp_path, *shape, "--save", str(tmp_path / "code"))

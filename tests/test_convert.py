@@ -110,7 +110,10 @@ def test_models_train_on_the_kernels(name, mode, device, seed, poisoned):
     )
 
 
-@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize(
+    "memory_format",
+    [pytest.param(torch.contiguous_format, marks=pytest.mark.slow), torch.channels_last],
+)
 def test_inductor_runs_the_kernels(memory_format, launches, device, seed):
     """Inductor chooses memory formats around operators that it does not know."""
     if device.type == "cpu" and not (shutil.which("g++") or shutil.which("clang++")):
@@ -928,7 +931,7 @@ def test_tools_that_look_at_layers(name, backend, seed):
     )
 
 
-@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("use_reentrant", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", SMALL)
 def test_activation_checkpointing(name, use_reentrant, backend, device, seed):
     model = SMALL[name]().to(device, torch.float64)
@@ -993,7 +996,10 @@ def test_exported_graphs_in_another_process(backend_, tmp_path, seed):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", [*SMALL, "causal"])
+# the others export no other kind of layer
+@pytest.mark.parametrize(
+    "name", [*(pytest.param(name, marks=pytest.mark.slow) for name in SMALL), "causal"]
+)
 def test_onnx_has_plain_convolutions(name, backend, device, seed):
     pytest.importorskip("onnxscript")
     runtime = pytest.importorskip("onnxruntime")

@@ -384,7 +384,7 @@ def test_more_than_2_31_elements(pass_, groups):
     assert error <= budget
 
 
-@pytest.mark.parametrize("allow", [False, True])
+@pytest.mark.parametrize("allow", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_tf32(allow):
     """tf32 keeps 10 mantissa bits; ieee keeps fp32's."""
     check(replace(GEOMETRIES["aspp"], dtype="float32"), precision="tf32" if allow else "ieee")
