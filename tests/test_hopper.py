@@ -20,7 +20,18 @@ pytest.importorskip("triton.experimental.gluon")
 import triton
 import triton.language as tl
 
-from tridil import cache, choice, config, cost_model, devices, drivers, launch, reference, testing
+from tridil import (
+    cache,
+    choice,
+    config,
+    cost_model,
+    devices,
+    drivers,
+    families,
+    launch,
+    reference,
+    testing,
+)
 from tridil.families import hopper
 from tridil.kernels import hopper as kernels
 from tridil.problem import PASSES, Problem
@@ -636,7 +647,7 @@ MUTANTS = {
         ("pred=steps > 0", "pred=steps < 0"),
     ],
     "no wait for a box": [("        mbarrier.wait(full.index(stage), phase)\n", "")],
-    "no wait for a free buffer": [("            mbarrier.wait(empty.index(stage), phase)\n", "")],
+    "no wait for a free buffer": [("        mbarrier.wait(empty.index(stage), phase)\n", "")],
     "no wait for the last product": [("    acc = warpgroup_mma_wait(0, [acc])\n", "")],
     "no wait for the product before": [
         (
@@ -676,6 +687,31 @@ MUTANTS = {
     "parts of two programs only": [
         ("for i in tl.range(program, end + 1):", "for i in tl.range(program, program + 1):")
     ],
+    "branches: no turns": [
+        (
+            "        mbarrier.wait(order.index(ME), go)\n        go ^= 1\n    acc",
+            "        go ^= 1\n    acc",
+        )
+    ],
+    "branches: programs only go to": [("2 * tl.num_programs(0) - step", "step")],
+    "branches: the filters of the first": [
+        ("                x, filters[b], a_bufs", "                x, filters[0], a_bufs")
+    ],
+    "branches: the channels of the first": [
+        (
+            "                BRANCHES[10 * b + 4], stage, phase, TRANSPOSED",
+            "                BRANCHES[4], stage, phase, TRANSPOSED",
+        )
+    ],
+    "branches: all steps of all": [
+        ("gl.where((tile >= first) & (tile < last), 2147483647, 0)", "2147483647")
+    ],
+    "branches: filters stored for another": [
+        (
+            "            for b in gl.static_range(COUNT):\n                if branch == b:",
+            "            for b in gl.static_range(COUNT):\n                if branch == COUNT - 1 - b:",
+        )
+    ],
     "shares that overlap": [
         (
             "start_of(pid + 1, total, tl.num_programs(0)) - first",
@@ -708,8 +744,10 @@ def mutant(name, folder):
     return module
 
 
-def survives(module, monkeypatch, device):
-    """Whether these kernels give right results."""
+def survives(module, monkeypatch, device, branches):
+    """Whether these kernels give right results, of single convolutions or of branches."""
+    if branches:
+        return branches_survive(module, monkeypatch, device)
     p = Problem(2, 136, 14, 11, 72, 3, 3, padding=((3, 3), (3, 3)), dilation=(3, 3))
     tensors = testing.random_tensors(p, device, 0)
     one = dict(BLOCK_IMG=2, BLOCK_P=8, PINGPONG=False, num_stages=2)
@@ -734,11 +772,43 @@ def survives(module, monkeypatch, device):
     return True
 
 
+def branches_survive(module, monkeypatch, device):
+    from test_multi_rate import aspp, assert_close, references, tensors
+
+    monkeypatch.setattr(
+        launch, "kernel_of", lambda item: getattr(module, item.kernel.partition(":")[2])
+    )
+    family = families.of("hopper")
+    try:
+        for found in (
+            aspp(2, 128, 9, 128, (1, 3, 9)),
+            aspp(1, 128, 9, 128, (1, 3), shared_input=False),
+        ):
+            x, ws, bias, dy = tensors(found, device)
+            expected = references(found, x, ws, bias, dy)
+            for pass_, args in (("fprop", (x, ws, bias)), ("dgrad", (dy, ws)), ("wgrad", (dy, x))):
+                options = family.branch_options(found, pass_, "cuda:90", "ieee")
+                option = next((c for c in options if c.PINGPONG), options[0])
+                option = replace(option, PROGRAMS=3)
+                launch._prepare_branches.cache_clear()
+                run = launch.prepare_branches(found, pass_, option, "ieee", pass_ == "fprop")
+                got = run(*args)
+                assert_close([got] if torch.is_tensor(got) else got, expected[pass_], found, pass_)
+    # wrong results, deadlocks, faults
+    except Exception as e:
+        print(f"{type(e).__name__}: {e}"[:300])
+        return False
+    finally:
+        launch._prepare_branches.cache_clear()
+    return True
+
+
 @compiled
-@pytest.mark.parametrize("name", ["none", *MUTANTS])
+@pytest.mark.parametrize("name", ["none", "branches: none", *MUTANTS])
 def test_mutants(name, device, poisoned, tmp_path, monkeypatch, request):
     """The kernels as they are survive, every mutant is caught."""
     late = request.config.getoption("emulate_late", None)
     if late is None or late != "newest" and name == NEWEST:
         pytest.skip("needs a driver that lets asynchronous work complete as late as it may")
-    assert survives(mutant(name, tmp_path), monkeypatch, device) == (name == "none")
+    module, of_branches = mutant(name, tmp_path), name.startswith("branches")
+    assert survives(module, monkeypatch, device, of_branches) == name.endswith("none")
