@@ -176,7 +176,7 @@ def test_which_layers_are_converted(seed):
         dense="dilation 1 of kernel 3x3 is below min_dilation=2",
         point="kernel 1x1 has one tap",
         mine="predicate is false",
-        up="ConvTranspose2d is neither nn.Conv2d nor nn.Conv1d",
+        up="is transposed: convert(model, transposed=True) takes it",
         volume="Conv3d is neither",
         lazy="run the model once",
         ours="is a DilatedConv2d already",
