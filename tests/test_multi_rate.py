@@ -25,7 +25,15 @@ def aspp(n=1, c=32, size=9, k=24, rates=(2, 4, 6, 0), dtype="float16", layout="n
 
 
 def random_branches(rng, dtype):
-    """Mixed filters, rates beyond the map, 1x1, one to five branches, unequal channels, groups."""
+    """Mixed filters, rates beyond the map, 1x1, one to five branches, unequal channels, groups.
+    Not all depthwise: no kernel joins those."""
+    branches = any_branches(rng, dtype)
+    while all(p.c == p.groups for p in branches.problems):
+        branches = any_branches(rng, dtype)
+    return branches
+
+
+def any_branches(rng, dtype):
     n, h, w, g = rng.choice([1, 2, 3]), rng.randint(3, 12), rng.randint(3, 12), rng.choice([1, 1, 1, 2, 3])  # fmt: skip
     shared, how = rng.random() < 0.6, rng.choice(["cat", "cat", "sum"])
     stride, layout = rng.choice([(1, 1)] * 4 + [(2, 1), (2, 2)]), rng.choice(["nhwc", "nhwc", "nchw"])  # fmt: skip
