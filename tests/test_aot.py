@@ -141,6 +141,28 @@ def test_default_kernels_of_real_layers(tmp_path, target):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("target", [t for t in devices.TARGETS if t.startswith("cuda")])
+def test_joined_kernels_of_real_branches(tmp_path, target):
+    """Several rates in one launch: registers for one branch, not for all of them. (ESPNet's odd
+    channels load by the element: Ada's 128 rows keep one value in memory, outside the loop.)"""
+    out, rows = tridil_aot(tmp_path, "--suite", "branches", "--target", target)
+    assert len({row["layer"] for row in rows}) == 8 and not any("failure" in row for row in rows), (
+        rows
+    )
+    for row in rows:
+        odd = row["layer"].startswith("ESPNet") and target == "cuda:89"
+        assert row["spills"] <= (2 if odd else 0), row
+        assert row["shared_bytes"] <= devices.of_target(target).limits[1]
+        if not row["kernel"].startswith("sum_"):
+            assert "_branches" in row["kernel"] and row["mma"] != "none", row
+    if target == "cuda:90":
+        assert {row["kernel"] for row in rows} >= {
+            "correlate_hopper_branches",
+            "wgrad_hopper_branches",
+        }
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("target", devices.TARGETS)
 def test_default_kernels_in_fp32(tmp_path, target):
     out, rows = tridil_aot(

@@ -14,9 +14,10 @@ from pathlib import Path
 
 import torch
 
-from . import __version__, cache, devices, drivers, tuner, verdict, workloads
+from . import __version__, cache, cost_model, devices, drivers, tuner, verdict, workloads
 from . import config as cfg
 from .aot import report
+from .branches import Branches
 from .problem import PASSES, Problem, problem_of
 from .workloads import SUITES
 
@@ -348,20 +349,35 @@ def aot(args) -> int:
     passes = passes_of(args.passes)
     writable(args.json)
     target = args.target or drivers.target()
-    layers = (
-        [(args.shape, parse_shape(args.shape, args.dtype))]
-        if args.shape
-        else [(w.name, w.problem) for w in workloads.suite(args.suite, args.dtype)]
-    )
-    if args.save:
-        Path(args.save).mkdir(parents=True, exist_ok=True)
+
     # the format of the results as layers give it: dw that of nn.Conv2d's weight, which with one
     # channel per group is that of x
-    jobs = [
-        (name, replace(p, layout="nchw" if pass_ == "wgrad" and p.c > p.groups else "nhwc"), pass_)
-        for name, p in layers
-        for pass_ in passes
-    ]
+    def layout(problem: Problem, pass_: str) -> str:
+        return "nchw" if pass_ == "wgrad" and problem.c > problem.groups else "nhwc"
+
+    jobs: list[tuple[str, Problem | Branches, str]]
+    if args.suite == "branches" and not args.shape:
+        spec = devices.of_target(target)
+        jobs = [
+            (name, replace(joined, problems=problems), pass_)
+            for name, joined in workloads.branches(args.dtype).items()
+            for pass_ in passes
+            for problems in [tuple(replace(p, layout=layout(p, pass_)) for p in joined.problems)]
+            if cost_model.best_of_branches(joined, pass_, spec)
+        ]
+    else:
+        layers = (
+            [(args.shape, parse_shape(args.shape, args.dtype))]
+            if args.shape
+            else [(w.name, w.problem) for w in workloads.suite(args.suite, args.dtype)]
+        )
+        jobs = [
+            (name, replace(p, layout=layout(p, pass_)), pass_)
+            for name, p in layers
+            for pass_ in passes
+        ]
+    if args.save:
+        Path(args.save).mkdir(parents=True, exist_ok=True)
     rows = report(jobs, target, args.save)
     if args.json:
         Path(args.json).write_text(json.dumps(rows, indent=1))
@@ -458,7 +474,11 @@ def main(argv=None) -> int:
             )
         if name != "explain":
             sub.add_argument(
-                "--suite", default="quick", help="suite of tridil.workloads: " + ", ".join(SUITES)
+                "--suite",
+                default="quick",
+                help="suite of tridil.workloads: "
+                + ", ".join(SUITES)
+                + ("; branches: several rates in one launch" if name == "aot" else ""),
             )
             sub.add_argument("--passes", default=",".join(PASSES))
     commands.choices["explain"].add_argument(

@@ -19,7 +19,8 @@ from pathlib import Path
 from threading import TIMEOUT_MAX
 
 from . import config as cfg
-from . import cost_model, drivers, families, sass
+from . import cost_model, devices, drivers, families, sass
+from .branches import Branches
 from .families import Config
 from .families.base import triton_version
 from .problem import DTYPE_BYTES, Problem
@@ -49,14 +50,14 @@ _TYPES = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32", "float64": "
 
 
 def sources(
-    problem: Problem,
+    problem: Problem | Branches,
     pass_: str,
     config: Config,
     target: str,
     precision: str = "tf32",
     has_bias: bool = False,
 ) -> list:
-    """[(Launch, triton's ASTSource)] of one pass, specialised as the JIT specialises it; pointers
+    """[(Launch, triton's ASTSource)] of one pass, of all branches in one launch, specialised as the JIT specialises it; pointers
     are taken as 16-byte aligned.
 
     Raises ValueError when config does not fit, RuntimeError when Triton interprets kernels in this
@@ -153,7 +154,7 @@ def compile_source(source, options, target: str):
 
 
 def compile_pass(
-    problem: Problem, pass_: str, config: Config, target: str, precision: str = "tf32"
+    problem: Problem | Branches, pass_: str, config: Config, target: str, precision: str = "tf32"
 ) -> list:
     """[(Launch, triton's CompiledKernel)] of one pass, fprop with a bias. Errors as in `sources`."""
     found = sources(problem, pass_, config, target, precision, has_bias=pass_ == "fprop")
@@ -161,7 +162,7 @@ def compile_pass(
 
 
 def resources(
-    problem: Problem,
+    problem: Problem | Branches,
     pass_: str,
     config: Config | None = None,
     target: str = "cuda:90",
@@ -179,7 +180,7 @@ def resources(
     Of a direct kernel: per_fma, see `sass.per_fma`. save: a folder that keeps PTX and SASS as
     name-pass-kernel.*. Errors as in `compile_pass`.
     """
-    config = config or cost_model.best(problem, pass_, target, precision)
+    config = config or _best(problem, pass_, target, precision)
     rows = []
     for i, (item, kernel) in enumerate(compile_pass(problem, pass_, config, target, precision)):
         if target.startswith("cuda"):
@@ -317,11 +318,15 @@ def _workers(jobs: list) -> int:
 def _rows(job) -> list[dict]:
     name, problem, pass_, target, save = job
     head = {"layer": name, "pass": pass_}
-    tail = {"dense_macs": problem.dense_macs, "useful_macs": problem.useful_macs}
+    parts = problem.problems if isinstance(problem, Branches) else (problem,)
+    tail = {
+        name: sum(getattr(part, name) for part in parts) for name in ("dense_macs", "useful_macs")
+    }
     try:
         precision = drivers.fp32_precision(target)
-        config = cost_model.best(problem, pass_, target, precision)
+        config = _best(problem, pass_, target, precision)
         rows = resources(problem, pass_, config, target, precision, save, name)
+        executed = sum(cfg.executed_macs(part, pass_, config) for part in parts)
     # ptxas and LLVM fail in many ways; the row says how
     except Exception as e:
         return [
@@ -333,10 +338,16 @@ def _rows(job) -> list[dict]:
             }
             | tail
         ]
-    return [
-        head | row | tail | {"executed_macs": cfg.executed_macs(problem, pass_, config)}
-        for row in rows
-    ]
+    return [head | row | tail | {"executed_macs": executed} for row in rows]
+
+
+def _best(problem: Problem | Branches, pass_: str, target: str, precision: str) -> Config:
+    if isinstance(problem, Problem):
+        return cost_model.best(problem, pass_, target, precision)
+    found = cost_model.best_of_branches(problem, pass_, devices.of_target(target), precision)
+    if not found:
+        raise ValueError(f"no kernel joins the branches of {pass_} of {problem.key()} on {target}")
+    return found[0]
 
 
 def _read_cubin(kernel, arch: int, tile, warps: int, nbytes: int) -> dict:

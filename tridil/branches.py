@@ -47,6 +47,10 @@ class Branches:
         return self.problems[0]
 
     @property
+    def dtype(self) -> str:
+        return self.first.dtype
+
+    @property
     def x_channels(self) -> tuple[int, ...]:
         """The first channel of x that each branch reads, and the number of them all."""
         return _begins([problem.c for problem in self.problems], self.shared_input)

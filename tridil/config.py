@@ -8,14 +8,15 @@ from dataclasses import asdict
 from math import prod
 
 from . import families
+from .branches import Branches
 from .families import Config
 from .families.base import result_shape
 from .problem import DTYPE_BYTES, PASSES, Problem
 
 
-def fits(config: Config, problem: Problem, pass_: str, target: str) -> str | None:
-    """None when `config` is legal for this pass of `problem` on `target`, else the reason, with the
-    values."""
+def fits(config: Config, problem: Problem | Branches, pass_: str, target: str) -> str | None:
+    """None when `config` is legal for this pass of `problem`, or of all branches in one launch, on
+    `target`, else the reason, with the values."""
     if pass_ not in PASSES:
         return f"unknown pass {pass_!r}: use one of {PASSES}"
     try:
@@ -25,6 +26,8 @@ def fits(config: Config, problem: Problem, pass_: str, target: str) -> str | Non
     wanted = family.config_class(pass_)
     if type(config) is not wanted:
         return f"a {pass_} config of {config.kernel} has exactly the entries {sorted(wanted.names())}, got {sorted(config.names())}"
+    if isinstance(problem, Branches):
+        return family.unfit(config, problem, pass_, target)
     return family.fits(config, problem, pass_, target)
 
 

@@ -131,12 +131,19 @@ def device():
 
 
 def plan(
-    problem: Problem, pass_: str, config: Config, precision: str = "ieee", has_bias: bool = False
+    problem: Problem | Branches,
+    pass_: str,
+    config: Config,
+    precision: str = "ieee",
+    has_bias: bool = False,
 ) -> list[Launch]:
     """The launches of one pass, whose result has problem.layout. precision: "ieee" or "tf32"."""
     if problem.dtype == "bfloat16" and interpreted():
         precision = "upcast"
-    return families.of(config.kernel).plan(problem, pass_, config, precision, has_bias)
+    family = families.of(config.kernel)
+    if isinstance(problem, Branches):
+        return family.branch_plan(problem, pass_, config, precision, has_bias)
+    return family.plan(problem, pass_, config, precision, has_bias)
 
 
 def _operand(layout: str, alignment: int) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -223,14 +230,10 @@ def prepare_branches(
 @lru_cache(maxsize=1024)
 def _prepare_branches(branches, pass_, config, precision, has_bias, target):
     family, problem = families.of(config.kernel), branches.first
-    reason = family.unfit(config, branches, pass_, target)
+    reason = cfg.fits(config, branches, pass_, target)
     if reason:
         raise ValueError(f"config {config} does not fit {pass_} of {branches.key()}: {reason}")
-    if problem.dtype == "bfloat16" and interpreted():
-        precision = "upcast"
-    launches = [
-        Ready(launch) for launch in family.branch_plan(branches, pass_, config, precision, has_bias)
-    ]
+    launches = [Ready(launch) for launch in plan(branches, pass_, config, precision, has_bias)]
     operand, memory_format = _operand(*family.operand_format(problem)), FORMATS[problem.layout]
     workspace = max((launch.workspace for launch in launches), default=0)
     partials = getattr(torch, accumulator(problem))

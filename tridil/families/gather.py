@@ -429,10 +429,10 @@ class Gather(Gemm):
             return self._wgrad_branches(
                 branches, config, order, programs, scalars, constexprs, align_c, align_k
             )
-        result, source, cols, align, align_w = (
-            (branches.y_shape, branches.x_channels[-1], k, align_c, align_c)
+        result, source, rows, cols, align, align_w = (
+            (branches.y_shape, branches.x_channels[-1], c, k, align_c, align_c)
             if pass_ == "fprop"
-            else (branches.x_shape, branches.y_channels[-1], c, align_k, align_c)
+            else (branches.x_shape, branches.y_channels[-1], k, c, align_k, align_c)
         )
         s_n, s_k, s_p, s_q = strides(result, p.layout)
         align_y = align_k if pass_ == "fprop" else align_c
@@ -440,11 +440,14 @@ class Gather(Gemm):
         constexprs |= dict(
             SUM=branches.adds(pass_),
             CHANNELS=source,
+            MOST_R=max(problem.r for problem in branches.problems),
+            MOST_S=max(problem.s for problem in branches.problems),
             TRANSPOSED=pass_ == "dgrad",
             HAS_BIAS=has_bias,
             ALIGN=align,
             ALIGN_W=align_w,
             ALIGN_Y=align_y if p.layout == "nhwc" else 1,
+            EVEN_C=all(size % config.BLOCK_K == 0 for size in rows),
             EVEN_N=all(size % config.BLOCK_N == 0 for size in cols),
         )
         tensors = (

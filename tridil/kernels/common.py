@@ -61,6 +61,15 @@ def branches_metadata(grid, kernel, args):
 
 
 @triton.jit
+def field(branch, BRANCHES: tl.constexpr, FIELD: tl.constexpr):
+    """An entry of BRANCHES, ten per branch."""
+    value = branch * 0 + BRANCHES[FIELD]
+    for b in tl.static_range(1, len(BRANCHES) // 10):
+        value = tl.where(branch == b, BRANCHES[10 * b + FIELD], value)
+    return value
+
+
+@triton.jit
 def cdiv_pos(a, b):
     """ceil(max(a, 0) / b): the numerator stays non-negative, since compiled `//` truncates toward
     zero."""
@@ -85,10 +94,10 @@ def live_outputs(t, size, offset, stride, dilation, out):
 
 
 @triton.jit
-def box_pixels(BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr, PIXELS: tl.constexpr):
-    """(image, row, column) inside a pixel box of each of the PIXELS rows of a tile; rows beyond the
-    box have images beyond it."""
-    m = tl.arange(0, PIXELS)
+def box_pixels(BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr, PIXELS: tl.constexpr, zero=0):
+    """(image, row, column) inside a pixel box of each of the PIXELS rows of a tile, from row `zero`
+    on; rows beyond the box have images beyond it."""
+    m = tl.arange(0, PIXELS) + zero
     # m // d as (m * ceil(2**20 / d)) >> 20, exact for m, d <= 1024: shifts where d is a power of
     # two
     row = (m * ((1048576 + BLOCK_Q - 1) // BLOCK_Q)) >> 20

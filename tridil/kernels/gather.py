@@ -19,6 +19,7 @@ from .common import (
     box_pixels,
     branches_metadata,
     dot,
+    field,
     from_middle,
     launch_metadata,
     live_taps,
@@ -33,38 +34,37 @@ from .common import (
 
 @triton.jit
 def accumulate(
-    acc, x_ptr, w_ptr, split, g, img, p0, q0, n0, N, H, W, P, Q, K, G, cg, x0, stride_h, stride_w,
-    off_h, off_w, dil_h, dil_w, tap_r, tap_s, step_r, step_s, SPLIT_K, C: tl.constexpr,
-    CW: tl.constexpr, R: tl.constexpr, S: tl.constexpr, FILTER_R: tl.constexpr,
-    FILTER_S: tl.constexpr, TRANSPOSED: tl.constexpr, ALIGN: tl.constexpr, ALIGN_W: tl.constexpr,
-    EVEN_N: tl.constexpr, PRECISION: tl.constexpr, INT64: tl.constexpr, CLAMP: tl.constexpr,
-    BLOCK_IMG: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr, IS_SPLIT: tl.constexpr, PIXELS: tl.constexpr,
+    acc, x_ptr, w_ptr, zero, split, g, img, p0, q0, n0, N, H, W, P, Q, K, G, cg, x0, stride_h, stride_w,
+    off_h, off_w, dil_h, dil_w, tap_r, tap_s, step_r, step_s, SPLIT_K, C, CW, R, S, FILTER_R,
+    FILTER_S, MOST_R: tl.constexpr, MOST_S: tl.constexpr, TRANSPOSED: tl.constexpr,
+    ALIGN: tl.constexpr, ALIGN_W: tl.constexpr, EVEN_C: tl.constexpr, EVEN_N: tl.constexpr,
+    PRECISION: tl.constexpr, INT64: tl.constexpr, CLAMP: tl.constexpr, BLOCK_IMG: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    IS_SPLIT: tl.constexpr, PIXELS: tl.constexpr,
 ):
     """acc [pixels, BLOCK_N] of the tile that begins at (g, img, p0, q0, n0), plus its products: one
     flat loop over (live tap, channel block), so that cp.async runs ahead across taps.
 
-    A source pixel has cg channels, of which the correlation reads C * G from x0 on.
+    A source pixel has cg channels, of which the correlation reads C * G from x0 on. R and S are
+    MOST_R and MOST_S at most. zero: see `correlate_branches`.
     """
-    BITS: tl.constexpr = R * S <= 31
-    EVEN_C: tl.constexpr = C % BLOCK_K == 0
-    CB: tl.constexpr = (C + BLOCK_K - 1) // BLOCK_K
+    BITS: tl.constexpr = MOST_R * MOST_S <= 31
+    CB = (C + BLOCK_K - 1) // BLOCK_K
     r_lo, nr = live_taps(p0, tl.minimum(p0 + BLOCK_P, P) - 1, H, off_h, stride_h, dil_h, R)
     s_lo, ns = live_taps(q0, tl.minimum(q0 + BLOCK_Q, Q) - 1, W, off_w, stride_w, dil_w, S)
     steps, r, s, c = split_steps(split, nr, ns, CB, SPLIT_K, IS_SPLIT)
     # rows of the tile: offset of the pixel in its box, and which taps of it lie in the image
-    i, p, q = box_pixels(BLOCK_P, BLOCK_Q, PIXELS)
+    i, p, q = box_pixels(BLOCK_P, BLOCK_Q, PIXELS, zero)
     in_y = (i < tl.minimum(N - img, BLOCK_IMG)) & (p0 + p < P) & (q0 + q < Q)
     h = (p0 + p) * stride_h + off_h
     v = (q0 + q) * stride_w + off_w
     if BITS:
         bits = tl.zeros((PIXELS,), tl.int32)
-        for tap_h in tl.static_range(R):
+        for tap_h in tl.static_range(MOST_R):
             in_h = in_y & (h + tap_h * dil_h >= 0) & (h + tap_h * dil_h < H)
-            for tap_w in tl.static_range(S):
-                bits |= (in_h & (v + tap_w * dil_w >= 0) & (v + tap_w * dil_w < W)).to(
-                    tl.int32
-                ) << (tap_h * S + tap_w)
+            for tap_w in tl.static_range(MOST_S):
+                in_w = (v + tap_w * dil_w >= 0) & (v + tap_w * dil_w < W) & (tap_w < S)
+                bits |= (in_h & in_w).to(tl.int32) << (tap_h * S + tap_w)
         bits = (bits >> (r_lo * S + s_lo))[:, None]
     else:
         h = tl.where(in_y, h + r_lo * dil_h, -(1 << 30))
@@ -87,13 +87,13 @@ def accumulate(
     tap = (tap_r + (r_lo + r) * step_r) * FILTER_S + tap_s + (s_lo + s) * step_s
     if TRANSPOSED:
         w_rows = (kk * (FILTER_R * FILTER_S * CW))[:, None] + n[None, :]
-        w_step: tl.constexpr = BLOCK_K * FILTER_R * FILTER_S * CW
+        w_step = BLOCK_K * FILTER_R * FILTER_S * CW
         wo = (g.to(tl.int64) * (C * FILTER_R * FILTER_S) + tap) * CW + n0
     else:
         if not EVEN_N:
             n = tl.minimum(n, K - 1 - n0)
         w_rows = tl.multiple_of(n * (FILTER_R * FILTER_S * CW), ALIGN)[None, :] + kk[:, None]
-        w_step: tl.constexpr = BLOCK_K
+        w_step = BLOCK_K
         wo = ((g * K + n0).to(tl.int64) * (FILTER_R * FILTER_S) + tap) * CW
     if IS_SPLIT:
         wo += c.to(tl.int64) * w_step
@@ -164,10 +164,11 @@ def correlate(
         tl.program_id(0), N, P, Q, K, G, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_N, IS_SPLIT
     )
     acc = accumulate(
-        tl.zeros((PIXELS, BLOCK_N), ACC), x_ptr, w_ptr, split, g, img, p0, q0, n0, N, H, W, P, Q, K,
+        tl.zeros((PIXELS, BLOCK_N), ACC), x_ptr, w_ptr, 0, split, g, img, p0, q0, n0, N, H, W, P, Q, K,
         G, C * G, 0, stride_h, stride_w, off_h, off_w, dil_h, dil_w, tap_r, tap_s, step_r, step_s,
-        SPLIT_K, C, CW, R, S, FILTER_R, FILTER_S, TRANSPOSED, ALIGN, ALIGN_W, EVEN_N, PRECISION,
-        INT64, CLAMP, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_N, BLOCK_K, IS_SPLIT, PIXELS
+        SPLIT_K, C, CW, R, S, FILTER_R, FILTER_S, R, S, TRANSPOSED, ALIGN, ALIGN_W,
+        C % BLOCK_K == 0, EVEN_N, PRECISION, INT64, CLAMP, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_N,
+        BLOCK_K, IS_SPLIT, PIXELS
     )
     if IS_SPLIT:
         y_ptr += tl.multiple_of(split.to(tl.int64) * sy_split, ALIGN_Y)
@@ -255,11 +256,11 @@ def correlate_flat(
 @triton.jit
 def reduce(
     pid, x_ptr, dy_ptr, dw_ptr, N, H, W, P, Q, K, G, cg, x0, kg, y0, stride_h, stride_w, off_h,
-    off_w, dil_h, dil_w, sw_split, sw_k, sw_r, sw_s, sw_c, SPLIT_K, C, R: tl.constexpr,
-    S: tl.constexpr, FLAT: tl.constexpr, ALIGN_C: tl.constexpr, ALIGN_K: tl.constexpr,
-    ALIGN_W: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr, INT64: tl.constexpr,
-    CLAMP: tl.constexpr, BLOCK_IMG: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PIXELS: tl.constexpr,
+    off_w, dil_h, dil_w, sw_split, sw_k, sw_r, sw_s, sw_c, SPLIT_K, C, R, S, FLAT: tl.constexpr,
+    ALIGN_C: tl.constexpr, ALIGN_K: tl.constexpr, ALIGN_W: tl.constexpr, PRECISION: tl.constexpr,
+    ACC: tl.constexpr, INT64: tl.constexpr, CLAMP: tl.constexpr, BLOCK_IMG: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    PIXELS: tl.constexpr,
 ):
     """Tile pid of dw[k, columns] over pixel boxes of the tap's live output rectangle.
 
@@ -323,16 +324,20 @@ def reduce(
     # images: in units of ALIGN_C elements, which shows that they are multiples
     cg = cg // ALIGN_C
     kg = kg // ALIGN_K
+    # 32 bits where every box begins inside the image, whatever the steps between are
+    wide: tl.constexpr = tl.int64 if INT64 or FLAT else tl.int32
     xo = ((img.to(tl.int64) * H + p * stride_h) * W + q * stride_w) * cg + xt // ALIGN_C
     dyo = ((img.to(tl.int64) * P + p) * Q + q) * kg + (y0 + g * K + k0) // ALIGN_K
+    xo = xo.to(wide)
+    dyo = dyo.to(wide)
     last_q = tl.cdiv(q_hi - q_lo, BLOCK_Q) * BLOCK_Q
     last_p = tl.cdiv(p_hi - p_lo, BLOCK_P) * BLOCK_P
     x_next = BLOCK_Q * stride_w * cg
-    x_row = (BLOCK_P * stride_h * W - last_q * stride_w).to(tl.int64) * cg
-    x_img = (BLOCK_IMG * H - last_p * stride_h).to(tl.int64) * W * cg
+    x_row = (BLOCK_P * stride_h * W - last_q * stride_w).to(wide) * cg
+    x_img = (BLOCK_IMG * H - last_p * stride_h).to(wide) * W * cg
     dy_next = BLOCK_Q * kg
-    dy_row = (BLOCK_P * Q - last_q).to(tl.int64) * kg
-    dy_img = (BLOCK_IMG * P - last_p).to(tl.int64) * Q * kg
+    dy_row = (BLOCK_P * Q - last_q).to(wide) * kg
+    dy_img = (BLOCK_IMG * P - last_p).to(wide) * Q * kg
     acc = tl.zeros((BLOCK_N, BLOCK_M) if ROW else (BLOCK_M, BLOCK_N), ACC)
     for _ in range(count):
         live = (i < tl.minimum(N - img, BLOCK_IMG)) & (bp < p_hi - p) & (bq < q_hi - q)
@@ -343,8 +348,8 @@ def reduce(
             vs = along((q + bq) * stride_w, ROW) + along(shift_w, COL)
             # negative is huge
             in_x = in_x & ((hr.to(tl.uint32) < H) & (vs.to(tl.uint32) < W))
-        a = load_masked(dy_ptr, dyo * ALIGN_K, dy_offs, in_dy, ROW, ALIGN_K, CLAMP)
-        b = load_masked(x_ptr, xo * ALIGN_C, x_offs, in_x, COL, ALIGN_C, CLAMP)
+        a = load_masked(dy_ptr, dyo.to(tl.int64) * ALIGN_K, dy_offs, in_dy, ROW, ALIGN_K, CLAMP)
+        b = load_masked(x_ptr, xo.to(tl.int64) * ALIGN_C, x_offs, in_x, COL, ALIGN_C, CLAMP)
         acc = dot(b, a, acc, PRECISION) if ROW else dot(a, b, acc, PRECISION)
         q += BLOCK_Q
         xo += x_next
@@ -394,6 +399,8 @@ def wgrad(
 
 
 # ---- several correlations in one launch
+# The branch of a tile is found and described at run time: one copy of the loop, not COUNT of them,
+# whose addresses would be live at once.
 @triton.jit(
     do_not_specialize=RUNTIME,
     do_not_specialize_on_alignment=STEP_1,
@@ -402,11 +409,12 @@ def wgrad(
 def correlate_branches(
     x_ptr, w_0, w_1, w_2, w_3, w_4, w_5, w_6, w_7, bias_ptr, y_ptr, N, H, W, P, Q, G, stride_h,
     stride_w, sy_n, sy_p, sy_q, sy_k, BRANCHES: tl.constexpr, COUNT: tl.constexpr,
-    SUM: tl.constexpr, CHANNELS: tl.constexpr, TRANSPOSED: tl.constexpr, HAS_BIAS: tl.constexpr,
-    ALIGN: tl.constexpr, ALIGN_W: tl.constexpr, ALIGN_Y: tl.constexpr, EVEN_N: tl.constexpr,
-    PRECISION: tl.constexpr, ACC: tl.constexpr, INT64: tl.constexpr, CLAMP: tl.constexpr,
-    BLOCK_IMG: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr, PIXELS: tl.constexpr,
+    SUM: tl.constexpr, CHANNELS: tl.constexpr, MOST_R: tl.constexpr, MOST_S: tl.constexpr,
+    TRANSPOSED: tl.constexpr, HAS_BIAS: tl.constexpr, ALIGN: tl.constexpr, ALIGN_W: tl.constexpr,
+    ALIGN_Y: tl.constexpr, EVEN_C: tl.constexpr, EVEN_N: tl.constexpr, PRECISION: tl.constexpr,
+    ACC: tl.constexpr, INT64: tl.constexpr, CLAMP: tl.constexpr, BLOCK_IMG: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    PIXELS: tl.constexpr,
 ):
     """`correlate` for COUNT branches with a filter each: side by side, where every branch has tiles
     of its own, or (SUM) added up in one accumulator.
@@ -416,75 +424,61 @@ def correlate_branches(
     """
     filters = (w_0, w_1, w_2, w_3, w_4, w_5, w_6, w_7)
     pid = tl.program_id(0)
-    if SUM:
-        _, g, img, p0, q0, n0 = output_tile(
-            pid, N, P, Q, BRANCHES[1], G, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_N, False
-        )
-        p0 = from_middle(p0 // BLOCK_P, tl.cdiv(P, BLOCK_P)) * BLOCK_P
-        q0 = from_middle(q0 // BLOCK_Q, tl.cdiv(Q, BLOCK_Q)) * BLOCK_Q
-        acc = tl.zeros((PIXELS, BLOCK_N), ACC)
-        for b in tl.static_range(COUNT):
-            acc = accumulate_branch(
-                acc, x_ptr, filters[b], g, img, p0, q0, n0, N, H, W, P, Q, G, CHANNELS, stride_h,
-                stride_w, BRANCHES[10 * b], BRANCHES[10 * b + 1], BRANCHES[10 * b + 2],
-                BRANCHES[10 * b + 3], BRANCHES[10 * b + 4], BRANCHES[10 * b + 6],
-                BRANCHES[10 * b + 7], BRANCHES[10 * b + 8], BRANCHES[10 * b + 9], TRANSPOSED, ALIGN,
-                ALIGN_W, EVEN_N, PRECISION, INT64, CLAMP, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_N,
-                BLOCK_K, PIXELS
+    branch = pid * 0
+    if not SUM:
+        first = branch
+        before = branch
+        for b in tl.static_range(1, COUNT):
+            before += (
+                tl.cdiv(N, BLOCK_IMG) * tl.cdiv(P, BLOCK_P) * tl.cdiv(Q, BLOCK_Q) * G
+                * tl.cdiv(BRANCHES[10 * b - 9], BLOCK_N)
             )
-        store_tile(
-            y_ptr, bias_ptr, acc, g, img, p0, q0, n0, N, P, Q, BRANCHES[1], sy_n, sy_p, sy_q, sy_k,
-            BRANCHES[5] * sy_k, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_N, PIXELS, ALIGN_Y, HAS_BIAS,
-            INT64
+            branch = tl.where(pid >= before, b, branch)
+            first = tl.where(pid >= before, before, first)
+        pid -= first
+    K = field(branch, BRANCHES, 1)
+    y0 = field(branch, BRANCHES, 5)
+    _, g, img, p0, q0, n0 = output_tile(
+        pid, N, P, Q, K, G, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_N, False
+    )
+    # the middle of the map first, where most taps are live
+    p0 = from_middle(p0 // BLOCK_P, tl.cdiv(P, BLOCK_P)) * BLOCK_P
+    q0 = from_middle(q0 // BLOCK_Q, tl.cdiv(Q, BLOCK_Q)) * BLOCK_Q
+    acc = tl.zeros((PIXELS, BLOCK_N), ACC)
+    # (SUM) a zero that compilers do not know: what depends on it is computed anew for each branch,
+    # not kept in registers
+    zero = pid * 0
+    for _ in range(COUNT if SUM else 1):
+        C = field(branch, BRANCHES, 0)
+        R = field(branch, BRANCHES, 2) + zero
+        S = field(branch, BRANCHES, 3)
+        # dgrad walks the taps from the last to the first
+        acc = accumulate(
+            acc, x_ptr, filter_of(branch, filters, 0 if SUM else N, COUNT), zero, 0, g, img, p0, q0, n0, N, H, W, P,
+            Q, K, G, CHANNELS, field(branch, BRANCHES, 4), stride_h, stride_w,
+            field(branch, BRANCHES, 6), field(branch, BRANCHES, 7), field(branch, BRANCHES, 8),
+            field(branch, BRANCHES, 9), R - 1 if TRANSPOSED else 0, S - 1 if TRANSPOSED else 0,
+            -1 if TRANSPOSED else 1, -1 if TRANSPOSED else 1, 1, C, K if TRANSPOSED else C, R, S, R,
+            S, MOST_R, MOST_S, TRANSPOSED, ALIGN, ALIGN_W, EVEN_C, EVEN_N, PRECISION, INT64, CLAMP,
+            BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_N, BLOCK_K, False, PIXELS
         )
-    else:
-        tiles = tl.cdiv(N, BLOCK_IMG) * tl.cdiv(P, BLOCK_P) * tl.cdiv(Q, BLOCK_Q) * G
-        first = 0
-        for b in tl.static_range(COUNT):
-            count = tiles * ((BRANCHES[10 * b + 1] + BLOCK_N - 1) // BLOCK_N)
-            if (pid >= first) & (pid < first + count):
-                _, g, img, p0, q0, n0 = output_tile(
-                    pid - first, N, P, Q, BRANCHES[10 * b + 1], G, BLOCK_IMG, BLOCK_P, BLOCK_Q,
-                    BLOCK_N, False
-                )
-                p0 = from_middle(p0 // BLOCK_P, tl.cdiv(P, BLOCK_P)) * BLOCK_P
-                q0 = from_middle(q0 // BLOCK_Q, tl.cdiv(Q, BLOCK_Q)) * BLOCK_Q
-                acc = accumulate_branch(
-                    tl.zeros((PIXELS, BLOCK_N), ACC), x_ptr, filters[b], g, img, p0, q0, n0, N, H,
-                    W, P, Q, G, CHANNELS, stride_h, stride_w, BRANCHES[10 * b],
-                    BRANCHES[10 * b + 1], BRANCHES[10 * b + 2], BRANCHES[10 * b + 3],
-                    BRANCHES[10 * b + 4], BRANCHES[10 * b + 6], BRANCHES[10 * b + 7],
-                    BRANCHES[10 * b + 8], BRANCHES[10 * b + 9], TRANSPOSED, ALIGN, ALIGN_W, EVEN_N,
-                    PRECISION, INT64, CLAMP, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_N, BLOCK_K, PIXELS
-                )
-                store_tile(
-                    y_ptr, bias_ptr + BRANCHES[10 * b + 5], acc, g, img, p0, q0, n0, N, P, Q,
-                    BRANCHES[10 * b + 1], sy_n, sy_p, sy_q, sy_k, BRANCHES[10 * b + 5] * sy_k,
-                    BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_N, PIXELS, ALIGN_Y, HAS_BIAS, INT64
-                )
-            first += count
+        branch += 1
+        if SUM:
+            zero = tl.minimum(N, zero)
+    store_tile(
+        y_ptr, bias_ptr + y0, acc, g, img, p0, q0, n0, N, P, Q, K, sy_n, sy_p, sy_q, sy_k,
+        y0 * sy_k, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_N, PIXELS, ALIGN_Y, HAS_BIAS, INT64
+    )
 
 
 @triton.jit
-def accumulate_branch(
-    acc, x_ptr, w_ptr, g, img, p0, q0, n0, N, H, W, P, Q, G, CHANNELS: tl.constexpr, stride_h,
-    stride_w, C: tl.constexpr, K: tl.constexpr, R: tl.constexpr, S: tl.constexpr,
-    FIRST: tl.constexpr, off_h: tl.constexpr, off_w: tl.constexpr, dil_h: tl.constexpr,
-    dil_w: tl.constexpr, TRANSPOSED: tl.constexpr, ALIGN: tl.constexpr, ALIGN_W: tl.constexpr,
-    EVEN_N: tl.constexpr, PRECISION: tl.constexpr, INT64: tl.constexpr, CLAMP: tl.constexpr,
-    BLOCK_IMG: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr, PIXELS: tl.constexpr,
-):
-    """`accumulate` of one branch; dgrad (TRANSPOSED) walks the taps from the last to the first."""
-    STEP: tl.constexpr = -1 if TRANSPOSED else 1
-    TAP_R: tl.constexpr = R - 1 if TRANSPOSED else 0
-    TAP_S: tl.constexpr = S - 1 if TRANSPOSED else 0
-    return accumulate(
-        acc, x_ptr, w_ptr, 0, g, img, p0, q0, n0, N, H, W, P, Q, K, G, CHANNELS, FIRST, stride_h,
-        stride_w, off_h, off_w, dil_h, dil_w, TAP_R, TAP_S, STEP, STEP, 1, C,
-        K if TRANSPOSED else C, R, S, R, S, TRANSPOSED, ALIGN, ALIGN_W, EVEN_N, PRECISION, INT64,
-        CLAMP, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_N, BLOCK_K, False, PIXELS
-    )
+def filter_of(branch, filters, N, COUNT: tl.constexpr):
+    """The filter of a branch. N: anything positive."""
+    # never moved: between two arguments themselves LLVM chooses by their addresses
+    chosen = filters[0] + tl.minimum(N, 0) * 16
+    for b in tl.static_range(1, COUNT):
+        chosen = tl.where(branch == b, filters[b], chosen)
+    return chosen
 
 
 @triton.jit(
@@ -503,64 +497,26 @@ def wgrad_branches(
 ):
     """`wgrad` of COUNT branches, the filter of each in a tensor of its own, or (IS_SPLIT) all
     filters' partial sums one after another, (SPLIT_K, K, R, S, C) each."""
-    filters = (dw_0, dw_1, dw_2, dw_3, dw_4, dw_5, dw_6, dw_7)
-    pid = tl.program_id(0)
-    first = 0
-    parts = 0
-    for b in tl.static_range(COUNT):
-        count = SPLIT_K * G * branch_tiles(
-            BRANCHES[10 * b], BRANCHES[10 * b + 1], BRANCHES[10 * b + 2], BRANCHES[10 * b + 3],
-            BLOCK_M, BLOCK_N, FLAT
-        )
-        if (pid >= first) & (pid < first + count):
-            reduce_branch(
-                pid - first, x_ptr, dy_ptr, part_ptr + parts if IS_SPLIT else filters[b], N, H, W,
-                P, Q, G, stride_h, stride_w, SPLIT_K, CHANNELS, CHANNELS_Y, BRANCHES[10 * b],
-                BRANCHES[10 * b + 1], BRANCHES[10 * b + 2], BRANCHES[10 * b + 3],
-                BRANCHES[10 * b + 4], BRANCHES[10 * b + 5], BRANCHES[10 * b + 6],
-                BRANCHES[10 * b + 7], BRANCHES[10 * b + 8], BRANCHES[10 * b + 9],
-                CHANNELS_LAST or IS_SPLIT, FLAT, ALIGN_C, ALIGN_K, ALIGN_W, PRECISION, ACC, INT64,
-                CLAMP, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_M, BLOCK_N, PIXELS
-            )
-        first += count
-        parts += SPLIT_K.to(tl.int64) * (
-            BRANCHES[10 * b] * BRANCHES[10 * b + 1] * BRANCHES[10 * b + 2] * BRANCHES[10 * b + 3]
-        ) * G
-
-
-@triton.jit
-def branch_tiles(
-    C: tl.constexpr, K: tl.constexpr, R: tl.constexpr, S: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, FLAT: tl.constexpr,
-):
-    """Tiles of one group's filters."""
-    COLUMNS: tl.constexpr = (
-        (R * S * C + BLOCK_N - 1) // BLOCK_N
-        if FLAT
-        else R * S * ((C + BLOCK_N - 1) // BLOCK_N)
+    pid, branch, part = find_filter(
+        tl.program_id(0), G, SPLIT_K, BRANCHES, COUNT, BLOCK_M, BLOCK_N, 1, FLAT
     )
-    return (K + BLOCK_M - 1) // BLOCK_M * COLUMNS
-
-
-@triton.jit
-def reduce_branch(
-    pid, x_ptr, dy_ptr, dw_ptr, N, H, W, P, Q, G, stride_h, stride_w, SPLIT_K,
-    CHANNELS: tl.constexpr, CHANNELS_Y: tl.constexpr, C: tl.constexpr, K: tl.constexpr,
-    R: tl.constexpr, S: tl.constexpr, FIRST: tl.constexpr, FIRST_Y: tl.constexpr,
-    off_h: tl.constexpr, off_w: tl.constexpr, dil_h: tl.constexpr, dil_w: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr, FLAT: tl.constexpr, ALIGN_C: tl.constexpr, ALIGN_K: tl.constexpr,
-    ALIGN_W: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr, INT64: tl.constexpr,
-    CLAMP: tl.constexpr, BLOCK_IMG: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PIXELS: tl.constexpr,
-):
-    """`reduce` of one branch; its filters are KRSC (CHANNELS_LAST) or KCRS."""
-    TAP: tl.constexpr = C if CHANNELS_LAST else 1
-    CHANNEL: tl.constexpr = 1 if CHANNELS_LAST else R * S
+    # run-time sizes, even of equal branches: ptxas spills where it sees that nothing is masked
+    C = tl.minimum(field(branch, BRANCHES, 0) * SPLIT_K, field(branch, BRANCHES, 0))
+    K = tl.minimum(field(branch, BRANCHES, 1) * SPLIT_K, field(branch, BRANCHES, 1))
+    R = field(branch, BRANCHES, 2)
+    S = field(branch, BRANCHES, 3)
+    if IS_SPLIT:
+        dw_ptr = part_ptr + part
+    else:
+        dw_ptr = filter_of(branch, (dw_0, dw_1, dw_2, dw_3, dw_4, dw_5, dw_6, dw_7), N, COUNT)
+    KRSC: tl.constexpr = CHANNELS_LAST or IS_SPLIT  # else KCRS
     reduce(
-        pid, x_ptr, dy_ptr, dw_ptr, N, H, W, P, Q, K, G, CHANNELS, FIRST, CHANNELS_Y, FIRST_Y,
-        stride_h, stride_w, off_h, off_w, dil_h, dil_w, R * S * C * K * G, R * S * C, S * TAP, TAP,
-        CHANNEL, SPLIT_K, C, R, S, FLAT, ALIGN_C, ALIGN_K, ALIGN_W, PRECISION, ACC, INT64, CLAMP,
-        BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_M, BLOCK_N, PIXELS
+        pid, x_ptr, dy_ptr, dw_ptr, N, H, W, P, Q, K, G, CHANNELS,
+        field(branch, BRANCHES, 4), CHANNELS_Y, field(branch, BRANCHES, 5), stride_h, stride_w,
+        field(branch, BRANCHES, 6), field(branch, BRANCHES, 7), field(branch, BRANCHES, 8),
+        field(branch, BRANCHES, 9), (R * S * C).to(tl.int64) * K * G, R * S * C, S * C if KRSC else S,
+        C if KRSC else 1, 1 if KRSC else R * S, SPLIT_K, C, R, S, FLAT, ALIGN_C, ALIGN_K, ALIGN_W,
+        PRECISION, ACC, INT64, CLAMP, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_M, BLOCK_N, PIXELS
     )
 
 
@@ -570,21 +526,46 @@ def sum_branches(
     COUNT: tl.constexpr, CHANNELS_LAST: tl.constexpr, BLOCK: tl.constexpr,
 ):
     """`common.sum_splits` of the filters of all branches."""
-    filters = (dw_0, dw_1, dw_2, dw_3, dw_4, dw_5, dw_6, dw_7)
-    pid = tl.program_id(0)
-    first = 0
-    for b in tl.static_range(COUNT):
-        total = BRANCHES[10 * b + 1] * BRANCHES[10 * b + 2] * BRANCHES[10 * b + 3] * BRANCHES[10 * b] * G
-        count = tl.cdiv(total, BLOCK)
-        if (pid >= first) & (pid < first + count):
-            sum_block(
-                part_ptr, None, filters[b], pid - first, BRANCHES[10 * b + 2], BRANCHES[10 * b + 3],
-                BRANCHES[10 * b], total,
-                BRANCHES[10 * b + 2] * BRANCHES[10 * b + 3] * BRANCHES[10 * b],
-                BRANCHES[10 * b + 3] * (BRANCHES[10 * b] if CHANNELS_LAST else 1),
-                BRANCHES[10 * b] if CHANNELS_LAST else 1,
-                1 if CHANNELS_LAST else BRANCHES[10 * b + 2] * BRANCHES[10 * b + 3], 0, SPLIT_K,
-                False, BLOCK
+    pid, branch, part = find_filter(
+        tl.program_id(0), G, SPLIT_K, BRANCHES, COUNT, 0, 0, BLOCK, False
+    )
+    C = field(branch, BRANCHES, 0)
+    R = field(branch, BRANCHES, 2)
+    S = field(branch, BRANCHES, 3)
+    dw_ptr = filter_of(branch, (dw_0, dw_1, dw_2, dw_3, dw_4, dw_5, dw_6, dw_7), 0, COUNT)
+    sum_block(
+        part_ptr + part, None, dw_ptr, pid, R, S, C,
+        (R * S * C).to(tl.int64) * field(branch, BRANCHES, 1) * G, R * S * C, S * C if CHANNELS_LAST else S,
+        C if CHANNELS_LAST else 1, 1 if CHANNELS_LAST else R * S, 0, SPLIT_K, False, BLOCK
+    )
+
+
+@triton.jit
+def find_filter(
+    pid, G, SPLIT_K, BRANCHES: tl.constexpr, COUNT: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK: tl.constexpr, FLAT: tl.constexpr,
+):
+    """Program pid's (number within its branch, branch, first partial sum of the branch): a branch
+    has one per tile of each split of its filters, or (BLOCK_N = 0) per BLOCK elements of them."""
+    branch = pid * 0
+    first = branch
+    before = branch
+    part = branch.to(tl.int64)
+    parts = part
+    for b in tl.static_range(1, COUNT):
+        taps = BRANCHES[10 * b - 8] * BRANCHES[10 * b - 7]
+        size = BRANCHES[10 * b - 10] * BRANCHES[10 * b - 9] * taps * G
+        if BLOCK_N == 0:
+            before += tl.cdiv(size, BLOCK)
+        else:
+            columns = (
+                tl.cdiv(taps * BRANCHES[10 * b - 10], BLOCK_N)
+                if FLAT
+                else taps * tl.cdiv(BRANCHES[10 * b - 10], BLOCK_N)
             )
-        first += count
-        part_ptr += SPLIT_K.to(tl.int64) * total
+            before += SPLIT_K * G * tl.cdiv(BRANCHES[10 * b - 9], BLOCK_M) * columns
+        parts += SPLIT_K.to(tl.int64) * size
+        branch = tl.where(pid >= before, b, branch)
+        first = tl.where(pid >= before, before, first)
+        part = tl.where(pid >= before, parts, part)
+    return pid - first, branch, part

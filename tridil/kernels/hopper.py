@@ -26,6 +26,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from .common import (
     RUNTIME,
     branches_metadata,
+    field,
     from_middle,
     launch_metadata,
     live_outputs,
@@ -1080,7 +1081,7 @@ def correlate_hopper_branches(
             ),
         ],
         [4, 1],
-        [240, 24],
+        [232, 40],
     )
 
 
@@ -1193,15 +1194,6 @@ def find_filter(
     return branch, inner, geo, field(branch, BRANCHES, 4), field(branch, BRANCHES, 5)
 
 
-@triton.jit
-def field(branch, BRANCHES: tl.constexpr, FIELD: tl.constexpr):
-    """An entry of BRANCHES."""
-    value = branch * 0 + BRANCHES[FIELD]
-    for b in tl.static_range(1, len(BRANCHES) // 10):
-        value = tl.where(branch == b, BRANCHES[10 * b + FIELD], value)
-    return value
-
-
 @gluon.jit
 def produce_filters(
     x, dy, a_bufs, b_bufs, full, empty, sizes, BRANCHES: gl.constexpr, COUNT: gl.constexpr, SEQUENCE: gl.constexpr, TAPS: gl.constexpr,
@@ -1263,5 +1255,5 @@ def wgrad_hopper_branches(
             ),
         ],
         [4, 1],
-        [240, 24],
+        [232, 40],
     )
