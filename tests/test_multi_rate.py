@@ -37,7 +37,9 @@ def any_branches(rng, dtype):
     n, h, w, g = rng.choice([1, 2, 3]), rng.randint(3, 12), rng.randint(3, 12), rng.choice([1, 1, 1, 2, 3])  # fmt: skip
     shared, how = rng.random() < 0.6, rng.choice(["cat", "cat", "sum"])
     stride, layout = rng.choice([(1, 1)] * 4 + [(2, 1), (2, 2)]), rng.choice(["nhwc", "nhwc", "nchw"])  # fmt: skip
-    c, k = g * rng.choice([1, 3, 4, 8, 16, 20, 33]), g * rng.choice([1, 4, 8, 16, 17, 40])
+    # what descriptors can describe, or any
+    some = [16, 24, 40, 64] if rng.random() < 0.4 else [1, 3, 4, 8, 16, 17, 20, 33, 40]
+    c, k = g * rng.choice(some), g * rng.choice(some)
     problems = []
     for _ in range(rng.choice([1, 2, 3, 4, 5])):
         r, s = rng.choice([(1, 1), (3, 3), (3, 3), (3, 1), (1, 3), (5, 3), (5, 5)])
@@ -46,10 +48,10 @@ def any_branches(rng, dtype):
         problems.append(
             Problem(
                 n,
-                c if shared else g * rng.choice([2, 4, 8, 16, 24]),
+                c if shared else g * rng.choice(some),
                 h,
                 w,
-                k if how == "sum" else g * rng.choice([3, 4, 8, 16, 24, 40]),
+                k if how == "sum" else g * rng.choice(some),
                 r,
                 s,
                 stride,

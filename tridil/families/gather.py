@@ -41,6 +41,7 @@ from .gemm import (
     reduction_steps,
     search,
     suits,
+    sum_branches,
     wgrad_result,
 )
 
@@ -496,19 +497,7 @@ class Gather(Gemm):
                 split * sum(total) if split > 1 else 0,
             )
         ]
-        if split > 1:
-            kept = {name: constexprs[name] for name in ("BRANCHES", "COUNT", "CHANNELS_LAST")}
-            found.append(
-                launch(
-                    "gather:sum_branches",
-                    sum(-(-size // 256) for size in total),
-                    (part, *out),
-                    {"G": scalars["G"], "SPLIT_K": split},
-                    kept | {"BLOCK": 256},
-                    {},
-                )
-            )
-        return found
+        return found + sum_branches(branches, order, split, constexprs) if split > 1 else found
 
 
 FAMILY = Gather()

@@ -977,3 +977,21 @@ def branch_geometry(branches: Branches, pass_: str, order: list[int]) -> tuple[i
 def filters(name: str, role: str, order: list[int]) -> tuple:
     """Tensors of a launch: the filters of the branches in this order."""
     return tuple((f"{name}_{place}", f"{role}{i}", None) for place, i in enumerate(order))
+
+
+def sum_branches(
+    branches: Branches, order: list[int], split: int, constexprs: dict
+) -> list[Launch]:
+    """The launch that adds the partial sums (SPLIT_K, K, R, S, C) of all filters, which lie one
+    after another."""
+    kept = {name: constexprs[name] for name in ("BRANCHES", "COUNT")}
+    return [
+        launch(
+            "gather:sum_branches",
+            sum(-(-prod(shape) // 256) for shape in branches.w_shapes),
+            (("part_ptr", "partials", None), *filters("dw", "out", order)),
+            {"G": branches.first.groups, "SPLIT_K": split},
+            kept | {"CHANNELS_LAST": branches.first.layout == "nhwc", "BLOCK": 256},
+            {},
+        )
+    ]

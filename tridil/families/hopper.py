@@ -30,7 +30,7 @@ from .gemm import (
     search,
     suits,
 )
-from .tma import box_of, nhwc_strides, no_descriptors, source_box
+from .tma import box_of, nhwc_strides, no_descriptors, reads_others, source_box
 
 TARGET = "cuda:90"
 # of a thread as compiled; the consumers' warpgroups then take 240 each, the producer's gives most
@@ -560,11 +560,7 @@ class HopperFamily(Gemm):
             return f"kernel hopper joins branches of stride 1, without STREAM, got {branches.first.stride} and STREAM={config.STREAM}"
         if branches.largest >= 2**31:
             return f"kernel hopper counts elements in 32 bits, got a tensor of {branches.largest}"
-        sliced = {"fprop": not branches.shared_input, "dgrad": branches.reduce == "cat"}
-        sizes = [channels(problem, pass_)[2] for problem in branches.problems]
-        if sliced.get(pass_) and any(size % config.BLOCK_K for size in sizes):
-            return f"BLOCK_K (={config.BLOCK_K}) must divide the channels that each branch reads, got {sizes}"
-        return None
+        return reads_others(config, branches, pass_)
 
     def branch_programs(self, branches: Branches, pass_: str, config: Config) -> int:
         counts = [

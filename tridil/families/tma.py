@@ -11,20 +11,36 @@ from typing import Any
 import numpy as np
 
 from .. import assumed
+from ..branches import Branches
 from ..devices import Device
 from ..problem import DTYPE_BYTES, Axis, Problem
-from .base import Box, Config, Launch, elements, launch, steps, triton_version, vector
+from .base import (
+    Box,
+    Config,
+    Launch,
+    aligned,
+    elements,
+    launch,
+    steps,
+    strides,
+    triton_version,
+    vector,
+)
 from .depthwise import is_depthwise
 from .gemm import (
     Gemm,
     GemmConfig,
+    branch_geometry,
     channels,
     correlation_result,
+    filters,
     has_mma,
+    heaviest_first,
     is_flat,
     reduction_steps,
     search,
     suits,
+    sum_branches,
     wgrad_result,
 )
 
@@ -67,6 +83,7 @@ def architecture(target: str) -> int:
 
 class Tma(Gemm):
     kernels = ("tma",)
+    joins = True
 
     def config_class(self, pass_: str) -> type[Any]:
         return Reduction if pass_ == "wgrad" else Correlation
@@ -263,20 +280,9 @@ class Tma(Gemm):
             sizes, (prod(sizes[1:]), *ends, 1), (1, *box_of(config, config.BLOCK_N)), scalars["y0"]
         )
         ragged = pass_ == "fprop" and c % config.BLOCK_K != 0
-        taps, tile = (
-            p.r * p.s,
-            (config.BLOCK_N, config.BLOCK_K)
-            if pass_ == "fprop"
-            else (config.BLOCK_K, config.BLOCK_N),
-        )
-        weights = (
-            Box((p.k, taps, c), (taps * c, c, 1), (tile[0], 1, tile[1]))
-            if ragged
-            else Box((p.k, taps * c), (taps * c, 1), tile)
-        )
         tensors = (
             ("x", "a", x),
-            ("w", "b", weights),
+            ("w", "b", weight_box(p, pass_, config, ragged)),
             ("bias_ptr", "bias", None),
             ("y", result, y if store else None),
         )
@@ -317,6 +323,152 @@ class Tma(Gemm):
             ),
             *sums,
         ]
+
+    # ---- several convolutions in one launch
+    def unfit(self, config: Config, branches: Branches, pass_: str, target: str) -> str | None:
+        if reason := super().unfit(config, branches, pass_, target):
+            return reason
+        if branches.first.stride != (1, 1):
+            return f"kernel tma joins branches of stride 1, got {branches.first.stride}"
+        if reason := reads_others(config, branches, pass_):
+            return reason
+        if (
+            pass_ != "wgrad"
+            and config.WARP_SPECIALIZE
+            and prod(box_of(config, 1)) > 128
+            and not self._stores_boxes(config, branches, pass_)
+        ):
+            return "the store's addresses would spill: tiles of 256 pixels need results in multiples of BLOCK_N channels"
+        return None
+
+    def _stores_boxes(self, config: Config, branches: Branches, pass_: str) -> bool:
+        """Whether a box of the result stays in its branch and its group."""
+        p = branches.first
+        out = [channels(problem, pass_)[1] for problem in branches.problems]
+        begins = branches.y_channels if pass_ == "fprop" else branches.x_channels
+        alone = (branches.adds(pass_) or len(out) == 1) and p.groups == 1
+        return (
+            p.layout == "nhwc"
+            and (alone or all(size % config.BLOCK_N == 0 for size in out))
+            and aligned(p, *out, *begins) == vector(p)
+        )
+
+    def branch_plan(
+        self, branches: Branches, pass_: str, config: Config, precision: str, has_bias: bool
+    ) -> list[Launch]:
+        p, order = branches.first, heaviest_first(branches, pass_)
+        h, w = p.axes(pass_)[0]
+        scalars = dict(N=p.n, H=h.size, W=w.size, P=h.out, Q=w.out, G=p.groups)
+        constexprs = config.constexprs() | dict(
+            BRANCHES=branch_geometry(branches, pass_, order),
+            COUNT=len(order),
+            PRECISION=precision,
+        )
+        programs = self.branch_programs(branches, pass_, config)
+        if pass_ == "wgrad":
+            return self._wgrad_branches(branches, config, order, programs, scalars, constexprs)
+        result, begins, source = (
+            (branches.y_shape, branches.y_channels, branches.x_channels[-1])
+            if pass_ == "fprop"
+            else (branches.x_shape, branches.x_channels, branches.y_channels[-1])
+        )
+        x, _, _ = source_box(p.n, source, h, w, config, config.BLOCK_K)
+        s_n, s_k, s_p, s_q = strides(result, p.layout)
+        sizes = (1, p.n, h.out, w.out, result[1])
+        store = self._stores_boxes(config, branches, pass_)
+        y = Box(sizes, (prod(sizes[1:]), s_n, s_p, s_q, 1), (1, *box_of(config, config.BLOCK_N)))
+        out = [channels(problem, pass_)[1] for problem in branches.problems]
+        ragged = pass_ == "fprop" and any(
+            problem.c // p.groups % config.BLOCK_K for problem in branches.problems
+        )
+        weights = tuple(
+            (name, role, weight_box(branches.problems[i], pass_, config, ragged))
+            for i, (name, role, _) in zip(order, filters("w", "b", order))
+        )
+        tensors = (
+            ("x", "a", x),
+            *weights,
+            ("bias_ptr", "bias", None),
+            ("y", "out", y if store else None),
+        )
+        scalars |= dict(sy_n=s_n, sy_p=s_p, sy_q=s_q, sy_k=s_k)
+        constexprs |= dict(
+            SUM=branches.adds(pass_),
+            TRANSPOSED=pass_ == "dgrad",
+            HAS_BIAS=has_bias,
+            ALIGN_Y=aligned(p, *out, *begins) if p.layout == "nhwc" else 1,
+            TMA_STORE=store,
+            INT64=not store and branches.largest >= 2**31,
+            RAGGED=ragged,
+        )
+        return [
+            launch(
+                "tma:correlate_tma_branches",
+                programs,
+                tensors,
+                scalars,
+                constexprs,
+                config.options(),
+            )
+        ]
+
+    def _wgrad_branches(
+        self, branches, config: Config, order, programs, scalars, constexprs
+    ) -> list[Launch]:
+        p, split = branches.first, config.SPLIT_K
+        h, w = p.fprop_axes
+        last = p.layout == "nhwc"
+        # the descriptor stores channels last
+        partial = split > 1 or not last
+        x, _, _ = source_box(p.n, branches.x_channels[-1], h, w, config, config.BLOCK_N)
+        k = branches.y_channels[-1]
+        dy = Box(
+            (p.n, h.out, w.out, k), nhwc_strides(h.out, w.out, k), box_of(config, config.BLOCK_M)
+        )
+        out, begin = [], 0
+        for i, (name, role, _) in zip(order, filters("dw", "out", order)):
+            q = branches.problems[i]
+            taps, c = q.r * q.s, q.c // q.groups
+            box = Box(
+                (split, q.k, taps, c),
+                (prod(q.w_shape), taps * c, c, 1),
+                (1, config.BLOCK_M, 1, config.BLOCK_N),
+                begin,
+            )
+            out.append((name, "partials" if partial else role, box))
+            begin += split * prod(q.w_shape) if partial else 0
+        found = [
+            launch(
+                "tma:wgrad_tma_branches",
+                programs,
+                (("x", "b", x), ("dy", "a", dy), *out),
+                scalars | {"SPLIT_K": split},
+                constexprs,
+                config.options(),
+                begin,
+            )
+        ]
+        return found + sum_branches(branches, order, split, constexprs) if partial else found
+
+
+def reads_others(config: Config, branches: Branches, pass_: str) -> str | None:
+    """Why a block of channels would reach from a branch's slice into the next one's."""
+    sliced = {"fprop": not branches.shared_input, "dgrad": branches.reduce == "cat"}
+    sizes = [channels(problem, pass_)[2] for problem in branches.problems]
+    if sliced.get(pass_) and any(size % config.BLOCK_K for size in sizes):
+        return f"BLOCK_K (={config.BLOCK_K}) must divide the channels that each branch reads, got {sizes}"
+    return None
+
+
+def weight_box(p: Problem, pass_: str, config: Config, ragged: bool) -> Box:
+    """The descriptor of w for fprop or dgrad."""
+    c, taps = p.c // p.groups, p.r * p.s
+    tile = (
+        (config.BLOCK_N, config.BLOCK_K) if pass_ == "fprop" else (config.BLOCK_K, config.BLOCK_N)
+    )
+    if ragged:
+        return Box((p.k, taps, c), (taps * c, c, 1), (tile[0], 1, tile[1]))
+    return Box((p.k, taps * c), (taps * c, 1), tile)
 
 
 def no_descriptors(problem: Problem, pass_: str) -> str | None:

@@ -70,6 +70,56 @@ def field(branch, BRANCHES: tl.constexpr, FIELD: tl.constexpr):
 
 
 @triton.jit
+def find_branch(
+    pid, N, P, Q, G, BRANCHES: tl.constexpr, COUNT: tl.constexpr, BLOCK_IMG: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr,
+):
+    """(branch, tile of its result) of program pid, where every branch has tiles of its own."""
+    branch = pid * 0
+    first = branch
+    before = branch
+    for b in tl.static_range(1, COUNT):
+        before += (
+            tl.cdiv(N, BLOCK_IMG) * tl.cdiv(P, BLOCK_P) * tl.cdiv(Q, BLOCK_Q) * G
+            * tl.cdiv(BRANCHES[10 * b - 9], BLOCK_N)
+        )
+        branch = tl.where(pid >= before, b, branch)
+        first = tl.where(pid >= before, before, first)
+    return branch, pid - first
+
+
+@triton.jit
+def find_filter(
+    pid, G, SPLIT_K, BRANCHES: tl.constexpr, COUNT: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK: tl.constexpr, FLAT: tl.constexpr,
+):
+    """Program pid's (number within its branch, branch, first partial sum of the branch): a branch
+    has one per tile of each split of its filters, or (BLOCK_N = 0) per BLOCK elements of them."""
+    branch = pid * 0
+    first = branch
+    before = branch
+    part = branch.to(tl.int64)
+    parts = part
+    for b in tl.static_range(1, COUNT):
+        taps = BRANCHES[10 * b - 8] * BRANCHES[10 * b - 7]
+        size = BRANCHES[10 * b - 10] * BRANCHES[10 * b - 9] * taps * G
+        if BLOCK_N == 0:
+            before += tl.cdiv(size, BLOCK)
+        else:
+            columns = (
+                tl.cdiv(taps * BRANCHES[10 * b - 10], BLOCK_N)
+                if FLAT
+                else taps * tl.cdiv(BRANCHES[10 * b - 10], BLOCK_N)
+            )
+            before += SPLIT_K * G * tl.cdiv(BRANCHES[10 * b - 9], BLOCK_M) * columns
+        parts += SPLIT_K.to(tl.int64) * size
+        branch = tl.where(pid >= before, b, branch)
+        first = tl.where(pid >= before, before, first)
+        part = tl.where(pid >= before, parts, part)
+    return pid - first, branch, part
+
+
+@triton.jit
 def cdiv_pos(a, b):
     """ceil(max(a, 0) / b): the numerator stays non-negative, since compiled `//` truncates toward
     zero."""
@@ -133,6 +183,17 @@ def output_tile(
 def from_middle(i, count):
     """The i-th of `count` blocks from the middle outwards: most taps are live there."""
     return (count - 1) // 2 + tl.where(i % 2 == 1, i // 2 + 1, -(i // 2))
+
+
+@triton.jit
+def tile_from_middle(pid, N, P, Q, K, G, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_N: tl.constexpr):
+    """`output_tile`, the middle of the map first, where most taps are live."""
+    _, g, img, p0, q0, n0 = output_tile(
+        pid, N, P, Q, K, G, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_N, False
+    )
+    p0 = from_middle(p0 // BLOCK_P, tl.cdiv(P, BLOCK_P)) * BLOCK_P
+    q0 = from_middle(q0 // BLOCK_Q, tl.cdiv(Q, BLOCK_Q)) * BLOCK_Q
+    return g, img, p0, q0, n0
 
 
 @triton.jit

@@ -20,7 +20,8 @@ from .common import (
     branches_metadata,
     dot,
     field,
-    from_middle,
+    find_branch,
+    find_filter,
     launch_metadata,
     live_taps,
     load_masked,
@@ -28,6 +29,7 @@ from .common import (
     split_steps,
     store_tile,
     sum_block,
+    tile_from_middle,
     wgrad_boxes,
 )
 
@@ -426,24 +428,14 @@ def correlate_branches(
     pid = tl.program_id(0)
     branch = pid * 0
     if not SUM:
-        first = branch
-        before = branch
-        for b in tl.static_range(1, COUNT):
-            before += (
-                tl.cdiv(N, BLOCK_IMG) * tl.cdiv(P, BLOCK_P) * tl.cdiv(Q, BLOCK_Q) * G
-                * tl.cdiv(BRANCHES[10 * b - 9], BLOCK_N)
-            )
-            branch = tl.where(pid >= before, b, branch)
-            first = tl.where(pid >= before, before, first)
-        pid -= first
+        branch, pid = find_branch(
+            pid, N, P, Q, G, BRANCHES, COUNT, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_N
+        )
     K = field(branch, BRANCHES, 1)
     y0 = field(branch, BRANCHES, 5)
-    _, g, img, p0, q0, n0 = output_tile(
-        pid, N, P, Q, K, G, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_N, False
+    g, img, p0, q0, n0 = tile_from_middle(
+        pid, N, P, Q, K, G, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_N
     )
-    # the middle of the map first, where most taps are live
-    p0 = from_middle(p0 // BLOCK_P, tl.cdiv(P, BLOCK_P)) * BLOCK_P
-    q0 = from_middle(q0 // BLOCK_Q, tl.cdiv(Q, BLOCK_Q)) * BLOCK_Q
     acc = tl.zeros((PIXELS, BLOCK_N), ACC)
     # (SUM) a zero that compilers do not know: what depends on it is computed anew for each branch,
     # not kept in registers
@@ -538,34 +530,3 @@ def sum_branches(
         (R * S * C).to(tl.int64) * field(branch, BRANCHES, 1) * G, R * S * C, S * C if CHANNELS_LAST else S,
         C if CHANNELS_LAST else 1, 1 if CHANNELS_LAST else R * S, 0, SPLIT_K, False, BLOCK
     )
-
-
-@triton.jit
-def find_filter(
-    pid, G, SPLIT_K, BRANCHES: tl.constexpr, COUNT: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK: tl.constexpr, FLAT: tl.constexpr,
-):
-    """Program pid's (number within its branch, branch, first partial sum of the branch): a branch
-    has one per tile of each split of its filters, or (BLOCK_N = 0) per BLOCK elements of them."""
-    branch = pid * 0
-    first = branch
-    before = branch
-    part = branch.to(tl.int64)
-    parts = part
-    for b in tl.static_range(1, COUNT):
-        taps = BRANCHES[10 * b - 8] * BRANCHES[10 * b - 7]
-        size = BRANCHES[10 * b - 10] * BRANCHES[10 * b - 9] * taps * G
-        if BLOCK_N == 0:
-            before += tl.cdiv(size, BLOCK)
-        else:
-            columns = (
-                tl.cdiv(taps * BRANCHES[10 * b - 10], BLOCK_N)
-                if FLAT
-                else taps * tl.cdiv(BRANCHES[10 * b - 10], BLOCK_N)
-            )
-            before += SPLIT_K * G * tl.cdiv(BRANCHES[10 * b - 9], BLOCK_M) * columns
-        parts += SPLIT_K.to(tl.int64) * size
-        branch = tl.where(pid >= before, b, branch)
-        first = tl.where(pid >= before, before, first)
-        part = tl.where(pid >= before, parts, part)
-    return pid - first, branch, part
