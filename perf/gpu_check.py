@@ -2,8 +2,8 @@
 FOLDER`.
 
 Steps: what is there, the family hopper beside the other kernels, the kernel tests natively, the
-quick sweep against cuDNN, the cost model against the clock, tuning of the deeplab suite, a few
-launches under compute-sanitizer. Each has its share of the time and is stopped at its end; what one
+quick sweep against cuDNN, the cost model against the clock, parallel branches in one launch, tuning
+of the deeplab suite, a few launches under compute-sanitizer. Each has its share of the time and is stopped at its end; what one
 leaves over the next ones get. What a step has by then is kept: it is "partial". FOLDER receives at
 most eight files: check.log, verdict.md, results.csv, results.md, report.html, model.csv,
 tuned.json. Exit status 1 when a result was wrong or a step crashed.
@@ -119,6 +119,21 @@ def steps(work: Path) -> list[Step]:
             80,
             ("rank correlation",),
             ("model.csv",),
+        ),
+        Step(
+            "branches",
+            [
+                python,
+                str(ROOT / "perf" / "branches.py"),
+                "--measure",
+                "--batch",
+                "1",
+                "--seconds",
+                "30",
+            ],
+            45,
+            ("one launch takes",),
+            wrong="WRONG|Traceback",
         ),
         Step(
             "tune",

@@ -29,6 +29,7 @@ import providers  # noqa: E402
 import torch  # noqa: E402
 
 from tridil import clock, devices, reference, testing, tuner, workloads  # noqa: E402
+from tridil.branches import Branches  # noqa: E402
 from tridil.problem import Problem  # noqa: E402
 
 NAME = "NVIDIA H100 80GB HBM3"
@@ -60,6 +61,12 @@ PROPERTIES = SimpleNamespace(
 
 def suite(name, dtype="float16", layout="nhwc"):
     return [replace(w, problem=replace(w.problem, dtype=dtype, layout=layout)) for w in TINY]
+
+
+def branches(dtype="float16", layout="nhwc"):
+    whole = replace(TINY[0].problem, dtype=dtype, layout=layout)
+    point = replace(whole, r=1, s=1, padding=((0, 0), (0, 0)), dilation=(1, 1))
+    return {"tiny": Branches((whole, point))}
 
 
 class SweepGpu(providers.Gpu):
@@ -105,6 +112,8 @@ class SweepGpu(providers.Gpu):
 class TunerGpu(tuner.Gpu):
     """Runs passes through the float64 reference and ATen; every config takes as long as it is
     predicted to."""
+
+    last = 1.0
 
     def __init__(self, device):
         self.device, self.target, self.name = torch.device("cpu"), "cuda:90", NAME
@@ -175,7 +184,7 @@ def queries() -> list:
 
 def main():
     os.environ["TRIDIL_TARGET"] = f"cuda:{EMULATOR.partition(':')[2]}" if EMULATOR else "cuda:90"
-    workloads.suite = suite
+    workloads.suite, workloads.branches = suite, branches
     for where, name, value in queries():
         setattr(where, name, value)
     tuner.Gpu = EmulatedTunerGpu if EMULATOR else TunerGpu

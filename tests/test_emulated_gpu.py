@@ -117,7 +117,7 @@ def test_gpu_check_from_end_to_end(tmp_path, monkeypatch, capsys):
         == 0
     )
     out = capsys.readouterr().out
-    assert out.count(": ok, ") == 8 and "gpu_check passed" in out, out
+    assert out.count(": ok, ") == 9 and "gpu_check passed" in out, out
     files = {path.name for path in (tmp_path / "out").iterdir()}
     assert files == {
         "check.log",

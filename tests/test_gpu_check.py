@@ -1,6 +1,7 @@
 """perf/gpu_check.py from end to end on a made-up device, and what it does when steps fail or take
 too long."""
 
+import re
 import signal
 import sys
 import time
@@ -59,6 +60,7 @@ def test_from_end_to_end(tmp_path, capsys):
         "tests",
         "sweep",
         "validate",
+        "branches",
         "tune",
         "export",
         "sanitizer",
@@ -70,6 +72,9 @@ def test_from_end_to_end(tmp_path, capsys):
     )
     assert (
         "rank correlation" in lines["validate"]
+        and re.search(
+            r"one launch takes .* of [1-9]\d* passes, measured.*all right", lines["branches"]
+        )
         and "6 measured, kept in" in lines["tune"]
         and "0 errors" in lines["sanitizer"]
     )
@@ -254,6 +259,7 @@ def test_the_real_steps_are_commands_that_exist(tmp_path, monkeypatch):
         "tests",
         "sweep",
         "validate",
+        "branches",
         "tune",
         "export",
         "sanitizer",
