@@ -16,6 +16,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 KERNELS, CONFIG = "test_kernels.py", "test_config.py test_problem.py"
+BRANCHES = "test_multi_rate.py"
 # (file, text, what replaces it, tests)
 MUTANTS = [
     ("kernels/common.py", "tl.maximum(hi - lo, 0)", "tl.maximum(hi - lo - 1, 0)", KERNELS),
@@ -42,6 +43,10 @@ MUTANTS = [
      "test_ops.py test_functional.py"),
     ("cost_model.py", "sorted(found, key=itemgetter(0))", "sorted(found, key=itemgetter(0))[::-1]",
      "test_cost_model.py"),
+    ("kernels/gather.py", " & (tap_w < S)", "", BRANCHES),
+    ("kernels/gather.py", "        branch += 1\n", "", BRANCHES),
+    ("kernels/common.py", "part = tl.where(pid >= before, parts, part)", "part = parts", BRANCHES),
+    ("kernels/tma.py", "w.load([c - x0, col])", "w.load([c, col])", BRANCHES),
 ]  # fmt: skip
 
 

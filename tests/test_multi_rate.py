@@ -172,6 +172,31 @@ def test_branches_in_one_launch(branches, device, poisoned, seed):
     assert check_kernels(branches, device, random.Random(seed), 1) >= 3
 
 
+@pytest.mark.parametrize(
+    "pass_, kernel", [("dgrad", "tma"), ("wgrad", "gather"), ("wgrad", "gather_flat"), ("wgrad", "tma")]
+)  # fmt: skip
+def test_slices_and_split_sums(pass_, kernel, device, poisoned, seed, monkeypatch):
+    """Later branches read and write beyond the first one: channels of dy, partial sums of filters."""
+    pytest.importorskip("triton")
+    from tridil import drivers, families, launch
+
+    if drivers.interpreted():
+        monkeypatch.setenv("TRIDIL_TARGET", "cuda:90")
+    target, size = drivers.target(), 3 if kernel == "gather_flat" else 64
+    branches = aspp(2, size, 8, 64, rates=(2, 3, 0), layout="nchw" if kernel == "tma" else "nhwc")
+    found = families.of(kernel).branch_options(branches, pass_, target, "ieee")
+    options = [config for config in found if config.kernel == kernel]
+    if not options:
+        assert kernel == "tma" and target in ("cuda:80", "cuda:86", "cuda:89")
+        pytest.skip(f"{target} has no tensor descriptors")
+    config = replace(random.Random(seed).choice(options), SPLIT_K=1 if pass_ == "dgrad" else 2)
+    x, ws, bias, dy = tensors(branches, device)
+    run = launch.prepare_branches(branches, pass_, config)
+    got = run(*((dy, ws) if pass_ == "dgrad" else (dy, x)))
+    expected = references(branches, x, ws, bias, dy)[pass_]
+    assert_close([got] if torch.is_tensor(got) else got, expected, branches, pass_)
+
+
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 def test_random_branches(dtype, device, poisoned, seed):
     pytest.importorskip("triton")
