@@ -57,8 +57,8 @@ def sources(
     precision: str = "tf32",
     has_bias: bool = False,
 ) -> list:
-    """[(Launch, triton's ASTSource)] of one pass, of all branches in one launch, specialised as the JIT specialises it; pointers
-    are taken as 16-byte aligned.
+    """[(Launch, triton's ASTSource)] of one pass, of all branches in one launch, specialised as the
+    JIT specialises it; pointers are taken as 16-byte aligned.
 
     Raises ValueError when config does not fit, RuntimeError when Triton interprets kernels in this
     process.

@@ -30,7 +30,7 @@ from .gemm import (
     search,
     suits,
 )
-from .tma import box_of, nhwc_strides, no_descriptors, reads_others, source_box
+from .tma import box_of, nhwc_strides, no_descriptors, reads_others, source_box, stores_in_branch
 
 TARGET = "cuda:90"
 # of a thread as compiled; the consumers' warpgroups then take 240 each, the producer's gives most
@@ -627,11 +627,7 @@ class HopperFamily(Gemm):
         x, _, _ = source_box(p.n, source, h, w, config, config.BLOCK_K)
         s_n, s_k, s_p, s_q = strides(result, p.layout)
         out = [channels(problem, pass_)[1] for problem in branches.problems]
-        # a box of the result may not reach over its branch, nor its group
-        alone = branches.adds(pass_) or len(order) == 1
-        whole = alone and p.groups == 1 or all(size % config.BLOCK_N == 0 for size in out)
-        align = aligned(p, *out, *begins)
-        store = p.layout == "nhwc" and whole and align * DTYPE_BYTES[p.dtype] == 16
+        store = stores_in_branch(config, branches, pass_)
         box = self.stored(config, p, pass_)
         y = Box((p.n, h.out, w.out, result[1]), (s_n, s_p, s_q, 1), box, 0, WIDTH)
         weights = tuple(
@@ -651,7 +647,7 @@ class HopperFamily(Gemm):
             HAS_BIAS=has_bias,
             TMA_STORE=store,
             ROWS_FIRST=p.layout != "nhwc",
-            ALIGN_Y=align if p.layout == "nhwc" else 1,
+            ALIGN_Y=aligned(p, *out, *begins) if p.layout == "nhwc" else 1,
         )
         return [
             launch(

@@ -336,22 +336,10 @@ class Tma(Gemm):
             pass_ != "wgrad"
             and config.WARP_SPECIALIZE
             and prod(box_of(config, 1)) > 128
-            and not self._stores_boxes(config, branches, pass_)
+            and not stores_in_branch(config, branches, pass_)
         ):
             return "the store's addresses would spill: tiles of 256 pixels need results in multiples of BLOCK_N channels"
         return None
-
-    def _stores_boxes(self, config: Config, branches: Branches, pass_: str) -> bool:
-        """Whether a box of the result stays in its branch and its group."""
-        p = branches.first
-        out = [channels(problem, pass_)[1] for problem in branches.problems]
-        begins = branches.y_channels if pass_ == "fprop" else branches.x_channels
-        alone = (branches.adds(pass_) or len(out) == 1) and p.groups == 1
-        return (
-            p.layout == "nhwc"
-            and (alone or all(size % config.BLOCK_N == 0 for size in out))
-            and aligned(p, *out, *begins) == vector(p)
-        )
 
     def branch_plan(
         self, branches: Branches, pass_: str, config: Config, precision: str, has_bias: bool
@@ -375,7 +363,7 @@ class Tma(Gemm):
         x, _, _ = source_box(p.n, source, h, w, config, config.BLOCK_K)
         s_n, s_k, s_p, s_q = strides(result, p.layout)
         sizes = (1, p.n, h.out, w.out, result[1])
-        store = self._stores_boxes(config, branches, pass_)
+        store = stores_in_branch(config, branches, pass_)
         y = Box(sizes, (prod(sizes[1:]), s_n, s_p, s_q, 1), (1, *box_of(config, config.BLOCK_N)))
         out = [channels(problem, pass_)[1] for problem in branches.problems]
         ragged = pass_ == "fprop" and any(
@@ -458,6 +446,20 @@ def reads_others(config: Config, branches: Branches, pass_: str) -> str | None:
     if sliced.get(pass_) and any(size % config.BLOCK_K for size in sizes):
         return f"BLOCK_K (={config.BLOCK_K}) must divide the channels that each branch reads, got {sizes}"
     return None
+
+
+def stores_in_branch(config: Config, branches: Branches, pass_: str) -> bool:
+    """Whether fprop or dgrad stores by descriptor: whether a box of the result stays in its branch
+    and its group."""
+    p = branches.first
+    out = [channels(problem, pass_)[1] for problem in branches.problems]
+    begins = branches.y_channels if pass_ == "fprop" else branches.x_channels
+    alone = (branches.adds(pass_) or len(out) == 1) and p.groups == 1
+    return (
+        p.layout == "nhwc"
+        and (alone or all(size % config.BLOCK_N == 0 for size in out))
+        and aligned(p, *out, *begins) == vector(p)
+    )
 
 
 def weight_box(p: Problem, pass_: str, config: Config, ragged: bool) -> Box:

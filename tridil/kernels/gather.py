@@ -36,8 +36,8 @@ from .common import (
 
 @triton.jit
 def accumulate(
-    acc, x_ptr, w_ptr, zero, split, g, img, p0, q0, n0, N, H, W, P, Q, K, G, cg, x0, stride_h, stride_w,
-    off_h, off_w, dil_h, dil_w, tap_r, tap_s, step_r, step_s, SPLIT_K, C, CW, R, S, FILTER_R,
+    acc, x_ptr, w_ptr, zero, split, g, img, p0, q0, n0, N, H, W, P, Q, K, G, cg, x0, stride_h,
+    stride_w, off_h, off_w, dil_h, dil_w, tap_r, tap_s, step_r, step_s, SPLIT_K, C, CW, R, S, FILTER_R,
     FILTER_S, MOST_R: tl.constexpr, MOST_S: tl.constexpr, TRANSPOSED: tl.constexpr,
     ALIGN: tl.constexpr, ALIGN_W: tl.constexpr, EVEN_C: tl.constexpr, EVEN_N: tl.constexpr,
     PRECISION: tl.constexpr, INT64: tl.constexpr, CLAMP: tl.constexpr, BLOCK_IMG: tl.constexpr,
@@ -166,8 +166,8 @@ def correlate(
         tl.program_id(0), N, P, Q, K, G, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_N, IS_SPLIT
     )
     acc = accumulate(
-        tl.zeros((PIXELS, BLOCK_N), ACC), x_ptr, w_ptr, 0, split, g, img, p0, q0, n0, N, H, W, P, Q, K,
-        G, C * G, 0, stride_h, stride_w, off_h, off_w, dil_h, dil_w, tap_r, tap_s, step_r, step_s,
+        tl.zeros((PIXELS, BLOCK_N), ACC), x_ptr, w_ptr, 0, split, g, img, p0, q0, n0, N, H, W, P, Q,
+        K, G, C * G, 0, stride_h, stride_w, off_h, off_w, dil_h, dil_w, tap_r, tap_s, step_r, step_s,
         SPLIT_K, C, CW, R, S, FILTER_R, FILTER_S, R, S, TRANSPOSED, ALIGN, ALIGN_W,
         C % BLOCK_K == 0, EVEN_N, PRECISION, INT64, CLAMP, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_N,
         BLOCK_K, IS_SPLIT, PIXELS
@@ -446,8 +446,8 @@ def correlate_branches(
         S = field(branch, BRANCHES, 3)
         # dgrad walks the taps from the last to the first
         acc = accumulate(
-            acc, x_ptr, filter_of(branch, filters, 0 if SUM else N, COUNT), zero, 0, g, img, p0, q0, n0, N, H, W, P,
-            Q, K, G, CHANNELS, field(branch, BRANCHES, 4), stride_h, stride_w,
+            acc, x_ptr, filter_of(branch, filters, 0 if SUM else N, COUNT), zero, 0, g, img, p0, q0,
+            n0, N, H, W, P, Q, K, G, CHANNELS, field(branch, BRANCHES, 4), stride_h, stride_w,
             field(branch, BRANCHES, 6), field(branch, BRANCHES, 7), field(branch, BRANCHES, 8),
             field(branch, BRANCHES, 9), R - 1 if TRANSPOSED else 0, S - 1 if TRANSPOSED else 0,
             -1 if TRANSPOSED else 1, -1 if TRANSPOSED else 1, 1, C, K if TRANSPOSED else C, R, S, R,
