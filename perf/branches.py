@@ -3,7 +3,8 @@
 
 A row per set of branches, pass and batch: launches, programs, bytes from and to memory (counted),
 and times: predicted, with a GPU (--measure) measured, too. One by one is what "auto" runs for each
-branch, with the slices, sums and concatenations around it. Exit status 1 when a result is wrong.
+branch, with the slices, sums and concatenations around it. Exit status 1 when a result is wrong,
+130 after Ctrl-C: what was measured by then is summed up.
 """
 
 from __future__ import annotations
@@ -99,14 +100,19 @@ def main(argv=None) -> int:
     if min(args.batch, default=0) < 1:
         parser.error(f"--batch takes positive numbers of images, got {args.batch}")
     gpu = tuner.Gpu(torch.device("cuda", torch.cuda.current_device())) if args.measure else None
-    rows, deadline = [], time.monotonic() + (float("inf") if args.seconds is None else args.seconds)
+    rows: list = []
+    status = 0
+    deadline = time.monotonic() + (float("inf") if args.seconds is None else args.seconds)
     for name, found in workloads.branches().items():
         for n in args.batch:
             some = replace(found, problems=tuple(replace(p, n=n) for p in found.problems))
             for pass_ in PASSES:
                 row, config = row_of(name, some, pass_, target)
                 if gpu and config and time.monotonic() < deadline:
-                    row |= measured(some, pass_, config, gpu)
+                    try:
+                        row |= measured(some, pass_, config, gpu)
+                    except KeyboardInterrupt:  # the rest is predicted still
+                        status, deadline = 130, 0.0
                 rows.append(row)
     table = pd.DataFrame(rows)
     print(f"predicted and counted for {devices.of_target(target).name}, fp16, channels_last\n")
@@ -118,7 +124,8 @@ def main(argv=None) -> int:
     print(share.unstack().to_string(float_format=lambda x: f"{x:.2f}"))
     if gpu is None:
         return 0
-    return int(not verdict(table.reindex(columns=list(dict.fromkeys([*table, *MEASURED])))))
+    right = verdict(table.reindex(columns=list(dict.fromkeys([*table, *MEASURED]))))
+    return status or int(not right)
 
 
 def verdict(table: pd.DataFrame) -> bool:

@@ -82,7 +82,7 @@ def steps(work: Path) -> list[Step]:
         Step(
             "hopper",
             [python, str(ROOT / "perf" / "hopper.py"), "--seconds", "20"],
-            30,
+            45,
             ("hopper",),
             wrong="WRONG|FAILED|Traceback",
         ),
@@ -208,7 +208,14 @@ def main(argv=None, has_gpu: bool | None = None, run=run, steps=steps) -> int:
     parser.add_argument(
         "--seconds", type=float, default=510, help="of all steps together (default: 510)"
     )
+    parser.add_argument(
+        "--steps", help="only these, comma-separated (default: all, whose names verdict.md shows)"
+    )
     args = parser.parse_args(argv)
+    names = [step.name for step in steps(Path())]
+    asked = args.steps.split(",") if args.steps else names
+    if unknown := set(asked).difference(names):
+        parser.error(f"--steps takes some of {', '.join(names)}; got {', '.join(sorted(unknown))}")
     if has_gpu is None:
         import torch
 
@@ -232,7 +239,7 @@ def main(argv=None, has_gpu: bool | None = None, run=run, steps=steps) -> int:
         }
         # what this run measured, and nothing else
         env |= {"TRIDIL_CACHE": str(work / "cache")}
-        todo = steps(work)
+        todo = [step for step in steps(work) if step.name in asked]
         for i, step in enumerate(todo):
             left, ahead = (
                 args.seconds - (time.monotonic() - begin),

@@ -3,7 +3,7 @@
 
 A line per pass of a layer: the times of ATen, of the best prediction of the other families, of the
 best predictions of hopper. A first look before anything is tuned, with a GPU of sm_90. Exit status
-1 when a result is wrong.
+1 when a result is wrong, 130 after Ctrl-C: what was measured by then is summed up.
 """
 
 from __future__ import annotations
@@ -96,21 +96,25 @@ def main(argv=None) -> int:
     deadline = time.monotonic() + args.seconds
     gpu = tuner.Gpu(torch.device("cuda", torch.cuda.current_device()))
     jobs = jobs_of(args.suite, gpu, args.top)
-    shares, wrong = [], 0
-    with gpu.compiling(
-        [
-            (p, pass_, "ieee", cfg)
-            for _, p, pass_, other, configs in jobs
-            for cfg in (other, *configs)
-        ]
-    ) as compiled:
-        for layer, p, pass_, other, configs in jobs:
-            if time.monotonic() > deadline:
-                break
-            told, share, right = measure(p, pass_, other, configs, gpu, compiled)
-            shares += [share] if share else []
-            wrong += not right
-            print(f"{layer} {p.key()} {pass_}: {told}", flush=True)
+    shares, wrong, status = [], 0, 0
+    try:
+        with gpu.compiling(
+            [
+                (p, pass_, "ieee", cfg)
+                for _, p, pass_, other, configs in jobs
+                for cfg in (other, *configs)
+            ]
+        ) as compiled:
+            for layer, p, pass_, other, configs in jobs:
+                if time.monotonic() > deadline:
+                    break
+                told, share, right = measure(p, pass_, other, configs, gpu, compiled)
+                shares += [share] if share else []
+                wrong += not right
+                print(f"{layer} {p.key()} {pass_}: {told}", flush=True)
+    except KeyboardInterrupt:
+        status = 130
+        print("interrupted")
     mean = exp(sum(map(log, shares)) / len(shares)) if shares else float("nan")
     if jobs:
         print(
@@ -119,7 +123,7 @@ def main(argv=None) -> int:
         )
     else:
         print(f"no layer of {args.suite} for the family hopper on {gpu.target}")
-    return int(wrong > 0)
+    return status or int(wrong > 0)
 
 
 if __name__ == "__main__":

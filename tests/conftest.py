@@ -17,8 +17,11 @@ hypothesis.settings.register_profile("tridil", deadline=None)
 hypothesis.settings.load_profile("tridil")
 
 
+_root = Path(__file__).resolve().parents[1]
 # scripts and the models that tests convert
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "perf"))
+sys.path.insert(0, str(_root / "perf"))
+# child processes find the package in a checkout that is not installed
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(_root), os.environ.get("PYTHONPATH")]))
 _cache = tempfile.TemporaryDirectory(prefix="tridil-tests-", ignore_cleanup_errors=True)
 # what a user measured must not choose the tests' configs
 os.environ["TRIDIL_CACHE"] = _cache.name

@@ -2,12 +2,10 @@
 
 import pytest
 import torch
-from test_pytorch_suite import close, gradients
+from test_pytorch_suite import close, gradients, module_db, op_db
 from test_transposed import Generator
 from torch import nn
 from torch.nn import functional as F
-from torch.testing._internal.common_methods_invocations import op_db
-from torch.testing._internal.common_modules import module_db
 
 import tridil
 from tridil import enabling, functional

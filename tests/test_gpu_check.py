@@ -170,6 +170,18 @@ def test_only_wrong_results_and_crashes_fail(tmp_path, capsys, name, result, wor
     assert f"GPU check: {verdict}" in (tmp_path / "verdict.md").read_text()
 
 
+def test_steps_are_chosen(tmp_path, capsys):
+    seen = []
+    arguments = dict(
+        has_gpu=True, steps=fake_steps("a", "b", "c"), run=scripted([(0, "fine")] * 2, seen)
+    )
+    assert gpu_check.main([str(tmp_path), "--steps", "c,a"], **arguments) == 0
+    assert len(seen) == 2 and capsys.readouterr().out.startswith("a: ok")
+    with pytest.raises(SystemExit):
+        gpu_check.main([str(tmp_path), "--steps", "a,d"], **arguments)
+    assert "--steps takes some of a, b, c; got d" in capsys.readouterr().err
+
+
 def test_time_is_shared(tmp_path, monkeypatch):
     """A step gets its share, and what earlier ones left; never more than what is left of the whole."""
     clock, seen = [0.0], []

@@ -431,6 +431,8 @@ def test_launches_under_the_inputs_device(monkeypatch, forget):
 
     monkeypatch.setattr(torch.cuda, "device", Guard)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    # a machine with one GPU has no cuda:1 to ask
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(passes.drivers, "target", lambda: order.append("target") or "cuda:80")
     monkeypatch.setattr(launch, "prepare", lambda *args: lambda *tensors: order.append("launch"))
     x, w = torch.randn(1, 4, 5, 5).as_subclass(OnAnotherDevice), torch.randn(4, 4, 3, 3)

@@ -4,11 +4,9 @@ import copy
 
 import pytest
 import torch
-from test_pytorch_suite import close, gradients
+from test_pytorch_suite import close, gradients, module_db, op_db
 from torch import nn
 from torch.nn import functional as F
-from torch.testing._internal.common_methods_invocations import op_db
-from torch.testing._internal.common_modules import module_db
 
 import tridil
 from tridil import dilated_conv_transpose1d, dilated_conv_transpose2d
