@@ -263,6 +263,7 @@ def correlation_shares(
 def reduction_shares(
     out_ptr,
     tiles_ptr,
+    trace_ptr,
     N,
     H,
     W,
@@ -280,6 +281,7 @@ def reduction_shares(
     sum_h,
     sum_w,
     tiles,
+    longest,
     BLOCK_IMG: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_Q: tl.constexpr,
@@ -306,6 +308,23 @@ def reduction_shares(
         tl.store(tiles_ptr + 6 * i + 3, r)
         tl.store(tiles_ptr + 6 * i + 4, s)
         tl.store(tiles_ptr + 6 * i + 5, steps)
+    if STREAM:  # (tile, box) of every step
+        box = kernels.reduction_turn(begin, geo, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_M, BLOCK_N)
+        trace_ptr += 2 * tl.program_id(0) * longest
+        while left > 0:
+            g, k0, n0, r, s, p_lo, q_lo, boxes_p, boxes_q, steps = kernels.reduction_tile(
+                tile, geo, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_M, BLOCK_N
+            )
+            taken = tl.minimum(steps - begin, left)
+            at = kernels.first_box(box, begin, taken, steps)
+            for i in range(taken):
+                tl.store(trace_ptr, tile)
+                tl.store(trace_ptr + 1, (at + i) % steps)
+                trace_ptr += 2
+            box = tl.where(begin > 0, taken, box + taken)
+            left -= taken
+            begin = 0
+            tile += 1
 
 
 def expected_tiles(p, pass_, cfg, axes):
@@ -373,11 +392,13 @@ def test_order_of_steps(pass_, stream, device, seed, monkeypatch):
             out = torch.full((programs, 4), -1, dtype=torch.int32, device=device)
             tiles = torch.full((len(expected), 6), -1, dtype=torch.int32, device=device)
             fn = reduction_shares if pass_ == "wgrad" else correlation_shares
-            names, known = (
-                fn.arg_names,
-                dict(item.scalars) | dict(item.constexprs) | {"tiles": len(expected)},
-            )
-            fn[(programs,)](out, tiles, **{name: known[name] for name in names[2:]})
+            longest = -(-sum(tile[-1] for tile in expected) // programs)
+            trace = torch.full((programs, longest, 2), -1, dtype=torch.int32, device=device)
+            pointers = (out, tiles, trace) if pass_ == "wgrad" else (out, tiles)
+            known = dict(item.scalars) | dict(item.constexprs)
+            known |= {"tiles": len(expected), "longest": longest}
+            names = fn.arg_names[len(pointers) :]
+            fn[(programs,)](*pointers, **{name: known[name] for name in names})
             out, tiles = out.tolist(), [tuple(tile) for tile in tiles.tolist()]
             assert sorted(tiles) == sorted(expected), (p.key(), cfg)
             assert all(row[3] == len(expected) for row in out)
@@ -401,8 +422,36 @@ def test_order_of_steps(pass_, stream, device, seed, monkeypatch):
                 assert left in (sum(steps) // programs, -(-sum(steps) // programs))
                 at += left
             assert at == sum(steps)
+            if pass_ == "wgrad":
+                read = Counter(map(tuple, trace.reshape(-1, 2).tolist()))
+                del read[-1, -1]
+                assert read == Counter(
+                    (tile, box) for tile, count in enumerate(steps) for box in range(count)
+                ), (p.key(), cfg)
         m, n, k = config.tile(cfg, pass_)
         assert config.executed_macs(p, pass_, cfg) == walked * m * n * k
+
+
+@pytest.mark.parametrize("programs, most", [(12, 2), (27, 3), (54, 3), (72, 5)])
+def test_programs_share_what_is_in_l2(programs, most, device):
+    """With STREAM the programs of wgrad load few boxes of the map at a time, although each begins
+    in another place of its tile."""
+    # 18 tiles of 24 boxes
+    fn, tiles, boxes = reduction_shares, 18, 24
+    known = dict(N=2, H=20, W=10, P=18, Q=8, C=64, K=128, G=1, R=3, S=3)
+    known |= dict(off_h=0, off_w=0, dil_h=1, dil_w=1, sum_h=9, sum_w=12, tiles=tiles, STREAM=True)
+    known |= dict(BLOCK_IMG=1, BLOCK_P=6, BLOCK_Q=2, BLOCK_M=64, BLOCK_N=64)
+    longest = tiles * boxes // programs
+    trace = torch.full((programs, longest, 2), -1, dtype=torch.int32, device=device)
+    out = torch.zeros((programs, 4), dtype=torch.int32, device=device)
+    rows = torch.zeros((tiles, 6), dtype=torch.int32, device=device)
+    names = fn.arg_names[3:]
+    fn[(programs,)](
+        out, rows, trace, **{name: (known | {"longest": longest})[name] for name in names}
+    )
+    assert rows[:, -1].tolist() == [boxes] * tiles and (trace >= 0).all()
+    at_once = [len(set(trace[:, i, 1].tolist())) for i in range(longest)]
+    assert max(at_once) <= most, at_once
 
 
 # ---- what the host knows

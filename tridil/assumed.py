@@ -34,20 +34,28 @@ CUDNN = {"fprop": 0.75, "dgrad": 0.75, "wgrad": 0.65}
 CUDNN_FAR = {"cuda:90": 0.67}
 # share of peak of a strided dgrad, on all taps of every pixel of dx (published: 81)
 CUDNN_STRIDED = 0.2
+# share of peak of groups whose channels are no power of two (measured: 24 and 24 channels a group)
+CUDNN_UNEVEN = {"nhwc": 0.035, "nchw": 0.06}
+# times that wgrad takes in one dimension of what it would in two (measured: 5 layers, 1.7 to 11
+# times their fprop)
+CUDNN_1D_WGRAD = 1.6
 # compulsory bytes at peak bandwidth, times this (published: 55, 67, 69; nhwc: 1 / DRAM)
 CUDNN_TRAFFIC = {"nhwc": 1.2, "nchw": 2}
-# the same of at most 16 channels that are no multiple of 16 bytes (measured: 12 channels)
-CUDNN_NARROW = 15
+# the same of at most 32 channels that are no multiple of 16 bytes (measured: 12, 25)
+CUDNN_NARROW = {"fprop": 13, "dgrad": 13, "wgrad": 18}
 # of a depthwise layer: (for a pixel of y or, in dgrad, dx; for each of its taps) (measured: 3x3,
 # 2048 channels, d=24; 7x7, 320 channels, d=3)
 DEPTHWISE_INSTRUCTIONS = {
     ("nchw", "fprop"): (155, 13.5),
-    ("nchw", "dgrad"): (350, 20),
+    ("nchw", "dgrad"): (500, 3),
     ("nchw", "wgrad"): (0, 46),
     ("nhwc", "fprop"): (400, 56),
     ("nhwc", "dgrad"): (70, 25),
     ("nhwc", "wgrad"): (410, 51),
 }
+# for a pixel, channels_last, where the taps reach over 5 pixels at most (measured: 3x3, 1632
+# channels, d=2)
+DEPTHWISE_NEAR = {"fprop": 95, "dgrad": 75, "wgrad": 80}
 # how much faster than the estimate of cuDNN the prediction must be before "auto" relies on it
 MARGIN = 1.1
 
@@ -63,6 +71,10 @@ HOPPER_STEP = 360
 # clocks that storing a tile keeps the tensor cores from working, cooperative and ping-pong
 # (assumed)
 HOPPER_TILE = (1500, 300)
+
+# times that steps of the gather kernels take of what the counts say where a channel block is
+# shorter than 64 bytes (measured on an H200, fp16: geometric means of 29 passes, 1.2 to 2.6)
+GATHER_FEW = {"fprop": 1.6, "dgrad": 1.6, "wgrad": 2.0}
 
 # registers of a thread beside the accumulator: addresses, masks and the copies in flight (static
 # counts: 70 to 110)

@@ -17,19 +17,22 @@ from .problem import DTYPE_BYTES, Problem
 
 def kind(problem: Problem, pass_: str) -> str:
     """What the estimate depends on: "depthwise", "strided dgrad" (dilated, too: both rows are),
-    "grouped", "pointwise" (1x1 taps), "narrow" (a tensor of few, unaligned channels), "far"
-    (dilation 12 or more) or "dense"."""
+    "uneven groups" (their channels are no power of two), "grouped", "pointwise" (1x1 taps), "narrow"
+    (a tensor of few, unaligned channels), "far" (dilation 12 or more, of wgrad 9) or "dense"."""
     if problem.groups == problem.c and problem.groups > 1:
         return "depthwise"
     if pass_ == "dgrad" and problem.stride != (1, 1) and problem.dilation != (1, 1):
         return "strided dgrad"
     if problem.groups > 1:
-        return "grouped"
+        each = problem.c // problem.groups, problem.k // problem.groups
+        # of float32 no row tells
+        uneven = DTYPE_BYTES[problem.dtype] == 2 and any(n & (n - 1) for n in each)
+        return "uneven groups" if uneven else "grouped"
     if problem.r * problem.s == 1:
         return "pointwise"
     if _is_narrow(problem, problem.c) or _is_narrow(problem, problem.k):
         return "narrow"
-    return "far" if max(problem.dilation) >= 12 else "dense"
+    return "far" if max(problem.dilation) >= (9 if pass_ == "wgrad" else 12) else "dense"
 
 
 def seconds(problem: Problem, pass_: str, device: Device, precision: str = "tf32") -> float:
@@ -56,9 +59,10 @@ def seconds(problem: Problem, pass_: str, device: Device, precision: str = "tf32
             assumed.CUDNN_FAR.get(device.target, 1) if found == "far" else 1
         )
         share = assumed.CUDNN_STRIDED if found == "strided dgrad" else share
+        share = assumed.CUDNN_UNEVEN[problem.layout] if found == "uneven groups" else share
         work = _macs(problem, pass_) / (device.mma_rate(problem.dtype, precision) * share * hertz)
         times |= {
-            name: assumed.CUDNN_NARROW
+            name: assumed.CUDNN_NARROW[pass_]
             for name, c in (("x", problem.c), ("y", problem.k))
             if _is_narrow(problem, c)
         }
@@ -69,12 +73,14 @@ def seconds(problem: Problem, pass_: str, device: Device, precision: str = "tf32
     )
     if found in ("depthwise", "pointwise"):
         return (max(work, memory) + assumed.LAUNCH) / assumed.FAVOUR
+    if pass_ == "wgrad" and 1 in (problem.h, problem.w):
+        work, memory = work * assumed.CUDNN_1D_WGRAD, memory * assumed.CUDNN_1D_WGRAD
     copies = 3 if problem.layout == "nchw" or found == "narrow" else 0  # of x, w and y
     return (work + memory + (1 + copies) * assumed.LAUNCH) / assumed.FAVOUR
 
 
 def _is_narrow(problem: Problem, channels: int) -> bool:
-    return channels <= 16 and channels * DTYPE_BYTES[problem.dtype] % 16 > 0
+    return channels <= 32 and channels * DTYPE_BYTES[problem.dtype] % 16 > 0
 
 
 def _macs(problem: Problem, pass_: str) -> float:
@@ -86,11 +92,13 @@ def _macs(problem: Problem, pass_: str) -> float:
         / (c * k)
         * (prod(problem.stride) if kind(problem, pass_) == "strided dgrad" else 1)
     )
+    if kind(problem, pass_) == "uneven groups":
+        return macs * c * k
     # groups of fewer than 16 channels share a block
     if problem.groups > 1:
         return macs * _up(c, 32) * _up(k, 32) * min(1, max(c, k) / 16)
     reduced, out = (k, c) if pass_ == "dgrad" else (c, k)
-    return macs * _up(reduced, 16) * _up(out, 32)
+    return macs * _up(reduced, 16) * _up(out, 64)
 
 
 def _up(size: int, block: int) -> int:
@@ -103,5 +111,8 @@ def _instructions(problem: Problem, pass_: str) -> float:
     (`use_cudnn_depthwise`), and no row tells how fast they are."""
     if problem.dilation == (1, 1) and (problem.layout == "nhwc" or problem.dtype == "float16"):
         return 0
+    extent = max((t - 1) * d + 1 for t, d in zip((problem.r, problem.s), problem.dilation))
+    if problem.layout == "nhwc" and problem.stride == (1, 1) and extent <= 5:
+        return assumed.DEPTHWISE_NEAR[pass_]
     pixel, tap = assumed.DEPTHWISE_INSTRUCTIONS[problem.layout, pass_]
     return pixel + tap * problem.r * problem.s

@@ -258,12 +258,15 @@ class Gather(Gemm):
             np.maximum(1, warps // np.maximum(1, np.minimum(warps, n // 32))),
         )
         read = (warps // in_rows * m + in_rows * n) * k * nbytes
-        return {
+        clocks = {
             "tensor": fma / device.mma_rate(problem.dtype, precision),
             "issue": (products + other) / 4,
             "shared": (moved + read) / 128,
             "l2": moved / device.l2_clock / assumed.L2,
         }
+        fewest = min(problem.c, problem.k) // problem.groups * nbytes
+        slower = assumed.GATHER_FEW[pass_] if fewest < 64 else 1
+        return {unit: slower * value for unit, value in clocks.items()}
 
     def why(
         self, problem: Problem, pass_: str, config: Config, device: Device, precision: str

@@ -503,10 +503,11 @@ class HopperFamily(Gemm):
                 ("dw_ptr" if pass_ == "wgrad" else "y_ptr", "out", None),
             )
             sums += tuple(item for item in tensors if item[0] == "bias_ptr")
+            stores = ("TMA_STORE",) if pass_ == "wgrad" else ("HAS_BIAS", "ROWS_FIRST", "ALIGN_Y")
             kept = {
                 key: value
                 for key, value in constexprs.items()
-                if key.startswith("BLOCK_") or key in ("HAS_BIAS", "ROWS_FIRST", "ALIGN_Y")
+                if key.startswith("BLOCK_") or key in stores
             }
             scalars = scalars | {"programs": programs}
             found.append(

@@ -25,6 +25,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from .common import (
     RUNTIME,
+    below,
     branches_metadata,
     field,
     from_middle,
@@ -45,6 +46,16 @@ RUNTIME = RUNTIME + "C G R S FILTER_S step_s sy_k sw_c sum_h sum_w GROUP program
 def start_of(program, total, programs):
     """The first step of a program, when all get equally many of `total`."""
     return program * (total // programs) + tl.minimum(program, total % programs)
+
+
+@triton.jit
+def program_of(step, total, programs):
+    """The program that takes a step."""
+    much = total // programs
+    more = total % programs
+    return tl.where(
+        step < more * (much + 1), step // (much + 1), (step - more) // tl.maximum(much, 1)
+    )
 
 
 @triton.jit
@@ -637,6 +648,32 @@ def reduction_share(
         return tile, begin, start_of(pid + 1, total, tl.num_programs(0)) - first, tiles * R * S
 
 
+@triton.jit
+def reduction_turn(
+    begin, geo, BLOCK_IMG: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):
+    """The box that this program loads first of its first tile, at whose step `begin` it begins: the
+    first program to begin in a tile loads box 0 first. Programs in different tiles so load the same
+    boxes at the same time, as long as they are in L2."""
+    N, H, W, P, Q, C, K, G, R, S, off_h, off_w, dil_h, dil_w, sum_h, sum_w = geo
+    total = tl.cdiv(K, BLOCK_M) * tl.cdiv(C, BLOCK_N) * G * tl.cdiv(N, BLOCK_IMG) * sum_h * sum_w
+    programs = tl.num_programs(0)
+    tile = start_of(tl.program_id(0), total, programs) - begin
+    program = program_of(tile, total, programs)
+    program += tl.where(start_of(program, total, programs) < tile, 1, 0)
+    return begin + tile - start_of(program, total, programs)
+
+
+@triton.jit
+def first_box(box, begin, count, steps):
+    """The box that `count` steps of a tile load first, when those of the tile before ended before
+    `box`: whole tiles go on from there, round and round; the head of a tile leaves the boxes from 0
+    on to the program that begins after it."""
+    later = tl.where(count == steps, box % steps, steps - count)
+    return tl.where((begin == 0) & (box > 0), later, box)
+
+
 @gluon.jit
 def produce_boxes(
     x, dy, a_bufs, b_bufs, full, empty, geo, STREAM: gl.constexpr, BLOCK_IMG: gl.constexpr,
@@ -648,12 +685,16 @@ def produce_boxes(
     tile, begin, left, tiles = reduction_share(
         geo, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_M, BLOCK_N, STREAM
     )
+    box = 0
+    if STREAM:
+        box = reduction_turn(begin, geo, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_M, BLOCK_N)
     while (tile < tiles) & (left > 0):
         count, stage, phase = produce_boxes_of(
-            x, dy, a_bufs, b_bufs, full, empty, geo, tile, begin, left, 0, 0, stage, phase,
-            BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_M, BLOCK_N, STAGES
+            x, dy, a_bufs, b_bufs, full, empty, geo, tile, begin, left, box, 0, 0, stage, phase,
+            STREAM, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_M, BLOCK_N, STAGES
         )
         if STREAM:
+            box = tl.where(begin > 0, count, box + count)
             left -= count
             begin = 0
             tile += 1
@@ -663,12 +704,13 @@ def produce_boxes(
 
 @gluon.jit
 def produce_boxes_of(
-    x, dy, a_bufs, b_bufs, full, empty, geo, tile, begin, left, c0, y0, stage, phase,
-    BLOCK_IMG: gl.constexpr, BLOCK_P: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_M: gl.constexpr,
-    BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+    x, dy, a_bufs, b_bufs, full, empty, geo, tile, begin, left, box, c0, y0, stage, phase,
+    STREAM: gl.constexpr, BLOCK_IMG: gl.constexpr, BLOCK_P: gl.constexpr, BLOCK_Q: gl.constexpr,
+    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
 ):
-    """Loads the boxes of a tile of dw from its step `begin` on, at most `left` steps; channels of x
-    are read from c0, of dy from y0 on. Returns (steps, stage, phase)."""
+    """Loads the boxes of a tile of dw for its steps from `begin` on, at most `left`, from
+    `first_box` on. Channels of x are read from c0, of dy from y0 on. Returns (steps, stage, phase).
+    """
     N, H, W, P, Q, C, K, G, R, S, off_h, off_w, dil_h, dil_w, sum_h, sum_w = geo
     g, k0, n0, r, s, p_lo, q_lo, boxes_p, boxes_q, steps = reduction_tile(
         tile, geo, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_M, BLOCK_N
@@ -676,9 +718,11 @@ def produce_boxes_of(
     count = gl.minimum(steps - begin, left)
     p_end = p_lo + boxes_p * BLOCK_P
     q_end = q_lo + boxes_q * BLOCK_Q
-    q = q_lo + begin % boxes_q * BLOCK_Q
-    p = p_lo + begin // boxes_q % boxes_p * BLOCK_P
-    img = begin // boxes_q // boxes_p * BLOCK_IMG
+    if STREAM:
+        box = first_box(box, begin, count, steps)
+    q = q_lo + box % boxes_q * BLOCK_Q
+    p = p_lo + box // boxes_q % boxes_p * BLOCK_P
+    img = box // boxes_q // boxes_p * BLOCK_IMG
     h = r * dil_h + off_h
     v = s * dil_w + off_w
     for _ in range(count):
@@ -696,6 +740,8 @@ def produce_boxes_of(
         end = p == p_end
         p = gl.where(end, p_lo, p)
         img = gl.where(end, img + BLOCK_IMG, img)
+        if STREAM:
+            img = gl.where(img < N, img, 0)
         stage, phase = advance(stage, phase, STAGES)
     return count, stage, phase
 
@@ -738,7 +784,7 @@ def wgrad_hopper(
             ),
         ],
         [4, 1],
-        [240, 24],
+        [232, 40] if STREAM else [240, 24],
     )
 
 
@@ -750,13 +796,7 @@ def sum_parts(
 ):
     """ROWS rows, from `row` on, of the tile of SIZE elements whose step `begin` is step `first` of
     the sequence, the first one of `program`."""
-    last = first - begin + steps - 1
-    much = total // programs
-    more = total % programs
-    # the program of the tile's last step
-    end = tl.where(
-        last < more * (much + 1), last // (much + 1), (last - more) // tl.maximum(much, 1)
-    )
+    end = program_of(first - begin + steps - 1, total, programs)  # of the tile's last step
     part_ptr += (row + tl.arange(0, ROWS))[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
     acc = tl.load(part_ptr + (2 * program - 1) * SIZE)
     for i in tl.range(program, end + 1):
@@ -809,10 +849,12 @@ def add_correlate(
 @triton.jit(do_not_specialize=RUNTIME)
 def add_wgrad(
     part_ptr, dw_ptr, N, H, W, P, Q, C, K, G, R, S, off_h, off_w, dil_h, dil_w, sum_h, sum_w, sw_k,
-    sw_c, sw_r, sw_s, programs, BLOCK_IMG: tl.constexpr, BLOCK_P: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ROWS: tl.constexpr,
+    sw_c, sw_r, sw_s, programs, TMA_STORE: tl.constexpr, BLOCK_IMG: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    ROWS: tl.constexpr,
 ):
-    """The same for `wgrad_hopper`."""
+    """The same for `wgrad_hopper`. TMA_STORE: channels of dw are neighbours, 16 bytes of them
+    aligned."""
     geo = (N, H, W, P, Q, C, K, G, R, S, off_h, off_w, dil_h, dil_w, sum_h, sum_w)
     total = tl.cdiv(K, BLOCK_M) * tl.cdiv(C, BLOCK_N) * G * tl.cdiv(N, BLOCK_IMG) * sum_h * sum_w
     program = tl.program_id(0) // (BLOCK_M // ROWS) + 1
@@ -827,14 +869,16 @@ def add_wgrad(
             part_ptr, program, total, programs, first, begin, steps, row, ROWS, BLOCK_M * BLOCK_N,
             BLOCK_N
         )
-        k = k0 + row + tl.arange(0, ROWS)
-        c = n0 + tl.arange(0, BLOCK_N)
-        dw_ptr += r * sw_r + s * sw_s
-        in_w = (k < K)[:, None] & (c < C)[None, :]
+        ALIGN: tl.constexpr = 128 // dw_ptr.dtype.element_ty.primitive_bitwidth if TMA_STORE else 1
+        m = tl.arange(0, ROWS)
+        n = tl.arange(0, BLOCK_N)
+        step_c = 1 if TMA_STORE else sw_c
+        base = (g * K + k0 + row) * sw_k + r * sw_r + s * sw_s + n0 * step_c
+        offset = tl.multiple_of(m * sw_k, ALIGN)[:, None] + (n * step_c)[None, :]
         tl.store(
-            dw_ptr + ((g * K + k) * sw_k)[:, None] + (c * sw_c)[None, :],
+            dw_ptr + tl.multiple_of(base, ALIGN) + offset,
             acc.to(dw_ptr.dtype.element_ty),
-            mask=in_w,
+            mask=(m < K - k0 - row)[:, None] & below(n0 + n, C, ALIGN)[None, :],
         )
 
 
@@ -1212,8 +1256,8 @@ def produce_filters(
             tile, sizes, BRANCHES, SEQUENCE, TAPS, BLOCK_M, BLOCK_N
         )
         _, stage, phase = produce_boxes_of(
-            x, dy, a_bufs, b_bufs, full, empty, geo, inner, 0, 2147483647, c0, y0, stage, phase,
-            BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_M, BLOCK_N, STAGES
+            x, dy, a_bufs, b_bufs, full, empty, geo, inner, 0, 2147483647, 0, c0, y0, stage, phase,
+            False, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_M, BLOCK_N, STAGES
         )
         tile, step = next_tile(tile, step)
 
