@@ -526,6 +526,8 @@ class Depthwise(Family):
             + assumed.OVERLAP * np.minimum(parts["waves"], parts["dram"])
             + launching
         )
+        if is_wgrad:
+            seconds = seconds * np.where(c["ROWS"] > 1, assumed.DIRECT_ROWS, 1)
         return parts | dict(launches=launching, seconds=seconds)
 
     def predict(
