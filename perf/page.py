@@ -8,12 +8,13 @@ from html import escape
 from pathlib import Path
 
 import pandas as pd
-from results import COLUMNS, is_broken, summary, table
+from results import COLUMNS, geometry, is_broken, summary, table
 
 CAPTIONS = {
     "results.png": "Layer by layer",
     "speedup.png": "Speedup over cuDNN by dilation and channels",
-    "roofline.png": "Distance from the roofs",
+    "roofline.png": "Under the roofs of the machine",
+    "over_roof.png": "Predicted time over the roof",
     "dilation.png": "Against dilation",
     "macs.png": "Multiply-accumulates by kind of layer",
     "memory.png": "Extra memory",
@@ -62,9 +63,15 @@ def write(
     frame: pd.DataFrame, out: Path, machine: str, notes: list[str], images: list[Path]
 ) -> Path:
     """Writes report.html: machine, notes, summary, the pictures inline, the table of results.table
-    with the layers' names."""
+    with the layers' geometry and names."""
     view = table(frame)
-    view.insert(0, "layer", frame["model"] + " " + frame["layer"])
+    others = frame["also"].astype(object).fillna("")
+    view.insert(0, "geometry", geometry(frame))
+    view.insert(
+        1,
+        "layer",
+        frame["model"] + " " + frame["layer"] + others.where(others == "", "; " + others),
+    )
     view["problem"] = frame["problem"].astype(object).fillna("")
     heads = "".join(
         f'<th scope="col"><button type="button">{escape(column)}</button></th>' for column in view

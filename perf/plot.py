@@ -16,7 +16,7 @@ import pandas as pd
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
-from results import IDENTITY, read
+from results import IDENTITY, geometry, read
 
 # each has its colour in every picture
 PROVIDERS = ("tridil", "cudnn", "cudnn_nchw", "inductor", "flaggems")
@@ -143,7 +143,8 @@ def overview(frame, machine):
     if rows.empty:
         return None
     many = rows[["model", "layer"]].drop_duplicates().shape[0] > 60
-    names = rows["model"] if many else rows["model"] + " " + rows["layer"]
+    text = geometry(rows)
+    names = rows["model"] if many else text.where(text != "", rows["layer"]) + " | " + rows["model"]
     order, styles = list(dict.fromkeys(names)), _styles(frame)
     fig, panels = _panels(
         rows,
@@ -151,6 +152,7 @@ def overview(frame, machine):
         machine,
         3,
         0.8 + 0.22 * len(order),
+        by=("dtype",) if timed else ("dtype", "layout"),
         sharex=True,
         sharey=True,
     )
@@ -243,10 +245,8 @@ def speedup(frame, machine):
 
 
 def roofline(frame, machine):
-    """Layers under the machine's measured roofs; where nothing is timed, predicted time over roof."""
+    """Layers under the machine's measured roofs; None where nothing is timed."""
     rows = layers(frame)
-    if frame["ms"].isna().all():
-        return _time_over_roof(rows.dropna(subset=["predicted_ms", "roof_ms", "kind"]), machine)
     moved = (
         rows["compulsory_bytes"]
         .astype(float)
@@ -262,7 +262,14 @@ def roofline(frame, machine):
         return None
     styles = _styles(frame)
     fig, panels = _panels(
-        rows, "layers under the roofs of this machine", machine, 3.4, 3.2, sharex=True, sharey=True
+        rows,
+        "layers under the roofs of this machine",
+        machine,
+        3.4,
+        3.2,
+        by=("dtype",),
+        sharex=True,
+        sharey=True,
     )
     for ax, part in panels:
         gb_s, peak = known[part["dtype"].iloc[0]]
@@ -285,8 +292,10 @@ def roofline(frame, machine):
     return _legend(fig)
 
 
-def _time_over_roof(rows, machine):
-    if rows.empty:
+def over_roof(frame, machine):
+    """Predicted time over the roof by kind of layer, where nothing is timed."""
+    rows = layers(frame).dropna(subset=["predicted_ms", "roof_ms", "kind"])
+    if rows.empty or frame["ms"].notna().any():
         return None
     rows = rows.assign(over=rows["predicted_ms"] / rows["roof_ms"])
     kinds = list(dict.fromkeys(rows["kind"]))
@@ -456,8 +465,10 @@ def memory(frame, machine, most: int = 16):
     rows = layers(frame).dropna(subset=["extra_mib"])
     if rows.empty:
         return None
+    text = geometry(rows)
+    rows = rows.assign(layer=text.where(text != "", rows["layer"]))
     cells = rows.assign(extra_mib=rows["extra_mib"].astype(float)).pivot_table(
-        index=LAYER, columns="provider", values="extra_mib"
+        index=["layer", "model", "pass", "dtype"], columns="provider", values="extra_mib"
     )
     cells = cells.loc[cells.max(axis=1).sort_values(ascending=False, kind="stable").index[:most]]
     fig, ax = _figure(
@@ -490,6 +501,7 @@ PICTURES = {
     "results.png": overview,
     "speedup.png": speedup,
     "roofline.png": roofline,
+    "over_roof.png": over_roof,
     "dilation.png": dilation,
     "macs.png": macs,
     "memory.png": memory,

@@ -94,6 +94,7 @@ COLUMNS = {
     "target": Column("", "GPU architecture"),
     "code": Column("", "fingerprint of the sources and of the versions of torch and triton"),
     "problem": Column("", "the convolution"),
+    "also": Column("", "other layers of the same convolution: it runs once for all of them"),
     **{name: Column("", "of the convolution") for name in "nchwkrs"},
     "stride": Column("", "larger one"),
     "dilation": Column("", "larger one"),
@@ -256,6 +257,22 @@ def machine_line(device: str, driver: str, target: str) -> str:
         f"device {device} | target {target} | driver {driver} | torch {torch.__version__} | triton {triton_version()} | "
         f"cuDNN {torch.backends.cudnn.version() or 'none'} | commit {commit}"
     )
+
+
+def geometry(frame: pd.DataFrame) -> pd.Series:
+    """The convolution of each row in few words, like "n4 c2048 60x60 k256 3x3 d36"; empty where
+    the row has none."""
+
+    def words(row) -> str:
+        if row[list("nchwkrs")].isna().any():
+            return ""
+        n, c, h, w, k, r, s = row[list("nchwkrs")].astype(int)
+        more = {"stride": "s", "dilation": "d", "groups": "g"}
+        parts = [f"n{n} c{c} {h}x{w} k{k} {r}x{s}"]
+        parts += [f"{short}{int(row[name])}" for name, short in more.items() if row[name] > 1]
+        return " ".join(parts)
+
+    return frame.apply(words, axis=1) if len(frame) else pd.Series(dtype=str)
 
 
 def read(path: Path) -> pd.DataFrame:

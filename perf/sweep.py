@@ -243,6 +243,14 @@ def _matches(w, text: str) -> bool:
     return (re.fullmatch if value.isdigit() else re.search)(expression, value) is not None
 
 
+def _same(workloads) -> list[list]:
+    """The workloads of each convolution."""
+    found: dict = {}
+    for w in workloads:
+        found.setdefault(w.problem, []).append(w)
+    return list(found.values())
+
+
 def _wanted(args, target: str, code: str, gpu, device) -> list[tuple]:
     """(workload or None, row) of all that is asked for, the machine's roofs first."""
     versions = {name: provider(name).version() for name in args.providers}
@@ -282,10 +290,11 @@ def _wanted(args, target: str, code: str, gpu, device) -> list[tuple]:
         for by in args.providers
         if provider(by).model
     ]
-    for w in args.layers:
+    for w, *others in _same(args.layers):
         precision = precision_of(w.problem)
         described = layers.sizes(w.problem) | {
             "count": w.count,
+            "also": "; ".join(other.name for other in others),
             "roof_ms": 1e3 * cost_model.roof(w.problem, device, precision),
         }
         wanted += [
@@ -327,7 +336,9 @@ def main(argv=None, gpu: Gpu | None = None) -> int:
         raise SystemExit(2) from None
     device = gpu.spec(target) if gpu else devices.of_target(target)
     if args.validate_model:
-        return validate.run(gpu, args.layers, args.passes, device, out, console)
+        return validate.run(
+            gpu, [w for w, *_ in _same(args.layers)], args.passes, device, out, console
+        )
     path = out / (f"results.rank{rank}.csv" if rank else "results.csv")
     if args.fresh:
         path.unlink(missing_ok=True)

@@ -22,7 +22,7 @@ import results  # noqa: E402
 
 MACHINE = "device Made Up <9000> | target cuda:90 | driver 1.2.3"
 MEASURED = {"results.png", "speedup.png", "roofline.png", "dilation.png", "macs.png", "memory.png"}
-UNMEASURED = {"results.png", "roofline.png", "dilation.png", "macs.png"}
+UNMEASURED = {"results.png", "over_roof.png", "dilation.png", "macs.png"}
 
 
 def made_up(folder: Path, measured: bool, machine_rows: bool = True) -> pd.DataFrame:
@@ -247,6 +247,20 @@ def test_roofline_is_that_of_the_machine(tmp_path):
     assert plot.roofline(made_up(tmp_path, True, machine_rows=False), MACHINE) is None
 
 
+def test_labels_are_geometries(tmp_path):
+    """A row says what is convolved before whose layer that is; without sizes it has its name."""
+    frame = made_up(tmp_path, True)
+    row = frame["layer"] == "d8"
+    for name, size in dict(h=60, w=30, k=256, r=3, s=3, stride=2).items():
+        frame.loc[row, name] = size
+    assert set(results.geometry(frame[row])) == {"n2 c64 60x30 k256 3x3 s2 d8"}
+    assert set(results.geometry(frame[~row])) == {""}
+    labels = [label.get_text() for label in plot.overview(frame, MACHINE).axes[0].get_yticklabels()]
+    assert "n2 c64 60x30 k256 3x3 s2 d8 | classic" in labels and "d1 | classic" in labels
+    bars = [label.get_text() for label in plot.memory(frame, MACHINE).axes[0].get_yticklabels()]
+    assert any(text.startswith("n2 c64 60x30 k256 3x3 s2 d8 classic") for text in bars)
+
+
 def test_a_provider_keeps_its_colour(tmp_path):
     frame = made_up(tmp_path, True)
     colours = {}
@@ -318,6 +332,7 @@ def test_page_holds_everything_and_asks_for_nothing(tmp_path, measured):
     )
     head = re.search(r"<thead>(.*)</thead>", text, re.DOTALL)[1]
     assert re.findall(r"<button[^>]*>(.*?)</button>", head, re.DOTALL) == [
+        "geometry",
         "layer",
         *results.table(frame),
         "problem",

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import layers
@@ -66,6 +67,20 @@ def no_compiler(monkeypatch):
             pass
 
     monkeypatch.setattr(layers, "ProcessPoolExecutor", Pool)
+
+
+def test_equal_layers_run_once(run, monkeypatch):
+    """Layers of one geometry share a row, which names them all; so do those of the model check."""
+    no_compiler(monkeypatch)
+    first, second = TINY[:2]
+    twins = [replace(first, model="other", layer="twin"), second, replace(first, model="third")]
+    monkeypatch.setattr(
+        workloads, "suite", lambda name, dtype="float16", layout="nhwc": [first, *twins]
+    )
+    status, rows, _ = run("--passes", "fprop", "--target", "cuda:80")
+    assert status == 0 and list(rows["layer"]) == [first.layer, second.layer]
+    assert rows["also"].fillna("").tolist() == [f"other twin; third {first.layer}", ""]
+    assert f"other twin; third {first.layer}" in (run.out / "report.html").read_text()
 
 
 @pytest.mark.slow
