@@ -416,6 +416,38 @@ def test_nan_stays_in_its_group(width):
             assert part.isnan().all() if g == 1 else torch.equal(part, expected), (pass_, g)
 
 
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.parametrize("layout", ["nhwc", "nchw"])
+def test_groups_that_are_multiplied_as_one(layout, dtype):
+    """wgrad of groups of few channels, several to a tile: each filter is that of its own group, and
+    a NaN stays in it."""
+    each = random.choice([(16, 8), (8, 16), (16, 16), (32, 16), (8, 8)])
+    groups, taps = random.choice([4, 8]), random.choice([1, 3])
+    p = replace(
+        problem(
+            (2, each[0] * groups, 5, 6),
+            (each[1] * groups, each[0], taps, 3),
+            padding=2,
+            dilation=2,
+            groups=groups,
+        ),
+        dtype=dtype,
+        layout=layout,
+    )
+    options = [
+        cfg
+        for cfg in config.candidates(p, "wgrad", drivers.target(), "tf32")
+        if getattr(cfg, "BUNDLE", 1) > 1
+    ]
+    chosen = random.sample(options, min(2, len(options)))
+    check(p, ["wgrad"], chosen, precision="ieee" if dtype == "float16" else "tf32")
+    x, w, _, dy = testing.random_tensors(p, kernel_device())
+    x[:, : each[0]] = float("nan")
+    for cfg in chosen[:1]:
+        dw = launch.wgrad(p, dy, x, cfg, "tf32")
+        assert dw[: each[1]].isnan().all() and not dw[each[1] :].isnan().any()
+
+
 def test_illegal_config_raises_before_any_launch():
     p = GEOMETRIES["aspp"]
     x, w, bias, dy = testing.random_tensors(p, kernel_device(), 0)

@@ -104,8 +104,13 @@ def describe(config: Config) -> str:
         ("taps", "TAPS"),
         ("rows", "ROWS"),
         ("split", "SPLIT_K"),
+        ("bundle", "BUNDLE"),
     )
-    sizes = " ".join(f"{short}{values[name]}" for short, name in names if name in values)
+    sizes = " ".join(
+        f"{short}{values[name]}"
+        for short, name in names
+        if name in values and (name, values[name]) != ("BUNDLE", 1)
+    )
     switches = "".join(f" {name.lower()}" for name in config.names() if values[name] is True)
     return f"{f'box {box} ' if box else ''}{sizes} warps{config.num_warps} stages{config.num_stages}{switches}"
 

@@ -6,7 +6,8 @@ kernels/gather.py. "gather_flat" is the form for few channels, whose reduction r
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from math import gcd, prod
 from typing import Any
 
@@ -23,6 +24,7 @@ from .base import (
     aligned,
     elements,
     launch,
+    not_positive,
     pixels,
     steps,
     strides,
@@ -97,10 +99,40 @@ class Correlation(GemmConfig):
 
 @dataclass(frozen=True)
 class Reduction(GemmConfig):
-    """wgrad."""
+    """wgrad. BUNDLE: groups that are multiplied as one, whose filters are the blocks on the
+    diagonal (not so in fprop and dgrad: NaN times a zero beside the diagonal is NaN)."""
 
     BLOCK_M: int
     CLAMP: bool
+    BUNDLE: int = 1
+
+
+@lru_cache(maxsize=1024)
+def bundled(problem: Problem, groups: int) -> Problem:
+    """The convolution that multiplies so many groups as one; its filters are `groups` times as
+    large."""
+    return replace(problem, groups=problem.groups // groups) if groups > 1 else problem
+
+
+def bundles(problem: Problem) -> list[int]:
+    """How many groups of few channels a tile may take as one: up to 64 channels."""
+    most = max(problem.c, problem.k) // problem.groups
+    return [n for n in (2, 4, 8) if most * n <= 64 and not _no_bundle(problem, n)]
+
+
+def bundle_of(config: Config) -> int:
+    return getattr(config, "BUNDLE", 1)
+
+
+def _no_bundle(problem: Problem, groups: int) -> str | None:
+    nbytes = DTYPE_BYTES[problem.dtype]
+    each = problem.c // problem.groups, problem.k // problem.groups
+    if groups > 1 and (problem.groups % groups or any(size * nbytes % 16 for size in each)):
+        return (
+            f"BUNDLE (={groups}) must divide groups (={problem.groups}), whose channels are multiples of 16 bytes, got "
+            f"{each[0]} and {each[1]} of {problem.dtype}"
+        )
+    return None
 
 
 def least_channels(target: str) -> int:
@@ -134,6 +166,9 @@ class Gather(Gemm):
         )
         if reason:
             return reason
+        if pass_ == "wgrad":
+            if reason := not_positive(config, ["BUNDLE"]) or _no_bundle(problem, config.BUNDLE):
+                return reason
         if self.flat(config.kernel) and pass_ != "wgrad" and config.SPLIT_K > 1:
             return f"{FLAT} does not split {pass_}'s reduction, got SPLIT_K={config.SPLIT_K}"
         return self.too_large(config, problem, pass_, target)
@@ -159,6 +194,15 @@ class Gather(Gemm):
                 config for config in tiles_of_taps if config.BLOCK_N * problem.groups > problem.c
             ]
         return options
+
+    def options(self, problem: Problem, pass_: str, target: str, precision: str) -> list[Config]:
+        found = super().options(problem, pass_, target, precision)
+        if pass_ == "wgrad" and has_mma(problem, precision) and not is_depthwise(problem):
+            for groups in bundles(problem):
+                one, more = bundled(problem, groups), {"BUNDLE": groups}
+                tiles = self._tiles_of(one, pass_, target, precision, problem.r * problem.s > 1)
+                found += [replace(config, **more) for config in tiles]
+        return found
 
     def _tiles_of(
         self, problem: Problem, pass_: str, target: str, precision: str, flat: bool
@@ -282,6 +326,36 @@ class Gather(Gemm):
             else f"pointer loads: {problem.dtype} does not run on tensor cores here"
         )
 
+    # ---- work and time of bundled groups: those of the convolution that multiplies them as one
+    def _of_bundles(self, problem: Problem, configs, figures) -> np.ndarray:
+        """figures(problem, configs) of configs, of one BUNDLE at a time."""
+        found = np.zeros(len(configs))
+        for groups in dict.fromkeys(map(bundle_of, configs)):
+            some = [i for i, config in enumerate(configs) if bundle_of(config) == groups]
+            found[some] = figures(bundled(problem, groups), [configs[i] for i in some])
+        return found
+
+    def seconds(self, problem, pass_, configs, device, precision):
+        of_one = super().seconds
+        return self._of_bundles(
+            problem, configs, lambda p, some: of_one(p, pass_, some, device, precision)
+        )
+
+    def executed(self, problem, pass_, configs):
+        of_one = super().executed
+        return self._of_bundles(problem, configs, lambda p, some: of_one(p, pass_, some))
+
+    def predict(self, problem, pass_, config, device, precision):
+        return super().predict(
+            bundled(problem, bundle_of(config)), pass_, config, device, precision
+        )
+
+    def programs(self, problem, pass_, config, axes):
+        return super().programs(bundled(problem, bundle_of(config)), pass_, config, axes)
+
+    def requested_bytes(self, problem, pass_, config):
+        return super().requested_bytes(bundled(problem, bundle_of(config)), pass_, config)
+
     # ---- launches
     def plan(
         self, problem: Problem, pass_: str, config: Config, precision: str, has_bias: bool
@@ -350,7 +424,8 @@ class Gather(Gemm):
         ]
 
     def _wgrad(self, p: Problem, config: Config, precision: str) -> list[Launch]:
-        c, k, split, (h, w) = p.c // p.groups, p.k // p.groups, config.SPLIT_K, p.fprop_axes
+        one, split, (h, w) = bundled(p, bundle_of(config)), config.SPLIT_K, p.fprop_axes
+        c, k = one.c // one.groups, one.k // one.groups
         scalars, to, result, total, sums = wgrad_result(p, config, split > 1)
         tensors = (("x_ptr", "b", None), ("dy_ptr", "a", None), ("dw_ptr", result, None))
         scalars |= dict(
@@ -358,6 +433,8 @@ class Gather(Gemm):
             stride_w=w.stride,
             **steps(h, w),
             C=c,
+            K=k,
+            G=one.groups,
             sw_split=prod(p.w_shape),
             **dict(zip(("sw_k", "sw_c", "sw_r", "sw_s"), to)),
         )
@@ -396,6 +473,8 @@ class Gather(Gemm):
     def unfit(self, config: Config, branches: Branches, pass_: str, target: str) -> str | None:
         if pass_ != "wgrad" and self.flat(config.kernel):
             return f"{FLAT} does not join branches of {pass_}"
+        if bundle_of(config) > 1:
+            return f"branches in one launch bundle no groups, got BUNDLE={bundle_of(config)}"
         return super().unfit(config, branches, pass_, target)
 
     def branch_plan(
@@ -420,7 +499,8 @@ class Gather(Gemm):
             stride_h=h.stride,
             stride_w=w.stride,
         )
-        constexprs = config.constexprs() | dict(
+        constexprs = {name: v for name, v in config.constexprs().items() if name != "BUNDLE"}
+        constexprs |= dict(
             BRANCHES=branch_geometry(branches, pass_, order),
             COUNT=len(order),
             PRECISION=precision,

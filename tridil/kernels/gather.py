@@ -262,12 +262,13 @@ def reduce(
     ALIGN_C: tl.constexpr, ALIGN_K: tl.constexpr, ALIGN_W: tl.constexpr, PRECISION: tl.constexpr,
     ACC: tl.constexpr, INT64: tl.constexpr, CLAMP: tl.constexpr, BLOCK_IMG: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    PIXELS: tl.constexpr,
+    BUNDLE: tl.constexpr, PIXELS: tl.constexpr,
 ):
     """Tile pid of dw[k, columns] over pixel boxes of the tap's live output rectangle.
 
     Columns are BLOCK_N channels of one tap, or (FLAT) BLOCK_N flattened (tap, channel) pairs, whose
     live rectangles are united. Pixels of x and dy have cg and kg channels, read from x0 and y0 on.
+    Of BUNDLE groups that are multiplied as one the blocks on the diagonal are stored.
     """
     cols = R * S * C if FLAT else C
     # axes of the tile: fewer than 16 output channels are columns of the product, of which 8 are
@@ -369,12 +370,18 @@ def reduce(
     dw = dw_ptr + tl.multiple_of(
         split.to(tl.int64) * sw_split + (g * K + k0).to(tl.int64) * sw_k, ALIGN_C
     )
-    rows = tl.multiple_of((kk.to(tl.int64) if INT64 else kk) * sw_k, ALIGN_C)
+    rows = (kk.to(tl.int64) if INT64 else kk) * sw_k
+    in_dw = in_k & in_c
+    if BUNDLE > 1:
+        group = (k0 + kk) // (K // BUNDLE)
+        rows -= group * (C // BUNDLE * sw_c)
+        in_dw = in_dw & (along(group, ROW) == along(c // (C // BUNDLE), COL))
+    rows = tl.multiple_of(rows, ALIGN_C)
     columns = c * sw_c + tl.multiple_of(r * sw_r + s * sw_s, ALIGN_W)
     tl.store(
         dw + address(along(rows, ROW) + along(columns, COL), INT64),
         acc.to(dw_ptr.dtype.element_ty),
-        mask=in_k & in_c,
+        mask=in_dw,
     )
 
 
@@ -389,14 +396,14 @@ def wgrad(
     FLAT: tl.constexpr, ALIGN_C: tl.constexpr, ALIGN_K: tl.constexpr, ALIGN_W: tl.constexpr,
     PRECISION: tl.constexpr, ACC: tl.constexpr, INT64: tl.constexpr, CLAMP: tl.constexpr,
     BLOCK_IMG: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, PIXELS: tl.constexpr,
+    BLOCK_N: tl.constexpr, BUNDLE: tl.constexpr, PIXELS: tl.constexpr,
 ):
     """A tile of dw; split z of SPLIT_K writes its own partial sum."""
     reduce(
         tl.program_id(0), x_ptr, dy_ptr, dw_ptr, N, H, W, P, Q, K, G, C * G, 0, K * G, 0, stride_h,
         stride_w, off_h, off_w, dil_h, dil_w, sw_split, sw_k, sw_r, sw_s, sw_c, SPLIT_K, C, R, S,
         FLAT, ALIGN_C, ALIGN_K, ALIGN_W, PRECISION, ACC, INT64, CLAMP, BLOCK_IMG, BLOCK_P, BLOCK_Q,
-        BLOCK_M, BLOCK_N, PIXELS
+        BLOCK_M, BLOCK_N, BUNDLE, PIXELS
     )
 
 
@@ -508,7 +515,7 @@ def wgrad_branches(
         field(branch, BRANCHES, 6), field(branch, BRANCHES, 7), field(branch, BRANCHES, 8),
         field(branch, BRANCHES, 9), (R * S * C).to(tl.int64) * K * G, R * S * C, S * C if KRSC else S,
         C if KRSC else 1, 1 if KRSC else R * S, SPLIT_K, C, R, S, FLAT, ALIGN_C, ALIGN_K, ALIGN_W,
-        PRECISION, ACC, INT64, CLAMP, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_M, BLOCK_N, PIXELS
+        PRECISION, ACC, INT64, CLAMP, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_M, BLOCK_N, 1, PIXELS
     )
 
 
