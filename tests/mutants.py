@@ -39,7 +39,7 @@ MUTANTS = [
     ("launch.py", "tensor.storage_offset() + box.offset", "tensor.storage_offset()", KERNELS),
     ("problem.py", "lo = min(max(0, -(shift // self.stride)), self.out)",
      "lo = min(max(0, 1 - (shift // self.stride)), self.out)", CONFIG),
-    ("ops.py", "grad.sum((0, *range(2, grad.dim())))", "grad.sum((*range(2, grad.dim()),))",
+    ("ops.py", "grad.sum((0, *range(2, grad.dim())))", "grad.sum((0, *range(3, grad.dim())))",
      "test_ops.py test_functional.py"),
     ("cost_model.py", "sorted(found, key=itemgetter(0))", "sorted(found, key=itemgetter(0))[::-1]",
      "test_cost_model.py"),
@@ -47,6 +47,10 @@ MUTANTS = [
     ("kernels/gather.py", "        branch += 1\n", "", BRANCHES),
     ("kernels/common.py", "part = tl.where(pid >= before, parts, part)", "part = parts", BRANCHES),
     ("kernels/tma.py", "w.load([c - x0, col])", "w.load([c, col])", BRANCHES),
+    ("kernels/gather.py", "        rows -= group * (C // BUNDLE * sw_c)\n", "", KERNELS),
+    ("kernels/hopper.py", "box % steps, steps - count)", "box % steps, 0)", "test_hopper.py"),
+    ("kernels/hopper.py", "program, total, programs) < tile, 1, 0)", "program, total, programs) < tile, 0, 0)",
+     "test_hopper.py"),
 ]  # fmt: skip
 
 

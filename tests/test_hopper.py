@@ -319,7 +319,8 @@ def reduction_shares(
             at = kernels.first_box(box, begin, taken, steps)
             for i in range(taken):
                 tl.store(trace_ptr, tile)
-                tl.store(trace_ptr + 1, (at + i) % steps)
+                # beyond the last box the kernel begins outside the images
+                tl.store(trace_ptr + 1, tl.where(at < steps, (at + i) % steps, -1))
                 trace_ptr += 2
             box = tl.where(begin > 0, taken, box + taken)
             left -= taken
@@ -450,6 +451,8 @@ def test_programs_share_what_is_in_l2(programs, most, device):
         out, rows, trace, **{name: (known | {"longest": longest})[name] for name in names}
     )
     assert rows[:, -1].tolist() == [boxes] * tiles and (trace >= 0).all()
+    # each box of each tile once
+    assert len(set(map(tuple, trace.reshape(-1, 2).tolist()))) == tiles * boxes
     at_once = [len(set(trace[:, i, 1].tolist())) for i in range(longest)]
     assert max(at_once) <= most, at_once
 
@@ -735,6 +738,15 @@ MUTANTS = {
     ],
     "parts of two programs only": [
         ("for i in tl.range(program, end + 1):", "for i in tl.range(program, program + 1):")
+    ],
+    "the head of a tile begins at its first box": [
+        (
+            "tl.where(count == steps, box % steps, steps - count)",
+            "tl.where(count == steps, box % steps, 0)",
+        )
+    ],
+    "boxes are not counted from the first program's": [
+        ("    return begin + tile - start_of(program, total, programs)\n", "    return begin + 1\n")
     ],
     "branches: no turns": [
         (

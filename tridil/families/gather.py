@@ -46,6 +46,7 @@ from .gemm import (
     sum_branches,
     wgrad_result,
 )
+from .tma import outdoes_pointers
 
 # tiles (M, N, num_warps); on the smallest one more warps would repeat each other's work
 TILES = (
@@ -179,6 +180,8 @@ class Gather(Gemm):
     ) -> list[Config]:
         # of a dgrad that no tap reaches nothing is launched, but something must be chosen
         if is_depthwise(problem) and problem.axes(pass_):
+            return []
+        if outdoes_pointers(problem, pass_, target):
             return []
         flat = is_flat(problem, pass_)
         options = list(self._tiles_of(problem, pass_, target, precision, flat))

@@ -488,6 +488,19 @@ def no_descriptors(problem: Problem, pass_: str) -> str | None:
     return None
 
 
+def outdoes_pointers(problem: Problem, pass_: str, target: str) -> bool:
+    """Whether kernels that load by descriptor are so clearly faster that no others are tried: in
+    none of the workloads in 16 bits is it predicted otherwise (half of what a new shape costs)."""
+    return (
+        architecture(target) // 10 in (9, 10)
+        and DTYPE_BYTES[problem.dtype] == 2
+        and problem.groups == 1
+        and min(problem.c, problem.k) >= (128 if pass_ == "wgrad" else 64)
+        and problem.useful_macs >= 4e9
+        and no_descriptors(problem, pass_) is None
+    )
+
+
 def stores_boxes(config: Config, problem: Problem, pass_: str) -> bool:
     """Whether fprop or dgrad stores its result by descriptor: fp32 partial sums, or NHWC, in
     multiples of 16 bytes per pixel."""
