@@ -202,7 +202,8 @@ class Gather(Gemm):
         found = super().options(problem, pass_, target, precision)
         if pass_ == "wgrad" and has_mma(problem, precision) and not is_depthwise(problem):
             for groups in bundles(problem):
-                one, more = bundled(problem, groups), {"BUNDLE": groups}
+                one = bundled(problem, groups)
+                more: dict[str, Any] = {"BUNDLE": groups}
                 tiles = self._tiles_of(one, pass_, target, precision, problem.r * problem.s > 1)
                 found += [replace(config, **more) for config in tiles]
         return found
