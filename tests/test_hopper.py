@@ -822,6 +822,7 @@ def survives(module, monkeypatch, device, branches):
             ("dgrad", {"STREAM": True, "PROGRAMS": 50}),
             ("fprop", one | {"BLOCK_N": 128}),
             ("dgrad", one),
+            ("wgrad", {"STREAM": True, "PROGRAMS": 7}),
         ):
             check(p, pass_, make(pass_, **change), tensors)
     # wrong results, deadlocks, faults
