@@ -32,6 +32,12 @@ def layers(frame: pd.DataFrame) -> pd.DataFrame:
     return rows.assign(layout=rows["layout"].astype(object).fillna(""))
 
 
+def _names(rows: pd.DataFrame) -> pd.Series:
+    """Each row's geometry; the layer's name where it has none."""
+    text = geometry(rows)
+    return text.where(text != "", rows["layer"])
+
+
 def geometric_mean(values: pd.Series) -> float:
     return float(np.exp(np.log(values.astype(float)).mean()))
 
@@ -143,8 +149,7 @@ def overview(frame, machine):
     if rows.empty:
         return None
     many = rows[["model", "layer"]].drop_duplicates().shape[0] > 60
-    text = geometry(rows)
-    names = rows["model"] if many else text.where(text != "", rows["layer"]) + " | " + rows["model"]
+    names = rows["model"] if many else _names(rows) + " | " + rows["model"]
     order, styles = list(dict.fromkeys(names)), _styles(frame)
     fig, panels = _panels(
         rows,
@@ -465,9 +470,8 @@ def memory(frame, machine, most: int = 16):
     rows = layers(frame).dropna(subset=["extra_mib"])
     if rows.empty:
         return None
-    text = geometry(rows)
-    rows = rows.assign(layer=text.where(text != "", rows["layer"]))
-    cells = rows.assign(extra_mib=rows["extra_mib"].astype(float)).pivot_table(
+    rows = rows.assign(layer=_names(rows), extra_mib=rows["extra_mib"].astype(float))
+    cells = rows.pivot_table(
         index=["layer", "model", "pass", "dtype"], columns="provider", values="extra_mib"
     )
     cells = cells.loc[cells.max(axis=1).sort_values(ascending=False, kind="stable").index[:most]]

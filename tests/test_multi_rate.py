@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import tridil
-from tridil import cost_model, devices, multi_rate_conv1d, multi_rate_conv2d
+from tridil import cost_model, devices, families, multi_rate_conv1d, multi_rate_conv2d
 from tridil.branches import Branches
 from tridil.families import hopper
 from tridil.problem import PASSES, Problem
@@ -537,3 +537,16 @@ def test_explained(capsys):
     rows = tridil.explain(strided, target="cuda:80")
     assert not rows[1]["together"] and "needs stride 1, got (2, 2)" in rows[1]["why"]
     assert "one by one" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("pass_", PASSES)
+def test_large_branches_that_descriptors_cannot_take_are_joined(pass_):
+    """Pointer loads stay a choice where one branch of a large set has unaligned channels."""
+    first = Problem(4, 256, 60, 60, 256, 3, 3, padding=((6, 6), (6, 6)), dilation=(6, 6))
+    found = Branches((first, replace(first, k=252)))
+    kernels = {
+        config.kernel.partition("_")[0]
+        for family in families.FAMILIES
+        for config in family.branch_options(found, pass_, "cuda:90", "ieee")
+    }
+    assert "gather" in kernels

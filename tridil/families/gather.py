@@ -181,8 +181,6 @@ class Gather(Gemm):
         # of a dgrad that no tap reaches nothing is launched, but something must be chosen
         if is_depthwise(problem) and problem.axes(pass_):
             return []
-        if outdoes_pointers(problem, pass_, target):
-            return []
         flat = is_flat(problem, pass_)
         options = list(self._tiles_of(problem, pass_, target, precision, flat))
         if (
@@ -199,6 +197,9 @@ class Gather(Gemm):
         return options
 
     def options(self, problem: Problem, pass_: str, target: str, precision: str) -> list[Config]:
+        # of one convolution: a set of branches may have one that descriptors cannot take
+        if outdoes_pointers(problem, pass_, target):
+            return []
         found = super().options(problem, pass_, target, precision)
         if pass_ == "wgrad" and has_mma(problem, precision) and not is_depthwise(problem):
             for groups in bundles(problem):
@@ -428,7 +429,7 @@ class Gather(Gemm):
         ]
 
     def _wgrad(self, p: Problem, config: Config, precision: str) -> list[Launch]:
-        one, split, (h, w) = bundled(p, bundle_of(config)), config.SPLIT_K, p.fprop_axes
+        one, split, (h, w) = bundled(p, config.BUNDLE), config.SPLIT_K, p.fprop_axes
         c, k = one.c // one.groups, one.k // one.groups
         scalars, to, result, total, sums = wgrad_result(p, config, split > 1)
         tensors = (("x_ptr", "b", None), ("dy_ptr", "a", None), ("dw_ptr", result, None))
