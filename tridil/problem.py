@@ -135,6 +135,24 @@ class Axis:
         lengths = np.array([hi - lo for lo, hi in map(self.live_out, range(self.taps))], np.int64)
         return -(-lengths[:, None] // np.asarray(sizes))
 
+    @cached_property
+    def walks(self) -> np.ndarray:
+        """(2, sizes): `steps` of blocks of 0, 1, 2, ... outputs, and those of the longest block; up
+        to 1024, or to where one block holds all outputs and nothing changes any more."""
+        live = self.live_blocks(self._sizes)
+        return np.stack([live.sum(0), (live > 0).sum(0)])
+
+    @cached_property
+    def walks_out(self) -> np.ndarray:
+        """(taps, sizes): `steps_out` of the same blocks."""
+        return self.steps_out(self._sizes)
+
+    @property
+    def _sizes(self) -> np.ndarray:
+        sizes = np.arange(min(self.out, 1024) + 1)
+        sizes[0] = 1
+        return sizes
+
 
 @dataclass(frozen=True)
 class Problem:

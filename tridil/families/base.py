@@ -190,13 +190,11 @@ class Family:
     ) -> tuple[np.ndarray, Callable[[int], Config]]:
         """(predicted time of each option, function that gives the option of an index): what every
         new shape costs the host."""
-        configs = [
-            self.adapt(config, device)
-            for config in self.options(problem, pass_, device.target, precision)
-        ]
-        return self.seconds(problem, pass_, configs, device, precision) if configs else np.zeros(
-            0
-        ), configs.__getitem__
+        configs = self.options(problem, pass_, device.target, precision)
+        seconds = (
+            self.seconds(problem, pass_, configs, device, precision) if configs else np.zeros(0)
+        )
+        return seconds, configs.__getitem__
 
     def predict(
         self, problem: Problem, pass_: str, config: Config, device: Device, precision: str
@@ -242,11 +240,6 @@ class Family:
             else 0
         )
         return 2 * max(DTYPE_BYTES[problem.dtype], 4) * partials
-
-    def adapt(self, config: Config, device: Device) -> Config:
-        """One of `options` for a device, which may have fewer SMs than the one that stands for its
-        target."""
-        return config
 
     def covers(self, problem: Problem, pass_: str) -> bool:
         """Whether the launches write every element of the result; else it begins as zeros."""

@@ -5,7 +5,7 @@ kernels/gather.py. "gather_flat" is the form for few channels, whose reduction r
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Hashable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import gcd, prod
@@ -33,8 +33,11 @@ from .depthwise import is_depthwise
 from .gemm import (
     Gemm,
     GemmConfig,
+    Options,
+    as_fields,
     branch_geometry,
     channels,
+    channels_of,
     correlation_result,
     filters,
     has_mma,
@@ -125,6 +128,11 @@ def bundle_of(config: Config) -> int:
     return getattr(config, "BUNDLE", 1)
 
 
+def bundled_in(problem: Problem, c: dict) -> Problem:
+    """`bundled`, as in configs of one BUNDLE (c: fields, arrays)."""
+    return bundled(problem, int(c["BUNDLE"][0])) if len(c.get("BUNDLE", ())) else problem
+
+
 def _no_bundle(problem: Problem, groups: int) -> str | None:
     nbytes = DTYPE_BYTES[problem.dtype]
     each = problem.c // problem.groups, problem.k // problem.groups
@@ -139,6 +147,52 @@ def _no_bundle(problem: Problem, groups: int) -> str | None:
 def least_channels(target: str) -> int:
     """Output channels of a tile, at least: columns of a matrix product."""
     return 8 if target.startswith("cuda") else 16
+
+
+@lru_cache(maxsize=1024)
+def tiles(
+    pass_: str, target: str, nbytes: int, mma: bool, c: int, k: int, taps: int, flat: bool
+) -> tuple[list, dict[str, np.ndarray]]:
+    """(boxes, fields) of the tiles for so many channels of a group: gemm.as_fields."""
+    rows, cols, reduced = channels_of(pass_, c, k, taps)
+    clamp = target.startswith("cuda") and int(target[5:]) >= 100
+    # operands whose aligned runs are too short for cp.async (4 bytes) are loaded through registers,
+    # an element at a time; flattened or clamped, each run of channels has an address of its own
+    scattered = {
+        size: 1 / gcd(size, 16 // nbytes) if flat or clamp else gcd(size, 4) * nbytes < 4
+        for size in (c, k)
+    }
+    m_scattered = gcd(k, 4) * nbytes < 4 if rows else scattered[c if pass_ == "fprop" else k]
+    n_scattered = scattered[c]
+    found = []
+    for m, n, warps in TILES if mma else SIMT_TILES:
+        if not suits(m, n, rows, cols, nbytes, least_channels(target)):
+            continue
+        # addresses: 16 a thread, without tensor cores 512 a program
+        most = 512 * (warps if mma else 1)
+        sizes = [
+            step
+            for step in (reduction_steps(pass_, reduced, nbytes) if mma else [16])
+            if max(m * m_scattered, n * n_scattered) * step <= most
+        ]
+        # its accumulator leaves few registers: below is what would spill
+        large = m * n >= 128 * 128
+        if large and pass_ == "wgrad" and (cols % n or rows % m):
+            continue
+        if large and (pass_ != "wgrad" and cols % n or pass_ == "wgrad" and clamp):
+            sizes = [step for step in sizes if step * nbytes < 128]
+        for step in sizes[: 1 if rows else 2]:
+            powers, spills = large and bool(rows), large and not rows
+            box = (
+                step if rows else m,
+                powers,
+                spills,
+                (step, n if rows else 0) if flat else None,
+            )
+            tile: dict[str, int] = dict(BLOCK_M=m, BUNDLE=1) if rows else dict(BLOCK_K=step)
+            tile |= dict(SPLIT_K=1, num_warps=warps, num_stages=3, BLOCK_N=n, CLAMP=clamp)
+            found.append((box, tile))
+    return as_fields(found)
 
 
 class Gather(Gemm):
@@ -177,12 +231,12 @@ class Gather(Gemm):
     # ---- candidates
     def tile_options(
         self, problem: Problem, pass_: str, target: str, precision: str
-    ) -> list[Config]:
+    ) -> list[Options]:
         # of a dgrad that no tap reaches nothing is launched, but something must be chosen
         if is_depthwise(problem) and problem.axes(pass_):
             return []
         flat = is_flat(problem, pass_)
-        options = list(self._tiles_of(problem, pass_, target, precision, flat))
+        found = self._tiles_of(problem, pass_, target, precision, flat)
         if (
             pass_ == "wgrad"
             and not flat
@@ -190,87 +244,45 @@ class Gather(Gemm):
             and problem.c < 128 * problem.groups
         ):
             # dy is read once for several taps
-            tiles_of_taps = self._tiles_of(problem, pass_, target, precision, True)
-            options += [
-                config for config in tiles_of_taps if config.BLOCK_N * problem.groups > problem.c
-            ]
-        return options
+            for options in self._tiles_of(problem, pass_, target, precision, True):
+                found.append(options.some(options.c["BLOCK_N"] * problem.groups > problem.c))
+        return found
 
-    def options(self, problem: Problem, pass_: str, target: str, precision: str) -> list[Config]:
+    def candidates(
+        self, problem: Problem, pass_: str, target: str, precision: str
+    ) -> list[Options]:
         # of one convolution: a set of branches may have one that descriptors cannot take
         if outdoes_pointers(problem, pass_, target):
             return []
-        found = super().options(problem, pass_, target, precision)
+        found = super().candidates(problem, pass_, target, precision)
         if pass_ == "wgrad" and has_mma(problem, precision) and not is_depthwise(problem):
             for groups in bundles(problem):
-                one = bundled(problem, groups)
-                more: dict[str, Any] = {"BUNDLE": groups}
-                tiles = self._tiles_of(one, pass_, target, precision, problem.r * problem.s > 1)
-                found += [replace(config, **more) for config in tiles]
+                one, taps = bundled(problem, groups), problem.r * problem.s > 1
+                for options in self._tiles_of(one, pass_, target, precision, taps):
+                    found.append(options.but(BUNDLE=np.full(len(options), groups)))
         return found
 
     def _tiles_of(
         self, problem: Problem, pass_: str, target: str, precision: str, flat: bool
-    ) -> Iterator[Config]:
-        mma, nbytes, boxes = (
-            has_mma(problem, precision),
-            DTYPE_BYTES[problem.dtype],
-            search(problem, pass_),
-        )
+    ) -> list[Options]:
         c, k = problem.c // problem.groups, problem.k // problem.groups
-        rows, cols, reduced = channels(problem, pass_, problem.r * problem.s if flat else 1)
-        clamp = target.startswith("cuda") and int(target[5:]) >= 100
-        # operands whose aligned runs are too short for cp.async (4 bytes) are loaded through
-        # registers, an element at a time; flattened or clamped, each run of channels has an address
-        # of its own
-        scattered = {
-            size: 1 / gcd(size, 16 // nbytes) if flat or clamp else gcd(size, 4) * nbytes < 4
-            for size in (c, k)
-        }
-        m_scattered = gcd(k, 4) * nbytes < 4 if rows else scattered[c if pass_ == "fprop" else k]
-        n_scattered = scattered[c]
-        for m, n, warps in TILES if mma else SIMT_TILES:
-            if not suits(m, n, rows, cols, nbytes, least_channels(target)):
-                continue
-            # addresses: 16 a thread, without tensor cores 512 a program
-            most = 512 * (warps if mma else 1)
-            sizes = [
-                step
-                for step in (reduction_steps(pass_, reduced, nbytes) if mma else [16])
-                if max(m * m_scattered, n * n_scattered) * step <= most
-            ]
-            # its accumulator leaves few registers: below is what would spill
-            large = m * n >= 128 * 128
-            if large and pass_ == "wgrad" and (cols % n or rows % m):
-                continue
-            if large and (pass_ != "wgrad" and cols % n or pass_ == "wgrad" and clamp):
-                sizes = [step for step in sizes if step * nbytes < 128]
-            for step in sizes[: 1 if rows else 2]:
-                count, powers, spills = (
-                    step if rows else m,
-                    large and bool(rows),
-                    large and not rows,
-                )
-                box = boxes.box(count, powers, spills, (step, n if rows else 0) if flat else None)
-                tile = dict(BLOCK_M=m) if rows else dict(BLOCK_K=step)
-                option = self.config_class(pass_)(
-                    kernel=FLAT if flat else "gather",
-                    SPLIT_K=1,
-                    num_warps=warps,
-                    num_stages=3,
-                    maxnreg=255 if target.startswith("cuda") else None,
-                    BLOCK_IMG=box[0],
-                    BLOCK_P=box[1],
-                    BLOCK_Q=box[2],
-                    BLOCK_N=n,
-                    CLAMP=clamp,
-                    **tile,
-                )
-                # larger accumulators and a split would spill
-                if not rows and (flat or m * n > 128 * 128):
-                    yield option
-                else:
-                    yield from self.splits(option, boxes, target)
+        taps = problem.r * problem.s if flat else 1
+        mma, known = has_mma(problem, precision), search(problem, pass_)
+        boxes, fields = tiles(pass_, target, DTYPE_BYTES[problem.dtype], mma, c, k, taps, flat)
+        if not boxes:
+            return []
+        fixed: dict[str, Any] = dict(
+            kernel=FLAT if flat else "gather", maxnreg=255 if target.startswith("cuda") else None
+        )
+        whole = Options(self.config_class(pass_), fixed, fields | known.sides_of(boxes))
+        if pass_ == "wgrad":
+            return [self.splits(whole, known, target)]
+        # larger accumulators and a split would spill
+        m, n, _ = self._tiles(whole.c, pass_)
+        return [whole if flat else self.splits(whole, known, target, m * n <= 128 * 128)]
+
+    def sort(self, config: Config) -> Hashable:
+        return config.kernel, bundle_of(config)
 
     # ---- time
     def step_clocks(
@@ -332,28 +344,11 @@ class Gather(Gemm):
         )
 
     # ---- work and time of bundled groups: those of the convolution that multiplies them as one
-    def _of_bundles(self, problem: Problem, configs, figures) -> np.ndarray:
-        """figures(problem, configs) of configs, of one BUNDLE at a time."""
-        found = np.zeros(len(configs))
-        for groups in dict.fromkeys(map(bundle_of, configs)):
-            some = [i for i, config in enumerate(configs) if bundle_of(config) == groups]
-            found[some] = figures(bundled(problem, groups), [configs[i] for i in some])
-        return found
+    def _times(self, problem, pass_, c, kernel, device, precision):
+        return super()._times(bundled_in(problem, c), pass_, c, kernel, device, precision)
 
-    def seconds(self, problem, pass_, configs, device, precision):
-        of_one = super().seconds
-        return self._of_bundles(
-            problem, configs, lambda p, some: of_one(p, pass_, some, device, precision)
-        )
-
-    def executed(self, problem, pass_, configs):
-        of_one = super().executed
-        return self._of_bundles(problem, configs, lambda p, some: of_one(p, pass_, some))
-
-    def predict(self, problem, pass_, config, device, precision):
-        return super().predict(
-            bundled(problem, bundle_of(config)), pass_, config, device, precision
-        )
+    def _executed(self, problem, pass_, c, kernel):
+        return super()._executed(bundled_in(problem, c), pass_, c, kernel)
 
     def programs(self, problem, pass_, config, axes):
         return super().programs(bundled(problem, bundle_of(config)), pass_, config, axes)
@@ -472,8 +467,8 @@ class Gather(Gemm):
     ) -> list[Config]:
         if pass_ == "wgrad" or is_depthwise(problem):
             return super().branch_tiles(problem, pass_, target, precision)
-        options = self._tiles_of(problem, pass_, target, precision, False)
-        return [config for config in options if config.SPLIT_K == 1]
+        found = self._tiles_of(problem, pass_, target, precision, False)
+        return [config for options in found for config in options if config.SPLIT_K == 1]
 
     def unfit(self, config: Config, branches: Branches, pass_: str, target: str) -> str | None:
         if pass_ != "wgrad" and self.flat(config.kernel):

@@ -14,8 +14,8 @@ at once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from math import prod
 from typing import Any
@@ -55,6 +55,41 @@ class GemmConfig(Config):
     BLOCK_N: int
 
 
+@dataclass(frozen=True)
+class Options:
+    """Configs of one kernel whose fields are arrays: what a search ranks before it makes one.
+    fixed: the fields that are the same in all."""
+
+    kind: type[Config]
+    fixed: dict[str, Any]
+    c: dict[str, np.ndarray]
+
+    @property
+    def kernel(self) -> str:
+        return self.fixed["kernel"]
+
+    def __len__(self) -> int:
+        return len(self.c["SPLIT_K"])
+
+    def __getitem__(self, i: int) -> Config:
+        return self.kind(**self.fixed, **{name: value[i].item() for name, value in self.c.items()})
+
+    def some(self, kept: np.ndarray) -> Options:
+        """Those of an index or a mask."""
+        return replace(self, c={name: values[kept] for name, values in self.c.items()})
+
+    def but(self, **changes: np.ndarray) -> Options:
+        """With these fields changed."""
+        return replace(self, c=self.c | changes)
+
+
+def as_fields(tiles: Sequence[tuple[tuple, dict]]) -> tuple[list[tuple], dict[str, np.ndarray]]:
+    """(arguments of `Search.box` of each tile, the other fields as arrays), of pairs of both."""
+    names = tiles[0][1] if tiles else {}
+    fields = {name: np.array([tile[name] for _, tile in tiles]) for name in names}
+    return [box for box, _ in tiles], fields
+
+
 def has_mma(problem: Problem, precision: str) -> bool:
     """Whether the products run on tensor cores."""
     return (
@@ -80,12 +115,14 @@ def is_flat(problem: Problem, pass_: str) -> bool:
 def channels(problem: Problem, pass_: str, taps: int = 1) -> tuple[Any, int, Any]:
     """(channels of tile rows, of tile columns, of the reduction), of one group: None where these
     are pixels; taps of a flattened reduction."""
-    c, k = problem.c // problem.groups, problem.k // problem.groups
-    return {
-        "fprop": (None, k, c * taps),
-        "dgrad": (None, c, k * taps),
-        "wgrad": (k, c * taps, None),
-    }[pass_]
+    return channels_of(pass_, problem.c // problem.groups, problem.k // problem.groups, taps)
+
+
+def channels_of(pass_: str, c: int, k: int, taps: int = 1) -> tuple[Any, int, Any]:
+    """The same of groups with c and k channels."""
+    if pass_ == "wgrad":
+        return k, c * taps, None
+    return (None, k, c * taps) if pass_ == "fprop" else (None, c, k * taps)
 
 
 def suits(m: int, n: int, rows: int | None, cols: int, nbytes: int, least: int = 16) -> bool:
@@ -168,18 +205,22 @@ class Search:
     @cached_property
     def steps(self) -> list[np.ndarray]:
         """For h and w the steps of a walk in blocks of 0, 1, 2, ... outputs."""
+        by_size = "walks_out" if self.pass_ == "wgrad" else "walks"
         found = []
         for axes, side in zip(self.axes, self.sides[1:]):
-            sizes = np.arange(1, min(up(side), 1024) + 1)
-            total = sum(
-                (
-                    axis.steps_out(sizes).sum(0) if self.pass_ == "wgrad" else axis.steps(sizes)
-                    for axis in axes
-                ),
-                np.zeros_like(sizes),
-            )
-            found.append(np.concatenate([[0], total]))
+            sizes, total = np.arange(min(side, 1024) + 1), np.zeros(min(side, 1024) + 1, np.int64)
+            for axis in axes:
+                steps = getattr(axis, by_size)
+                total += (steps.sum(0) if self.pass_ == "wgrad" else steps[0])[
+                    np.minimum(sizes, steps.shape[1] - 1)
+                ]
+            found.append(total)
         return found
+
+    def sides_of(self, tiles: Iterable[tuple]) -> dict[str, np.ndarray]:
+        """The `box` of each, as fields of configs."""
+        sides = np.array([self.box(*tile) for tile in tiles], np.int64).reshape(-1, 3).T
+        return dict(zip(("BLOCK_IMG", "BLOCK_P", "BLOCK_Q"), sides))
 
     def box(
         self, count: int, powers: bool, spills: bool = False, flat: tuple[int, int] | None = None
@@ -218,7 +259,7 @@ class Search:
             key=lambda box: (-box[2], box[0], box[1]),
         )
 
-    def most_splits(self, step: int) -> int:
+    def most_splits(self, step: np.ndarray) -> np.ndarray:
         """Splits of at least eight steps of `step` pixels or channels each, at most 64 MiB of
         partial results."""
         problem = self.problem
@@ -226,14 +267,8 @@ class Search:
             count = -(-problem.n * problem.p * problem.q // step)
         else:
             count = problem.r * problem.s * -(-channels(problem, self.pass_)[2] // step)
-        return min(
-            128,
-            count // 8,
-            2**26
-            // (
-                max(DTYPE_BYTES[problem.dtype], 4) * max(prod(result_shape(problem, self.pass_)), 1)
-            ),
-        )
+        nbytes = max(DTYPE_BYTES[problem.dtype], 4) * prod(result_shape(problem, self.pass_))
+        return np.minimum(count // 8, min(128, 2**26 // max(nbytes, 1)))
 
 
 def flat_steps(
@@ -288,9 +323,17 @@ class Gemm(Family):
 
     def tile_options(
         self, problem: Problem, pass_: str, target: str, precision: str
-    ) -> list[Config]:
+    ) -> list[Options]:
         """Sensible configs, legal or not."""
         raise NotImplementedError
+
+    def adapt(self, options: Options, device: Device) -> Options:
+        """The same for a device, which may have fewer SMs than the one that stands for its target."""
+        return options
+
+    def sort(self, config: Config) -> Hashable:
+        """Work and time are counted for configs of one sort at a time."""
+        return config.kernel
 
     def step_clocks(
         self,
@@ -357,17 +400,46 @@ class Gemm(Family):
 
     # ---- candidates
     def options(self, problem: Problem, pass_: str, target: str, precision: str) -> list[Config]:
+        found = self.candidates(problem, pass_, target, precision)
+        return [config for options in found for config in options]
+
+    def candidates(
+        self, problem: Problem, pass_: str, target: str, precision: str
+    ) -> list[Options]:
+        """`options`, as arrays."""
         found = self.tile_options(problem, pass_, target, precision)
-        if problem.groups == 1 or not found:
+        if problem.groups == 1:
             return found
         # of groups only the tiles that are not mostly masked, or are near the least masked one
-        found = [config for config in found if self.fits(config, problem, pass_, target) is None]
-        executed = self.executed(problem, pass_, found)
-        most = max(
-            (2 if min(problem.c, problem.k) >= 16 * problem.groups else 4) * problem.useful_macs,
-            1.25 * executed.min(initial=np.inf),
-        )
-        return [config for config, macs in zip(found, executed) if macs <= most]
+        legal = []
+        for options in found:
+            fit = [self.fits(config, problem, pass_, target) is None for config in options]
+            legal.append(options.some(np.array(fit, bool)))
+        executed = [self._executed(problem, pass_, o.c, o.kernel) for o in legal]
+        least = np.concatenate([[np.inf], *executed]).min()
+        few = min(problem.c, problem.k) < 16 * problem.groups
+        most = max((4 if few else 2) * problem.useful_macs, 1.25 * least)
+        return [options.some(macs <= most) for options, macs in zip(legal, executed)]
+
+    def search(
+        self, problem: Problem, pass_: str, device: Device, precision: str
+    ) -> tuple[np.ndarray, Callable[[int], Config]]:
+        found = [
+            self.adapt(options, device)
+            for options in self.candidates(problem, pass_, device.target, precision)
+        ]
+        seconds = [
+            self._times(problem, pass_, o.c, o.kernel, device, precision)["seconds"] for o in found
+        ]
+
+        def config(i: int) -> Config:
+            for options in found:
+                if i < len(options):
+                    return options[i]
+                i -= len(options)
+            raise IndexError(i)
+
+        return np.concatenate([np.zeros(0), *seconds]), config
 
     def resident(self, problem: Problem, pass_: str, c: dict, tile, device: Device) -> np.ndarray:
         """Programs that one SM holds, by shared memory, registers (accumulator and some more a
@@ -421,31 +493,26 @@ class Gemm(Family):
     def writes_partials(self, c: dict, pass_: str) -> np.ndarray:
         return c["SPLIT_K"] > 1
 
-    def splits(self, option: Config, search: Search, target: str) -> list[Config]:
-        """option, and the same with the reduction split so that the programs fill about half of the
-        target's SMs, all and twice."""
-        problem, pass_, tile = search.problem, search.pass_, self.tile(option, search.pass_)
-        most = search.most_splits(tile[2])
-        if most < 2:
-            return [option]
-        fields: dict[str, Any] = vars(option)
-        flat = self.flat(option.kernel)
-        programs: Any = max(
-            [
-                1,
-                *(
-                    self._programs(problem, pass_, fields, tile, axes, flat)
-                    for axes in problem.axes(pass_)
-                ),
-            ]
-        )
+    def splits(self, whole: Options, search: Search, target: str, may: Any = True) -> Options:
+        """The options, whose reduction is whole, each followed by the same with the reduction split
+        so that the programs fill about half of the target's SMs, all and twice. may: of which
+        (array)."""
+        problem, pass_ = search.problem, search.pass_
+        tile, flat = self._tiles(whole.c, pass_), self.flat(whole.kernel)
+        most, programs = search.most_splits(tile[2]), np.ones_like(tile[2])
+        for axes in problem.axes(pass_):
+            count = self._programs(problem, pass_, whole.c, tile, axes, flat)
+            programs = np.maximum(programs, count)
         sms = devices.of_target(target).sms
-        found = (
-            {min(most, max(2, sms * waves // (2 * programs))) for waves in (1, 2, 4)}
-            if programs < 2 * sms
-            else set()
+        half, all_, twice = (
+            np.minimum(most, np.maximum(2, sms * waves // (2 * programs))) for waves in (1, 2, 4)
         )
-        return [option, *(type(option)(**fields | {"SPLIT_K": split}) for split in sorted(found))]
+        fewer = (most >= 2) & (programs < 2 * sms) & may
+        new = np.stack(
+            [np.ones_like(fewer), fewer, fewer & (all_ > half), fewer & (twice > all_)], 1
+        )
+        splits = np.stack([np.ones_like(half), half, all_, twice], 1)[new]
+        return whole.some(np.nonzero(new)[0]).but(SPLIT_K=splits)
 
     # ---- work
     def programs(
@@ -504,33 +571,28 @@ class Gemm(Family):
             )
         sums, most = others, images if pass_ == "wgrad" else 1
         for axis, sizes in ((h, p), (w, q)):
-            unique, at = np.unique(sizes, return_inverse=True)
+            # beyond the map nothing changes
+            sizes = np.minimum(sizes, min(axis.out, 1024))
             if pass_ == "wgrad":
-                blocks = np.maximum(axis.steps_out(unique), self.least)
-                longest = blocks.max(0)
+                blocks = np.maximum(axis.walks_out[:, sizes], self.least)
+                total, longest = blocks.sum(0), blocks.max(0)
             else:
-                blocks = axis.live_blocks(unique)
-                longest = (blocks > 0).sum(0)
-            sums, most = sums * blocks.sum(0)[at], most * longest[at]
+                total, longest = axis.walks[:, sizes]
+            sums, most = sums * total, most * longest
         if pass_ == "wgrad":
             return sums * -(-cols // n), most
         return sums * -(-reduced // step), most * -(-reduced // step)
 
-    def executed(self, problem: Problem, pass_: str, configs: Sequence[Config]) -> np.ndarray:
-        """`executed_macs` of many configs."""
-
-        def macs(some):
-            c, flat = columns(some), self.flat(some[0].kernel)
-            tile = self._tiles(c, pass_)
-            steps = (
-                self._steps(problem, pass_, c, tile, axes, flat)[0] for axes in problem.axes(pass_)
-            )
-            return sum(steps) * tile[0] * tile[1] * tile[2]
-
-        return by_kernel(configs, macs)
+    def _executed(self, problem: Problem, pass_: str, c: dict, kernel: str) -> np.ndarray:
+        """`executed_macs` of many configs of one sort."""
+        tile, flat = self._tiles(c, pass_), self.flat(kernel)
+        steps = (
+            self._steps(problem, pass_, c, tile, axes, flat)[0] for axes in problem.axes(pass_)
+        )
+        return sum(steps, np.zeros_like(tile[0])) * tile[0] * tile[1] * tile[2]
 
     def executed_macs(self, problem: Problem, pass_: str, config: Config) -> int:
-        return int(self.executed(problem, pass_, [config])[0])
+        return int(self._executed(problem, pass_, columns([config]), config.kernel)[0])
 
     def requested_bytes(self, problem: Problem, pass_: str, config: Config) -> int:
         """An upper bound: masked elements are counted, too."""
@@ -564,21 +626,27 @@ class Gemm(Family):
         device: Device,
         precision: str,
     ) -> np.ndarray:
-        return by_kernel(
-            configs, lambda some: self._times(problem, pass_, some, device, precision)["seconds"]
-        )
+        def times(some):
+            c, kernel = columns(some), some[0].kernel
+            return self._times(problem, pass_, c, kernel, device, precision)["seconds"]
+
+        return self.by_sort(configs, times)
+
+    def by_sort(
+        self, configs: Sequence[Config], figures: Callable[[Sequence[Config]], np.ndarray]
+    ) -> np.ndarray:
+        """A figure of each config, of which `figures` takes those of one sort at a time."""
+        found = np.zeros(len(configs))
+        for sort in dict.fromkeys(map(self.sort, configs)):
+            some = [i for i, config in enumerate(configs) if self.sort(config) == sort]
+            found[some] = figures([configs[i] for i in some])
+        return found
 
     def _times(
-        self,
-        problem: Problem,
-        pass_: str,
-        configs: Sequence[Config],
-        device: Device,
-        precision: str,
+        self, problem: Problem, pass_: str, c: dict, kernel: str, device: Device, precision: str
     ) -> dict:
-        """Seconds of configs of one kernel, whole and by part, and what decides about the limiter."""
-        c, flat = columns(configs), self.flat(configs[0].kernel)
-        tile = self._tiles(c, pass_)
+        """Seconds of configs of one sort, whole and by part, and what decides about the limiter."""
+        tile, flat = self._tiles(c, pass_), self.flat(kernel)
         clocks, hertz = (
             self.step_clocks(problem, pass_, c, tile, device, precision, flat),
             device.clock * 1e9,
@@ -593,7 +661,7 @@ class Gemm(Family):
             0,
             0.0,
             0.0,
-            np.zeros(len(configs), np.int64),
+            np.zeros_like(tile[0]),
         )
         for axes in problem.axes(pass_):
             count = self._programs(problem, pass_, c, tile, axes, flat)
@@ -601,7 +669,7 @@ class Gemm(Family):
             waves = waves + self.waves(
                 problem,
                 pass_,
-                configs,
+                c,
                 axes,
                 count,
                 total * step,
@@ -639,7 +707,7 @@ class Gemm(Family):
         self,
         problem: Problem,
         pass_: str,
-        configs: Sequence[Config],
+        c: dict,
         axes,
         count,
         total,
@@ -661,7 +729,7 @@ class Gemm(Family):
     def predict(
         self, problem: Problem, pass_: str, config: Config, device: Device, precision: str
     ) -> Prediction:
-        t = self._times(problem, pass_, [config], device, precision)
+        t = self._times(problem, pass_, columns([config]), config.kernel, device, precision)
         clocks = {name: float(np.ravel(value)[0]) for name, value in t.pop("clocks").items()}
         seconds, waves, work, dram, partial, launching, programs, step = (
             float(np.ravel(t[name])[0])
@@ -724,7 +792,8 @@ class Gemm(Family):
         """The configs of one branch that may run all."""
         return [
             config
-            for config in self.tile_options(problem, pass_, target, precision)
+            for options in self.tile_options(problem, pass_, target, precision)
+            for config in options
             if pass_ == "wgrad" or config.SPLIT_K == 1
         ]
 
@@ -753,7 +822,7 @@ class Gemm(Family):
         device: Device,
         precision: str,
     ) -> np.ndarray:
-        return by_kernel(
+        return self.by_sort(
             configs, lambda some: self._branch_times(branches, pass_, some, device, precision)
         )
 
@@ -809,17 +878,6 @@ class Gemm(Family):
         return waves_of(
             counts.sum(0), totals.sum(0), most.max(0), device.sms, fit, alone, latest.min(0)
         )
-
-
-def by_kernel(
-    configs: Sequence[Config], figures: Callable[[Sequence[Config]], np.ndarray]
-) -> np.ndarray:
-    """A figure of each config, of which `figures` takes those of one kernel at a time."""
-    found = np.zeros(len(configs))
-    for kernel in dict.fromkeys(config.kernel for config in configs):
-        some = [i for i, config in enumerate(configs) if config.kernel == kernel]
-        found[some] = figures([configs[i] for i in some])
-    return found
 
 
 def partial_seconds(sums: np.ndarray, device: Device) -> np.ndarray:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib import import_module
@@ -20,6 +19,8 @@ from .depthwise import is_depthwise
 from .gemm import (
     Gemm,
     GemmConfig,
+    Options,
+    as_fields,
     branch_geometry,
     channels,
     correlation_result,
@@ -68,6 +69,33 @@ class Reduction(Hopper):
     """wgrad."""
 
     BLOCK_M: int
+
+
+@lru_cache(maxsize=1024)
+def tiles(
+    nbytes: int, rows: int | None, cols: int, reduced: int | None
+) -> tuple[list, dict[str, np.ndarray]]:
+    """(boxes, fields) of the tiles for so many channels: gemm.as_fields."""
+    device, found = devices.of_target(TARGET), []
+    for m, n, pingpong in TILES:
+        if not suits(m, n, rows, cols, 2):
+            continue
+        for k in (WIDTH // nbytes, 2 * WIDTH // nbytes):
+            stages = int((device.limits[1] - EXTRA) // ((m + n) * k * nbytes))
+            if stages < 3 or reduced and -(-reduced // k) * k > 1.1 * -(-reduced // 32) * 32:
+                continue
+            tile: dict[str, int] = dict(BLOCK_M=m) if rows else dict(BLOCK_K=k, GROUP=8)
+            tile |= dict(
+                SPLIT_K=1,
+                num_warps=4,
+                num_stages=stages,
+                BLOCK_N=n,
+                PINGPONG=pingpong,
+                STREAM=False,
+                PROGRAMS=device.sms,
+            )
+            found.append(((k if rows else m, True), tile))
+    return as_fields(found)
 
 
 @lru_cache
@@ -200,17 +228,39 @@ class HopperFamily(Gemm):
     # ---- candidates
     def tile_options(
         self, problem: Problem, pass_: str, target: str, precision: str
-    ) -> list[Config]:
-        is_meant = (
-            target == TARGET
-            and has_mma(problem, precision)
-            and not is_flat(problem, pass_)
-            and not is_depthwise(problem)
+    ) -> list[Options]:
+        whole = self._whole(problem, pass_, target, precision)
+        if whole is None:
+            return []
+        tile, sms = self._tiles(whole.c, pass_), devices.of_target(TARGET).sms
+        total = sum(
+            self._steps(problem, pass_, whole.c, tile, axes, False)[0]
+            for axes in problem.axes(pass_)
         )
-        is_meant = is_meant and not (
-            unavailable(target) or wrong_dtype(problem, pass_) or no_descriptors(problem, pass_)
-        )
-        return list(self._tiles_of(problem, pass_)) if is_meant else []
+        # a program takes eight steps or four, so that it multiplies more than it adds up
+        programs = np.where(total >= 8 * sms, sms, np.minimum(sms, total // 4))
+        both = np.stack([np.ones(len(whole), bool), total >= 8], 1)
+        stream = np.nonzero(both)[1] == 1
+        found = whole.some(np.nonzero(both)[0])
+        programs = np.where(stream, np.repeat(programs, both.sum(1)), found.c["PROGRAMS"])
+        return [found.but(STREAM=stream, PROGRAMS=programs)]
+
+    def _whole(self, problem: Problem, pass_: str, target: str, precision: str) -> Options | None:
+        """Those whose tiles programs do not share."""
+        if (
+            target != TARGET
+            or not has_mma(problem, precision)
+            or is_flat(problem, pass_)
+            or is_depthwise(problem)
+            or unavailable(target)
+            or wrong_dtype(problem, pass_)
+            or no_descriptors(problem, pass_)
+        ):
+            return None
+        boxes, c = tiles(DTYPE_BYTES[problem.dtype], *channels(problem, pass_))
+        fixed: dict[str, Any] = dict(kernel="hopper", maxnreg=REGISTERS)
+        whole = Options(self.config_class(pass_), fixed, c)
+        return whole.but(**search(problem, pass_).sides_of(boxes)) if boxes else None
 
     def why_not(self, problem: Problem, pass_: str, target: str, precision: str) -> str | None:
         if (
@@ -222,53 +272,8 @@ class HopperFamily(Gemm):
             return None
         return lacks() or wrong_dtype(problem, pass_) or no_descriptors(problem, pass_)
 
-    def _tiles_of(self, problem: Problem, pass_: str) -> Iterator[Config]:
-        tiles = list(self._whole_tiles(problem, pass_))
-        sms, executed = devices.of_target(TARGET).sms, self.executed(problem, pass_, tiles)
-        for option, macs in zip(tiles, executed.tolist()):
-            yield option
-            total = int(macs) // prod(self.tile(option, pass_))
-            # steps of a program, so that it multiplies more than it adds up
-            for least in (8, 4):
-                if total >= least * sms or least == 4 and total >= 2 * least:
-                    shared: dict[str, Any] = dict(STREAM=True, PROGRAMS=min(sms, total // least))
-                    yield replace(option, **shared)
-                    break
-
-    def _whole_tiles(self, problem: Problem, pass_: str) -> Iterator[Config]:
-        """Those that programs do not share."""
-        boxes, device = search(problem, pass_), devices.of_target(TARGET)
-        nbytes = DTYPE_BYTES[problem.dtype]
-        rows, cols, reduced = channels(problem, pass_)
-        for m, n, pingpong in TILES:
-            if not suits(m, n, rows, cols, 2):
-                continue
-            for k in (WIDTH // nbytes, 2 * WIDTH // nbytes):
-                stages = (device.limits[1] - EXTRA) // ((m + n) * k * nbytes)
-                if stages < 3 or reduced and -(-reduced // k) * k > 1.1 * -(-reduced // 32) * 32:
-                    continue
-                box = boxes.box(k if rows else m, powers=True)
-                yield self.config_class(pass_)(
-                    kernel="hopper",
-                    SPLIT_K=1,
-                    num_warps=4,
-                    num_stages=int(stages),
-                    maxnreg=REGISTERS,
-                    BLOCK_IMG=box[0],
-                    BLOCK_P=box[1],
-                    BLOCK_Q=box[2],
-                    BLOCK_N=n,
-                    PINGPONG=pingpong,
-                    STREAM=False,
-                    PROGRAMS=device.sms,
-                    **(dict(BLOCK_M=m) if rows else dict(BLOCK_K=k, GROUP=8)),
-                )
-
-    def adapt(self, config: Config, device: Device) -> Config:
-        if config.PROGRAMS <= device.sms:
-            return config
-        fewer: dict[str, Any] = dict(PROGRAMS=device.sms)
-        return replace(config, **fewer)
+    def adapt(self, options: Options, device: Device) -> Options:
+        return options.but(PROGRAMS=np.minimum(options.c["PROGRAMS"], device.sms))
 
     # ---- time
     def shared_bytes(self, problem: Problem, pass_: str, c: dict, tile, target: str) -> np.ndarray:
@@ -301,7 +306,7 @@ class HopperFamily(Gemm):
         self,
         problem: Problem,
         pass_: str,
-        configs,
+        c: dict,
         axes,
         count,
         total,
@@ -310,37 +315,37 @@ class HopperFamily(Gemm):
         alone,
         device: Device,
     ) -> np.ndarray:
+        rows = zip(*(values.tolist() for values in c.values()))
         found = []
-        for config, tiles, clocks in zip(configs, count.tolist(), total.tolist()):
-            programs = config.PROGRAMS if config.STREAM else min(config.PROGRAMS, tiles)
-            most, tiles = (
-                (1 / programs, tiles / programs + 1)
-                if config.STREAM
-                else self.busiest(problem, pass_, config, axes)
-            )
-            found.append(
-                -(-programs // device.sms)
-                * (most * clocks + tiles * assumed.HOPPER_TILE[config.PINGPONG])
-                + assumed.PROGRAM
-            )
+        for row, most, tiles in zip(rows, total.tolist(), count.tolist()):
+            one = dict(zip(c, row))
+            programs = one["PROGRAMS"]
+            if one["STREAM"]:
+                most, tiles = most / programs, tiles / programs + 1
+            else:
+                most *= self.busiest(problem, pass_, one, axes, tiles)
+                programs, tiles = min(programs, tiles), -(-tiles // programs)
+            each = most + tiles * assumed.HOPPER_TILE[one["PINGPONG"]]
+            found.append(-(-programs // device.sms) * each + assumed.PROGRAM)
         return np.array(found)
 
     def busiest(
-        self, problem: Problem, pass_: str, config: Config, axes: tuple[Axis, Axis]
-    ) -> tuple[float, int]:
-        """(share of all steps, tiles) of the program with the most steps, when programs take every
-        PROGRAMS-th tile."""
-        sides = zip(axes, (config.BLOCK_P, config.BLOCK_Q))
-        steps = [steps_in_order(axis, side, pass_ == "wgrad") for axis, side in sides]
-        tiles = Gemm.programs(self, problem, pass_, config, axes)
-        walked = np.outer(*steps).ravel()
+        self, problem: Problem, pass_: str, c: dict, axes: tuple[Axis, Axis], tiles: int
+    ) -> float:
+        """Share of all steps of the program with the most, when programs take every PROGRAMS-th
+        tile; c: fields of a config."""
+        h, w = axes
+        by_tap = pass_ == "wgrad"
+        walked = np.outer(
+            steps_in_order(h, c["BLOCK_P"], by_tap), steps_in_order(w, c["BLOCK_Q"], by_tap)
+        ).ravel()
         walked = (
             np.repeat(walked, tiles // len(walked))
-            if pass_ == "wgrad"
-            else grouped(walked, problem, pass_, config)
+            if by_tap
+            else grouped(walked, problem, pass_, c)
         )
-        loads = np.bincount(np.arange(tiles) % config.PROGRAMS, walked)
-        return loads.max() / max(walked.sum(), 1), -(-tiles // config.PROGRAMS)
+        loads = np.bincount(np.arange(tiles) % c["PROGRAMS"], walked)
+        return loads.max() / max(walked.sum(), 1)
 
     def sums(self, problem: Problem, pass_: str, c: dict, tile) -> np.ndarray:
         m, n, _ = tile
@@ -551,8 +556,7 @@ class HopperFamily(Gemm):
     def branch_tiles(
         self, problem: Problem, pass_: str, target: str, precision: str
     ) -> list[Config]:
-        is_meant = self.tile_options(problem, pass_, target, precision)
-        return list(self._whole_tiles(problem, pass_)) if is_meant else []
+        return list(self._whole(problem, pass_, target, precision) or [])
 
     def unfit(self, config: Config, branches: Branches, pass_: str, target: str) -> str | None:
         if reason := super().unfit(config, branches, pass_, target):
@@ -600,7 +604,7 @@ class HopperFamily(Gemm):
             sides = zip(p.axes(pass_)[0], (config.BLOCK_P, config.BLOCK_Q))
             walked = np.outer(*(steps_in_order(axis, side, False) for axis, side in sides)).ravel()
             blocks = -(-channels(p, pass_)[2] // config.BLOCK_K)
-            walks.append(grouped(walked, p, pass_, config) * blocks)
+            walks.append(grouped(walked, p, pass_, vars(config)) * blocks)
         return walks
 
     def branch_plan(
@@ -745,14 +749,15 @@ def steps_in_order(axis: Axis, side: int, by_tap: bool) -> np.ndarray:
     return live[(len(blocks) - 1) // 2 + np.where(blocks % 2, blocks // 2 + 1, -(blocks // 2))]
 
 
-def grouped(steps: np.ndarray, problem: Problem, pass_: str, config: Config) -> np.ndarray:
-    """The steps of all tiles in their order, of those of all pixel boxes of an image."""
-    tiles_n = -(-channels(problem, pass_)[1] // config.BLOCK_N)
-    images = -(-problem.n // config.BLOCK_IMG) * problem.groups
+def grouped(steps: np.ndarray, problem: Problem, pass_: str, c: dict) -> np.ndarray:
+    """The steps of all tiles in their order, of those of all pixel boxes of an image; c: fields of a
+    config."""
+    tiles_n = -(-channels(problem, pass_)[1] // c["BLOCK_N"])
+    images = -(-problem.n // c["BLOCK_IMG"]) * problem.groups
     return np.concatenate(
         [
-            np.repeat(steps, images * min(config.GROUP, tiles_n - first))
-            for first in range(0, tiles_n, config.GROUP)
+            np.repeat(steps, images * min(c["GROUP"], tiles_n - first))
+            for first in range(0, tiles_n, c["GROUP"])
         ]
     )
 

@@ -3,8 +3,8 @@ sm_90 and sm_100: kernels/tma.py. Box sides are powers of two."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from math import prod
 from typing import Any
 
@@ -30,6 +30,8 @@ from .depthwise import is_depthwise
 from .gemm import (
     Gemm,
     GemmConfig,
+    Options,
+    as_fields,
     branch_geometry,
     channels,
     correlation_result,
@@ -79,6 +81,42 @@ class Reduction(GemmConfig):
 def architecture(target: str) -> int:
     """90, 100, ... of a CUDA target, else 0."""
     return int(target[5:]) if target.startswith("cuda") else 0
+
+
+@lru_cache(maxsize=1024)
+def tiles(
+    pass_: str,
+    target: str,
+    nbytes: int,
+    rows: int | None,
+    cols: int,
+    reduced: int | None,
+    version: tuple[int, ...],
+) -> tuple[list, dict[str, np.ndarray]]:
+    """(boxes, fields) of the tiles for so many channels, by Triton's version: gemm.as_fields."""
+    specialize = architecture(target) // 10 == 10 and not (pass_ == "wgrad" and nbytes == 4)
+    found = []
+    for m, n, warps in TILES:
+        # Triton 3.6 waits for each of fprop's products when 8 warps share a tile
+        waits = warps == 8 and pass_ == "fprop" and target == "cuda:90" and version == (3, 6)
+        if waits or not suits(m, n, rows, cols, nbytes):
+            continue
+        for step in reduction_steps(pass_, reduced, nbytes)[: 1 if rows else 2]:
+            # tcgen05 runs at full rate from 128 rows on
+            tile: dict[str, int] = (
+                dict(BLOCK_M=m)
+                if rows
+                else dict(BLOCK_K=step, WEIGHT_FIRST=n >= 64 and (not specialize or m < 128))
+            )
+            tile |= dict(
+                SPLIT_K=1,
+                num_warps=warps,
+                num_stages=3,
+                BLOCK_N=n,
+                WARP_SPECIALIZE=specialize,
+            )
+            found.append(((step if rows else m, True), tile))
+    return as_fields(found)
 
 
 class Tma(Gemm):
@@ -138,7 +176,7 @@ class Tma(Gemm):
     # ---- candidates
     def tile_options(
         self, problem: Problem, pass_: str, target: str, precision: str
-    ) -> list[Config]:
+    ) -> list[Options]:
         is_meant = architecture(target) // 10 in (9, 10) and has_mma(problem, precision)
         if (
             not is_meant
@@ -147,7 +185,18 @@ class Tma(Gemm):
             or no_descriptors(problem, pass_)
         ):
             return []
-        return list(self._tiles_of(problem, pass_, target, precision))
+        version, sizes = triton_version(), channels(problem, pass_)
+        boxes, c = tiles(pass_, target, DTYPE_BYTES[problem.dtype], *sizes, version)
+        if not boxes:
+            return []
+        fixed: dict[str, Any] = dict(kernel="tma", maxnreg=None)
+        whole, known = Options(self.config_class(pass_), fixed, c), search(problem, pass_)
+        found = self.splits(whole.but(**known.sides_of(boxes)), known, target)
+        if pass_ == "wgrad" or architecture(target) // 10 != 10:
+            return [found]
+        # else the addresses of the store would spill
+        stored = stores_boxes(found.c, problem, pass_)
+        return [found.some((self._tiles(found.c, pass_)[0] <= 128) | stored)]
 
     def why_not(self, problem: Problem, pass_: str, target: str, precision: str) -> str | None:
         if is_flat(problem, pass_) or is_depthwise(problem) or not has_mma(problem, precision):
@@ -157,47 +206,6 @@ class Tma(Gemm):
             if architecture(target) // 10 in (9, 10)
             else f"{target} has no descriptors that pay"
         )
-
-    def _tiles_of(
-        self, problem: Problem, pass_: str, target: str, precision: str
-    ) -> Iterator[Config]:
-        nbytes, boxes = DTYPE_BYTES[problem.dtype], search(problem, pass_)
-        specialize = architecture(target) // 10 == 10 and not (pass_ == "wgrad" and nbytes == 4)
-        rows, cols, reduced = channels(problem, pass_)
-        for m, n, warps in TILES:
-            if not suits(m, n, rows, cols, nbytes) or (
-                warps == 8
-                and pass_ == "fprop"
-                and target == "cuda:90"
-                and triton_version() == (3, 6)
-            ):
-                # Triton 3.6 waits for each of fprop's products when 8 warps share a tile
-                continue
-            for step in reduction_steps(pass_, reduced, nbytes)[: 1 if rows else 2]:
-                box = boxes.box(step if rows else m, powers=True)
-                # tcgen05 runs at full rate from 128 rows on
-                tile = (
-                    dict(BLOCK_M=m)
-                    if rows
-                    else dict(BLOCK_K=step, WEIGHT_FIRST=n >= 64 and (not specialize or m < 128))
-                )
-                option = self.config_class(pass_)(
-                    kernel="tma",
-                    SPLIT_K=1,
-                    num_warps=warps,
-                    num_stages=3,
-                    maxnreg=None,
-                    BLOCK_IMG=box[0],
-                    BLOCK_P=box[1],
-                    BLOCK_Q=box[2],
-                    BLOCK_N=n,
-                    WARP_SPECIALIZE=specialize,
-                    **tile,
-                )
-                for config in self.splits(option, boxes, target):
-                    # else the store's addresses would spill
-                    if rows or m <= 128 or not specialize or stores_boxes(config, problem, pass_):
-                        yield config
 
     # ---- time
     def writes_partials(self, c: dict, pass_: str) -> np.ndarray:
@@ -275,7 +283,7 @@ class Tma(Gemm):
             [scalars[name] for name in ("sy_n", "sy_p", "sy_q")],
         )
         x, h, w = source_box(p.n, source * p.groups, h, w, config, config.BLOCK_K)
-        store = stores_boxes(config, p, pass_)
+        store = bool(stores_boxes(vars(config), p, pass_))
         y = Box(
             sizes, (prod(sizes[1:]), *ends, 1), (1, *box_of(config, config.BLOCK_N)), scalars["y0"]
         )
@@ -501,16 +509,14 @@ def outdoes_pointers(problem: Problem, pass_: str, target: str) -> bool:
     )
 
 
-def stores_boxes(config: Config, problem: Problem, pass_: str) -> bool:
+def stores_boxes(c: dict, problem: Problem, pass_: str) -> Any:
     """Whether fprop or dgrad stores its result by descriptor: fp32 partial sums, or NHWC, in
-    multiples of 16 bytes per pixel."""
+    multiples of 16 bytes per pixel. c: fields of a config, or of many."""
     _, out, _ = channels(problem, pass_)
-    nbytes = 4 if config.SPLIT_K > 1 else DTYPE_BYTES[problem.dtype]
-    return (
-        (config.SPLIT_K > 1 or problem.layout == "nhwc")
-        and out * nbytes % 16 == 0
-        and (problem.groups == 1 or out % config.BLOCK_N == 0)
-    )
+    split, n = np.asarray(c["SPLIT_K"]) > 1, np.asarray(c["BLOCK_N"])
+    bytes_ = out * np.where(split, 4, DTYPE_BYTES[problem.dtype])
+    whole = (problem.groups == 1) | (out % n == 0)
+    return (split | (problem.layout == "nhwc")) & (bytes_ % 16 == 0) & whole
 
 
 def source_box(
