@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass, replace
+from dataclasses import astuple, dataclass, fields, replace
 from functools import cached_property
 from operator import index
 from typing import Any
@@ -140,7 +140,7 @@ class Axis:
         """(2, sizes): `steps` of blocks of 0, 1, 2, ... outputs, and those of the longest block; up
         to 1024, or to where one block holds all outputs and nothing changes any more."""
         live = self.live_blocks(self._sizes)
-        return np.stack([live.sum(0), (live > 0).sum(0)])
+        return np.array([live.sum(0), (live > 0).sum(0)])
 
     @cached_property
     def walks_out(self) -> np.ndarray:
@@ -221,7 +221,7 @@ class Problem:
 
     @cached_property
     def _hash(self) -> int:
-        return hash(astuple(self))
+        return hash(tuple(getattr(self, field.name) for field in fields(self)))
 
     # hashes of strings differ between processes
     def __reduce__(self) -> tuple[type[Problem], tuple[Any, ...]]:

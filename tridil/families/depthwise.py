@@ -259,11 +259,11 @@ class Depthwise(Family):
             self._shares(problem, c, device) if pass_ == "wgrad" else np.ones_like(c["COLS"])
         )
         seconds = self._times(problem, pass_, c, device)["seconds"]
-        ends = np.cumsum(counts).tolist()
-        picks = [
-            end - count + int(seconds[end - count : end].argmin())
-            for count, end in zip(counts, ends)
-        ]
+        # the first of the fastest boxes of each kernel
+        begins = np.cumsum([0, *counts[:-1]])
+        fastest = np.repeat(np.minimum.reduceat(seconds, begins), counts)
+        least = np.flatnonzero(seconds == fastest)
+        picks = least[np.searchsorted(least, begins)]
         fixed, build = (
             dict(
                 kernel="depthwise",
@@ -373,22 +373,23 @@ class Depthwise(Family):
             -(-problem.n // c["BLOCK_IMG"]),
             -(-w.taps // c["TAPS"]),
         )
-        boxes, live, products = np.zeros((3, len(n_tiles)), np.int64)
-        for cols, taps in set(zip(c["COLS"].tolist(), c["TAPS"].tolist())):
-            some = (c["COLS"] == cols) & (c["TAPS"] == taps)
-            sizes, at = np.unique(c["BLOCK_Q"][some], return_inverse=True)
-            boxes[some], live[some], products[some] = (
-                figure[at] for figure in column_walk(w, cols, taps, tuple(sizes.tolist()))
-            )
+        found = boxes, live, products = np.zeros((3, len(n_tiles)), np.int64)
+        base = int(c["TAPS"].max()) + 1
+        pairs, which = distinct(c["COLS"] * base + c["TAPS"])
+        for i, pair in enumerate(pairs.tolist()):
+            some = which == i
+            sizes, at = distinct(c["BLOCK_Q"][some])
+            walk = np.array(column_walk(w, *divmod(pair, base), tuple(sizes.tolist())))
+            found[:, some] = walk[:, at]
         count = (c["COLS"] - 1) * shift_of(w) + c["TAPS"]
         if pass_ == "wgrad":
-            both, at = np.unique(c["BLOCK_P"] << 32 | c["ROWS"], return_inverse=True)
+            both, at = distinct(c["BLOCK_P"] * (h.taps + 1) + np.minimum(c["ROWS"], h.taps))
             iterations, rows = np.array(
-                [tap_row_walk(h, pair >> 32, pair & 0xFFFFFFFF) for pair in both.tolist()]
+                [tap_row_walk(h, *divmod(pair, h.taps + 1)) for pair in both.tolist()]
             ).T[:, at]
             programs = n_tiles * -(-h.taps // c["ROWS"]) * chunks * c["SPLIT_K"]
         else:
-            sizes, at = np.unique(c["BLOCK_P"], return_inverse=True)
+            sizes, at = distinct(c["BLOCK_P"])
             row_boxes, rows = np.array([row_walk(h, block) for block in sizes.tolist()]).T[:, at]
             rows = iterations = rows * (problem.k // problem.c if pass_ == "dgrad" else 1)
             programs = n_tiles * images * row_boxes * boxes
@@ -677,6 +678,12 @@ class Depthwise(Family):
         return found
 
 
+def distinct(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """np.unique with return_inverse, for small integers: faster, since it does not sort."""
+    found = np.bincount(values) > 0
+    return np.flatnonzero(found), (np.cumsum(found) - 1)[values]
+
+
 def lanes_of(c: dict) -> np.ndarray:
     """`pixels` of many configs."""
     return 1 << np.ceil(np.log2(c["BLOCK_IMG"] * c["BLOCK_P"] * c["BLOCK_Q"])).astype(np.int64)
@@ -695,17 +702,19 @@ def registers(c: dict, lanes, problem: Problem, shift: int, target: str):
 
 
 @lru_cache(maxsize=4096)
+def even(size: int, most: int) -> set[int]:
+    """Sizes of at most `most` and its halves in which `size` is shared out evenly."""
+    return {-(-size // -(-size // min(size, most >> e))) for e in range(most.bit_length())}
+
+
+@lru_cache(maxsize=4096)
 def lane_shapes(count: int, images: int, rows: int, lanes: int) -> np.ndarray:
     """Boxes of `count` lanes, or of as many as there are: all of nearly one size along each side."""
-
-    def even(size, most):
-        """Sizes of at most `most` and its halves in which `size` is shared out evenly."""
-        return {-(-size // -(-size // min(size, most >> e))) for e in range(most.bit_length())}
-
     shapes = set()
     for q in even(lanes, count):
         for p in even(rows, count // q):
-            shapes.add((-(-images // -(-images // max(min(images, count // (p * q)), 1))), p, q))
+            most = min(images, count // (p * q))
+            shapes.add((-(-images // -(-images // most)), p, q))
     full = [shape for shape in shapes if 2 * prod(shape) > count]
     return np.array(full or [(count // 2 // (rows * lanes) + 1, rows, lanes)])
 

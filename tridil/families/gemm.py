@@ -14,8 +14,8 @@ at once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from math import prod
 from typing import Any
@@ -74,13 +74,17 @@ class Options:
     def __getitem__(self, i: int) -> Config:
         return self.kind(**self.fixed, **{name: value[i].item() for name, value in self.c.items()})
 
+    def __iter__(self) -> Iterator[Config]:
+        return map(self.__getitem__, range(len(self)))
+
     def some(self, kept: np.ndarray) -> Options:
         """Those of an index or a mask."""
-        return replace(self, c={name: values[kept] for name, values in self.c.items()})
+        c = {name: values[kept] for name, values in self.c.items()}
+        return Options(self.kind, self.fixed, c)
 
     def but(self, **changes: np.ndarray) -> Options:
         """With these fields changed."""
-        return replace(self, c=self.c | changes)
+        return Options(self.kind, self.fixed, self.c | changes)
 
 
 def as_fields(tiles: Sequence[tuple[tuple, dict]]) -> tuple[list[tuple], dict[str, np.ndarray]]:
@@ -160,7 +164,7 @@ def boxes(
     count: int, images: int, height: int, width: int, powers: bool
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(images, height, width) of pixel boxes for a tile of `count` rows on maps of these sides: of
-    powers of two, or any that need as many rows."""
+    powers of two, or any that need as many rows; the widest first, which are neighbours in memory."""
     b, p, most = sides_of(count, powers)
     some = (b <= images) & (p <= height)
     b, p, q = b[some], p[some], np.minimum(most[some], width)
@@ -170,7 +174,9 @@ def boxes(
         b, p, q = np.concatenate([b, b]), np.concatenate([p, p]), np.concatenate([q, even])
     full = 2 * b * p * q > count
     if full.any():
-        return b[full], p[full], q[full]
+        b, p, q = b[full], p[full], q[full]
+        order = np.lexsort((p, b, -q))
+        return b[order], p[order], q[order]
     last = (
         (count // height // width, height, width)
         if powers
@@ -187,8 +193,8 @@ def search(problem: Problem, pass_: str) -> Search:
 
 
 class Search:
-    """Pixel boxes for the tiles of a pass: of all that hold a tile's rows the one that executes the
-    fewest multiply-accumulates; ties: long rows, which are neighbours in memory."""
+    """Pixel boxes for the tiles of a pass: of all that hold a tile's rows the first that executes
+    the fewest multiply-accumulates."""
 
     def __init__(self, problem: Problem, pass_: str):
         self.problem, self.pass_ = problem, pass_
@@ -253,11 +259,8 @@ class Search:
         else:
             steps = flat_steps(*self.axes, p, q, channels(self.problem, self.pass_)[2], flat[0])
         work = -(-self.problem.n // b) * steps
-        least = np.flatnonzero(work == work.min()).tolist()
-        return min(
-            ((int(b[i]), int(p[i]), int(q[i])) for i in least),
-            key=lambda box: (-box[2], box[0], box[1]),
-        )
+        least = work.argmin()
+        return int(b[least]), int(p[least]), int(q[least])
 
     def most_splits(self, step: np.ndarray) -> np.ndarray:
         """Splits of at least eight steps of `step` pixels or channels each, at most 64 MiB of
@@ -408,7 +411,7 @@ class Gemm(Family):
     ) -> list[Options]:
         """`options`, as arrays."""
         found = self.tile_options(problem, pass_, target, precision)
-        if problem.groups == 1:
+        if problem.groups == 1 or not found:
             return found
         # of groups only the tiles that are not mostly masked, or are near the least masked one
         legal = []
@@ -439,7 +442,7 @@ class Gemm(Family):
                 i -= len(options)
             raise IndexError(i)
 
-        return np.concatenate([np.zeros(0), *seconds]), config
+        return seconds[0] if len(seconds) == 1 else np.concatenate([[], *seconds]), config
 
     def resident(self, problem: Problem, pass_: str, c: dict, tile, device: Device) -> np.ndarray:
         """Programs that one SM holds, by shared memory, registers (accumulator and some more a
@@ -508,10 +511,9 @@ class Gemm(Family):
             np.minimum(most, np.maximum(2, sms * waves // (2 * programs))) for waves in (1, 2, 4)
         )
         fewer = (most >= 2) & (programs < 2 * sms) & may
-        new = np.stack(
-            [np.ones_like(fewer), fewer, fewer & (all_ > half), fewer & (twice > all_)], 1
-        )
-        splits = np.stack([np.ones_like(half), half, all_, twice], 1)[new]
+        ones = np.ones_like(half)
+        new = np.array([ones > 0, fewer, fewer & (all_ > half), fewer & (twice > all_)]).T
+        splits = np.array([ones, half, all_, twice]).T[new]
         return whole.some(np.nonzero(new)[0]).but(SPLIT_K=splits)
 
     # ---- work

@@ -239,11 +239,10 @@ class HopperFamily(Gemm):
         )
         # a program takes eight steps or four, so that it multiplies more than it adds up
         programs = np.where(total >= 8 * sms, sms, np.minimum(sms, total // 4))
-        both = np.stack([np.ones(len(whole), bool), total >= 8], 1)
-        stream = np.nonzero(both)[1] == 1
-        found = whole.some(np.nonzero(both)[0])
-        programs = np.where(stream, np.repeat(programs, both.sum(1)), found.c["PROGRAMS"])
-        return [found.but(STREAM=stream, PROGRAMS=programs)]
+        tiles_, streams = np.nonzero(np.array([total >= 0, total >= 8]).T)
+        found = whole.some(tiles_)
+        programs = np.where(streams, programs[tiles_], found.c["PROGRAMS"])
+        return [found.but(STREAM=streams > 0, PROGRAMS=programs)]
 
     def _whole(self, problem: Problem, pass_: str, target: str, precision: str) -> Options | None:
         """Those whose tiles programs do not share."""
@@ -334,18 +333,21 @@ class HopperFamily(Gemm):
     ) -> float:
         """Share of all steps of the program with the most, when programs take every PROGRAMS-th
         tile; c: fields of a config."""
-        h, w = axes
         by_tap = pass_ == "wgrad"
-        walked = np.outer(
-            steps_in_order(h, c["BLOCK_P"], by_tap), steps_in_order(w, c["BLOCK_Q"], by_tap)
-        ).ravel()
+        h, w = (
+            steps_in_order(axis, c[side], by_tap)
+            for axis, side in zip(axes, ("BLOCK_P", "BLOCK_Q"))
+        )
+        walked = (h[:, None] * w).ravel()
+        total = max(int(walked.sum()) * (tiles // len(walked)), 1)
+        if tiles <= c["PROGRAMS"]:
+            return walked.max() / total
         walked = (
             np.repeat(walked, tiles // len(walked))
             if by_tap
             else grouped(walked, problem, pass_, c)
         )
-        loads = np.bincount(np.arange(tiles) % c["PROGRAMS"], walked)
-        return loads.max() / max(walked.sum(), 1)
+        return np.bincount(np.arange(tiles) % c["PROGRAMS"], walked).max() / total
 
     def sums(self, problem: Problem, pass_: str, c: dict, tile) -> np.ndarray:
         m, n, _ = tile
