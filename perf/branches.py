@@ -55,7 +55,7 @@ def row_of(name: str, branches: Branches, pass_: str, target: str) -> tuple[dict
     }
     if config:
         family = families.of(config.kernel)
-        launches = family.branch_plan(branches, pass_, config, "ieee", False)
+        launches = family.branch_plan(branches, pass_, config, "ieee", "")
         programs = family.branch_programs(branches, pass_, config)
         row |= {
             "kernel": f"{config.kernel} {cfg.describe(config)}",
@@ -69,7 +69,7 @@ def row_of(name: str, branches: Branches, pass_: str, target: str) -> tuple[dict
 
 def plan(problem, pass_, config, precision):
     precision = precision if problem.dtype == "float32" else "ieee"
-    return families.of(config.kernel).plan(problem, pass_, config, precision, False)
+    return families.of(config.kernel).plan(problem, pass_, config, precision, "")
 
 
 def measured(branches: Branches, pass_: str, config, gpu) -> dict:

@@ -95,7 +95,7 @@ def kernels(layers: list[Problem], target: str) -> list:
                 pass_,
                 cost_model.best(p, pass_, target),
                 target,
-                has_bias=pass_ == "fprop" and p.k == 21,
+                epilogue="bias" if pass_ == "fprop" and p.k == 21 else "",
             ):
                 found.setdefault((source.hash(), item.options), (item.name, source, item.options))
     return list(found.values())

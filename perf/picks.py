@@ -19,7 +19,7 @@ def picks(targets: list[str]) -> dict[str, list]:
             for pass_ in ("fprop", "dgrad", "wgrad"):
                 best = cost_model.best(problem, pass_, target, "tf32")
                 precision = "tf32" if problem.dtype == "float32" else "ieee"
-                plan = families.of(best.kernel).plan(problem, pass_, best, precision, False)
+                plan = families.of(best.kernel).plan(problem, pass_, best, precision, "")
                 found[f"{target} {pass_} {problem.key()}"] = [
                     f"{best.kernel} {config.describe(best)}",
                     config.executed_macs(problem, pass_, best),

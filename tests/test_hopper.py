@@ -385,7 +385,7 @@ def test_order_of_steps(pass_, stream, device, seed, monkeypatch):
         walked = 0
         mains = [
             item
-            for item in hopper.FAMILY.plan(p, pass_, cfg, "ieee", False)
+            for item in hopper.FAMILY.plan(p, pass_, cfg, "ieee", "")
             if item.name.endswith("_hopper")
         ]
         for item, axes in zip(mains, p.axes(pass_)):
@@ -581,9 +581,9 @@ def test_what_is_legal(change, pass_, problem, reason, available):
 def test_fp32_is_multiplied_in_tf32_only(available):
     p = replace(P, dtype="float32")
     cfg = next(cfg for cfg in config.candidates(p, "fprop", "cuda:90") if cfg.kernel == "hopper")
-    assert hopper.FAMILY.plan(p, "fprop", cfg, "tf32", False)
+    assert hopper.FAMILY.plan(p, "fprop", cfg, "tf32", "")
     with pytest.raises(ValueError, match="in tf32 only, got precision='ieee'"):
-        hopper.FAMILY.plan(p, "fprop", cfg, "ieee", False)
+        hopper.FAMILY.plan(p, "fprop", cfg, "ieee", "")
 
 
 def test_a_device_with_fewer_sms(available):
@@ -626,14 +626,14 @@ def test_equal_steps_are_predicted_to_pay_where_tiles_are_unequal(available):
 def test_workspace_is_two_tiles_a_program(available):
     for pass_ in PASSES:
         cfg = make(pass_, STREAM=True, PROGRAMS=132)
-        main, sums = hopper.FAMILY.plan(P, pass_, cfg, "ieee", False)
+        main, sums = hopper.FAMILY.plan(P, pass_, cfg, "ieee", "")
         assert (
             main.grid == (132, 1, 1)
             and main.workspace == 2 * 132 * 64 * 64
             and sums.grid[0] % 131 == 0
             and sums.workspace == 0
         )
-        (plain,) = hopper.FAMILY.plan(P, pass_, replace(cfg, STREAM=False), "ieee", False)
+        (plain,) = hopper.FAMILY.plan(P, pass_, replace(cfg, STREAM=False), "ieee", "")
         assert plain.workspace == 0
 
 
@@ -851,7 +851,9 @@ def branches_survive(module, monkeypatch, device):
                 option = next((c for c in options if c.PINGPONG), options[0])
                 option = replace(option, PROGRAMS=3)
                 launch._prepare_branches.cache_clear()
-                run = launch.prepare_branches(found, pass_, option, "ieee", pass_ == "fprop")
+                run = launch.prepare_branches(
+                    found, pass_, option, "ieee", "bias" if pass_ == "fprop" else ""
+                )
                 got = run(*args)
                 assert_close([got] if torch.is_tensor(got) else got, expected[pass_], found, pass_)
     # wrong results, deadlocks, faults

@@ -429,11 +429,11 @@ for p in (layer(2, 64, 16, 64), layer(1, 3, 16, 24), layer(2, 64, 8, 64, dtype="
           layer(8, 256, 32, 256), layer(4, 256, 16, 256), layer(8, 256, 32, 256, dtype="float32")):
     x, w, dy = (torch.empty(s, dtype=getattr(torch, p.dtype)).to(memory_format=torch.channels_last) for s in (p.x_shape, p.w_shape, p.y_shape))
     for pass_ in PASSES:
-        config, precision, has_bias = cost_model.best(p, pass_, "cuda:TARGET"), "tf32" if p.dtype == "float32" else "ieee", pass_ == "fprop"
-        bias = x.new_empty(p.k) if has_bias else None
+        config, precision, epilogue = cost_model.best(p, pass_, "cuda:TARGET"), "tf32" if p.dtype == "float32" else "ieee", "bias" if pass_ == "fprop" else ""
+        bias = x.new_empty(p.k) if epilogue else None
         ready.clear()
-        launch.prepare(p, pass_, config, precision, has_bias)(*{"fprop": (x, w), "dgrad": (dy, w), "wgrad": (dy, x)}[pass_], bias)
-        for item, source in aot.sources(p, pass_, config, "cuda:TARGET", precision, has_bias):
+        launch.prepare(p, pass_, config, precision, epilogue)(*{"fprop": (x, w), "dgrad": (dy, w), "wgrad": (dy, x)}[pass_], bias)
+        for item, source in aot.sources(p, pass_, config, "cuda:TARGET", precision, epilogue):
             (jit,) = next(r for r in ready if r.launch == item).compiled.values()
             out.setdefault(item.name, []).append(aot.compile_source(source, item.options, "cuda:TARGET").hash == jit.hash)
 print(json.dumps(out))

@@ -145,7 +145,7 @@ def check_kernels(branches, device, rng, most=2):
             options = family.branch_options(branches, pass_, drivers.target(), "ieee")
             for config in rng.sample(options, min(most, len(options))):
                 prepared = launch.prepare_branches(
-                    branches, pass_, config, "ieee", pass_ == "fprop"
+                    branches, pass_, config, "ieee", "bias" if pass_ == "fprop" else ""
                 )
                 got, again = ([out] if torch.is_tensor(out) else out for out in (prepared(*args), prepared(*args)))  # fmt: skip
                 assert_close(got, expected[pass_], branches, pass_)
@@ -450,7 +450,7 @@ def test_launches_of_deeplabs_head():
         device, counts = devices.of_target(target), []
         for pass_ in PASSES:
             config, _ = cost_model.best_of_branches(deeplab(), pass_, device)
-            plan = families.of(config.kernel).branch_plan(deeplab(), pass_, config, "ieee", False)
+            plan = families.of(config.kernel).branch_plan(deeplab(), pass_, config, "ieee", "")
             counts.append(len(plan))
         assert counts[0] == 1 and sum(counts[1:]) <= 3
 

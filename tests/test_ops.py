@@ -377,7 +377,7 @@ def prepared(monkeypatch, forget):
     monkeypatch.setattr(
         launch,
         "prepare",
-        lambda problem, pass_, config, precision, has_bias: (
+        lambda problem, pass_, config, precision, epilogue: (
             seen.append((problem, pass_, config, precision)) or (lambda *tensors: torch.empty(0))
         ),
     )

@@ -58,7 +58,7 @@ for p, target in ((even, "cuda:90"), (replace(even, c=136, layout="nchw"), "cuda
             if p.groups == 1 or cfg.kernel == "depthwise":
                 chosen[cfg.kernel, getattr(cfg, "STREAM", False), getattr(cfg, "PINGPONG", False), cfg.SPLIT_K > 1] = cfg
         for key, cfg in chosen.items():
-            names = [(item.name, target, key[1:3]) for item in families.of(cfg.kernel).plan(p, pass_, cfg, "ieee", True)]
+            names = [(item.name, target, key[1:3]) for item in families.of(cfg.kernel).plan(p, pass_, cfg, "ieee", "bias")]
             if not set(names) <= seen or p is not even:
                 aot.compile_pass(p, pass_, cfg, target, "ieee")
                 seen |= set(names)

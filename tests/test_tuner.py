@@ -328,9 +328,7 @@ def test_what_was_measured_with_other_kernels_or_launches_is_a_hint(monkeypatch)
     ):
         used = {
             launch.kernel.partition(":")[0]
-            for launch in families.of(ranked()[0].kernel).plan(
-                P, "fprop", ranked()[0], "ieee", False
-            )
+            for launch in families.of(ranked()[0].kernel).plan(P, "fprop", ranked()[0], "ieee", "")
         }
         monkeypatch.setattr(
             cache, "_source", lambda name, module=module: real(name) + " " * (name == module)

@@ -18,7 +18,7 @@ def matmul(
     M,
     K,
     C,
-    HAS_BIAS: tl.constexpr,
+    EPILOGUE: tl.constexpr,
     TRANSPOSED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -38,7 +38,7 @@ def matmul(
             other=0.0,
         )
         acc = tl.dot(x, w, acc)
-    if HAS_BIAS:
+    if EPILOGUE:
         acc += tl.load(bias_ptr + k, mask=k < K, other=0.0).to(tl.float32)[None, :]
     tl.store(
         y_ptr + m[:, None] * K + k[None, :],
@@ -128,7 +128,7 @@ class Pointwise(Family):
     def operand_format(self, problem):
         return "nhwc", 1
 
-    def plan(self, problem, pass_, config, precision, has_bias):
+    def plan(self, problem, pass_, config, precision, epilogue):
         m, k, c = self.sides(problem, pass_)
         tensors = (
             ("x_ptr", "a", None),
@@ -136,7 +136,7 @@ class Pointwise(Family):
             ("bias_ptr", "bias", None),
             ("y_ptr", "out", None),
         )
-        constexprs = dict(config.constexprs(), HAS_BIAS=has_bias, TRANSPOSED=pass_ == "dgrad")
+        constexprs = dict(config.constexprs(), EPILOGUE=epilogue, TRANSPOSED=pass_ == "dgrad")
         return [
             Launch(
                 "toy_family:matmul",

@@ -55,7 +55,7 @@ def sources(
     config: Config,
     target: str,
     precision: str = "tf32",
-    has_bias: bool = False,
+    epilogue: str = "",
 ) -> list:
     """[(Launch, triton's ASTSource)] of one pass, of all branches in one launch, specialised as the
     JIT specialises it; pointers are taken as 16-byte aligned.
@@ -77,7 +77,7 @@ def sources(
     precision = precision if problem.dtype == "float32" else "ieee"
     element, partial = _TYPES[problem.dtype], "fp64" if problem.dtype == "float64" else "fp32"
     out = []
-    for item in launch.plan(problem, pass_, config, precision, has_bias):
+    for item in launch.plan(problem, pass_, config, precision, epilogue):
         fn, scalars, constants = (
             launch.kernel_of(item),
             dict(item.scalars),
@@ -157,7 +157,9 @@ def compile_pass(
     problem: Problem | Branches, pass_: str, config: Config, target: str, precision: str = "tf32"
 ) -> list:
     """[(Launch, triton's CompiledKernel)] of one pass, fprop with a bias. Errors as in `sources`."""
-    found = sources(problem, pass_, config, target, precision, has_bias=pass_ == "fprop")
+    found = sources(
+        problem, pass_, config, target, precision, epilogue="bias" if pass_ == "fprop" else ""
+    )
     return [(item, compile_source(source, item.options, target)) for item, source in found]
 
 

@@ -124,7 +124,7 @@ def lookup(
 
 def code_of(problem: Problem, pass_: str, config: Config, precision: str) -> str:
     """`cache.code` of what a config launches."""
-    return cache.code(families.of(config.kernel).plan(problem, pass_, config, precision, False))
+    return cache.code(families.of(config.kernel).plan(problem, pass_, config, precision, ""))
 
 
 def _hints(problem, pass_, precision, entries, name):
@@ -292,7 +292,7 @@ def measured_branches(
             continue
         try:
             config = cfg.from_json(record["config"], pass_)
-            plan = families.of(config.kernel).branch_plan(branches, pass_, config, precision, False)
+            plan = families.of(config.kernel).branch_plan(branches, pass_, config, precision, "")
         # of another version
         except (ValueError, NotImplementedError):
             continue

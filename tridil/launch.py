@@ -135,15 +135,15 @@ def plan(
     pass_: str,
     config: Config,
     precision: str = "ieee",
-    has_bias: bool = False,
+    epilogue: str = "",
 ) -> list[Launch]:
     """The launches of one pass, whose result has problem.layout. precision: "ieee" or "tf32"."""
     if problem.dtype == "bfloat16" and interpreted():
         precision = "upcast"
     family = families.of(config.kernel)
     if isinstance(problem, Branches):
-        return family.branch_plan(problem, pass_, config, precision, has_bias)
-    return family.plan(problem, pass_, config, precision, has_bias)
+        return family.branch_plan(problem, pass_, config, precision, epilogue)
+    return family.plan(problem, pass_, config, precision, epilogue)
 
 
 def _operand(layout: str, alignment: int) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -166,7 +166,7 @@ def _operand(layout: str, alignment: int) -> Callable[[torch.Tensor], torch.Tens
 def fprop(problem: Problem, x, w, bias, config: Config, precision: str = "ieee") -> torch.Tensor:
     """y (N, K, P, Q) of x (N, C, H, W), w (K, C/G, R, S) and bias (K,) or None, in problem.layout.
     Raises ValueError when config does not fit."""
-    return prepare(problem, "fprop", config, precision, bias is not None)(x, w, bias)
+    return prepare(problem, "fprop", config, precision, "" if bias is None else "bias")(x, w, bias)
 
 
 def dgrad(problem: Problem, dy, w, config: Config, precision: str = "ieee") -> torch.Tensor:
@@ -182,15 +182,15 @@ def wgrad(problem: Problem, dy, x, config: Config, precision: str = "ieee") -> t
 
 
 def prepare(
-    problem: Problem, pass_: str, config: Config, precision: str = "ieee", has_bias: bool = False
+    problem: Problem, pass_: str, config: Config, precision: str = "ieee", epilogue: str = ""
 ) -> Callable[..., torch.Tensor]:
     """run(a, b, bias=None), which allocates and launches one pass on the current device. Raises
     ValueError when config does not fit the target."""
-    return _prepare(problem, pass_, config, precision, has_bias, target())
+    return _prepare(problem, pass_, config, precision, epilogue, target())
 
 
 @lru_cache(maxsize=4096)
-def _prepare(problem, pass_, config, precision, has_bias, target):
+def _prepare(problem, pass_, config, precision, epilogue, target):
     reason = cfg.fits(config, problem, pass_, target)
     if reason:
         raise ValueError(f"config {config} does not fit {pass_} of {problem.key()}: {reason}")
@@ -199,7 +199,7 @@ def _prepare(problem, pass_, config, precision, has_bias, target):
         result_shape(problem, pass_),
         FORMATS[problem.layout],
     )
-    launches = [Ready(launch) for launch in plan(problem, pass_, config, precision, has_bias)]
+    launches = [Ready(launch) for launch in plan(problem, pass_, config, precision, epilogue)]
     covers, operand = family.covers(problem, pass_), _operand(*family.operand_format(problem))
     workspace = max((launch.workspace for launch in launches), default=0)
     partials = getattr(torch, accumulator(problem))
@@ -220,20 +220,20 @@ def _prepare(problem, pass_, config, precision, has_bias, target):
 
 
 def prepare_branches(
-    branches: Branches, pass_: str, config: Config, precision: str = "ieee", has_bias: bool = False
+    branches: Branches, pass_: str, config: Config, precision: str = "ieee", epilogue: str = ""
 ) -> Callable[..., torch.Tensor | list[torch.Tensor]]:
     """run(a, b, bias=None), one pass of all branches in one launch: y of x, filters and the bias of
     y; dx of dy and filters; a list of dw of dy and x. Raises ValueError when config does not fit."""
-    return _prepare_branches(branches, pass_, config, precision, has_bias, target())
+    return _prepare_branches(branches, pass_, config, precision, epilogue, target())
 
 
 @lru_cache(maxsize=1024)
-def _prepare_branches(branches, pass_, config, precision, has_bias, target):
+def _prepare_branches(branches, pass_, config, precision, epilogue, target):
     family, problem = families.of(config.kernel), branches.first
     reason = cfg.fits(config, branches, pass_, target)
     if reason:
         raise ValueError(f"config {config} does not fit {pass_} of {branches.key()}: {reason}")
-    launches = [Ready(launch) for launch in plan(branches, pass_, config, precision, has_bias)]
+    launches = [Ready(launch) for launch in plan(branches, pass_, config, precision, epilogue)]
     operand, memory_format = _operand(*family.operand_format(problem)), FORMATS[problem.layout]
     workspace = max((launch.workspace for launch in launches), default=0)
     partials = getattr(torch, accumulator(problem))

@@ -302,7 +302,8 @@ def run(pass_, a, b, bias, x_shape, w_shapes, geometry):
         from . import launch  # imports Triton
 
         precision = _precision(a)
-        prepared = launch.prepare_branches(branches, pass_, config, precision, bias is not None)
+        epilogue = "bias" if bias is not None else ""
+        prepared = launch.prepare_branches(branches, pass_, config, precision, epilogue)
         return prepared(a, b, bias)
 
 

@@ -150,7 +150,7 @@ def _prepare(pass_, has_bias, x_shape, w_shape, geometry, channels_last, auto, d
     )
     if config is None:
         return partial(aten, problem, pass_)
-    return _launch().prepare(problem, pass_, config, precision, has_bias)
+    return _launch().prepare(problem, pass_, config, precision, "bias" if has_bias else "")
 
 
 def is_all_aten(x, w, bias, geometry, channels_last) -> bool:

@@ -283,7 +283,7 @@ def _keep_branches(row: dict, precision: str) -> None:
     config, branches, pass_ = row["config"], row["branches"], row["pass"]
     if config is None:
         return
-    plan = families.of(config.kernel).branch_plan(branches, pass_, config, precision, False)
+    plan = families.of(config.kernel).branch_plan(branches, pass_, config, precision, "")
     times = {
         name: round(row[name], 6)
         for name in ("ms", "apart_ms", "kernels_ms", "aten_ms")

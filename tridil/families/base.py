@@ -251,10 +251,10 @@ class Family:
         raise NotImplementedError
 
     def plan(
-        self, problem: Problem, pass_: str, config: Config, precision: str, has_bias: bool
+        self, problem: Problem, pass_: str, config: Config, precision: str, epilogue: str
     ) -> list[Launch]:
         """The launches of one pass, whose result has problem.layout; precision: "ieee", "tf32" or
-        (interpreter) "upcast"."""
+        (interpreter) "upcast"; epilogue: its name in kernels/common.py, "" for none."""
         raise NotImplementedError
 
     # ---- several convolutions in one launch
@@ -281,7 +281,7 @@ class Family:
         raise NotImplementedError
 
     def branch_plan(
-        self, branches: Branches, pass_: str, config: Config, precision: str, has_bias: bool
+        self, branches: Branches, pass_: str, config: Config, precision: str, epilogue: str
     ) -> list[Launch]:
         """The launches of a pass of all branches. Roles: "a" is x, or dy; "b" is x in wgrad, else
         "b0", "b1", ... are the filters; "out" is the result, in wgrad "out0", "out1", ..."""

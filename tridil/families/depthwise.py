@@ -566,7 +566,7 @@ class Depthwise(Family):
 
     # ---- launches
     def plan(
-        self, p: Problem, pass_: str, config: Config, precision: str, has_bias: bool
+        self, p: Problem, pass_: str, config: Config, precision: str, epilogue: str
     ) -> list[Launch]:
         """x, dy and the result are all in p.layout."""
         mult, nhwc = p.k // p.c, p.layout == "nhwc"
@@ -658,7 +658,7 @@ class Depthwise(Family):
                 FILTER_R=p.r,
                 FILTER_S=p.s,
                 TRANSPOSED=pass_ == "dgrad",
-                HAS_BIAS=has_bias,
+                EPILOGUE=epilogue,
             )
             found.append(
                 launch(

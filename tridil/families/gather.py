@@ -358,14 +358,14 @@ class Gather(Gemm):
 
     # ---- launches
     def plan(
-        self, problem: Problem, pass_: str, config: Config, precision: str, has_bias: bool
+        self, problem: Problem, pass_: str, config: Config, precision: str, epilogue: str
     ) -> list[Launch]:
         if pass_ == "wgrad":
             return self._wgrad(problem, config, precision)
         return [
             item
             for h, w in problem.axes(pass_)
-            for item in self._correlation(problem, pass_, h, w, config, precision, has_bias)
+            for item in self._correlation(problem, pass_, h, w, config, precision, epilogue)
         ]
 
     def _constexprs(self, problem: Problem, config: Config, precision: str) -> dict:
@@ -386,12 +386,12 @@ class Gather(Gemm):
         w: Axis,
         config: Config,
         precision: str,
-        has_bias: bool,
+        epilogue: str,
     ) -> list[Launch]:
         """fprop, or one residue class of dgrad; axes h, w."""
         c, source = p.c // p.groups, (p.k if pass_ == "dgrad" else p.c) // p.groups
         scalars, constexprs, result, total, sums = correlation_result(
-            p, pass_, h, w, config, has_bias
+            p, pass_, h, w, config, epilogue
         )
         constexprs |= self._constexprs(p, config, precision)
         tensors = (
@@ -478,7 +478,7 @@ class Gather(Gemm):
         return super().unfit(config, branches, pass_, target)
 
     def branch_plan(
-        self, branches: Branches, pass_: str, config: Config, precision: str, has_bias: bool
+        self, branches: Branches, pass_: str, config: Config, precision: str, epilogue: str
     ) -> list[Launch]:
         p, order = branches.first, heaviest_first(branches, pass_)
         h, w = p.axes(pass_)[0]
@@ -527,7 +527,7 @@ class Gather(Gemm):
             MOST_R=max(problem.r for problem in branches.problems),
             MOST_S=max(problem.s for problem in branches.problems),
             TRANSPOSED=pass_ == "dgrad",
-            HAS_BIAS=has_bias,
+            EPILOGUE=epilogue,
             ALIGN=align,
             ALIGN_W=align_w,
             ALIGN_Y=align_y if p.layout == "nhwc" else 1,

@@ -918,7 +918,7 @@ def waves_of(programs, total, most, sms: int, fit, alone, latest=None):
 
 
 # ---- results of launches, whole or split
-def correlation_result(p: Problem, pass_: str, h: Axis, w: Axis, config: Config, has_bias: bool):
+def correlation_result(p: Problem, pass_: str, h: Axis, w: Axis, config: Config, epilogue: str):
     """(scalars, constexprs, role of the result, elements of partial sums, launches that sum them)
     of fprop or of one residue class of dgrad.
 
@@ -941,7 +941,7 @@ def correlation_result(p: Problem, pass_: str, h: Axis, w: Axis, config: Config,
         total = p.n * h.out * w.out * out * p.groups
         n_, k_, p_, q_ = strides((p.n, out * p.groups, h.out, w.out), "nhwc")
         written = dict(sy_n=n_, sy_p=p_, sy_q=q_, sy_k=k_, y0=0)
-        sums = [sum_splits(split, total, to, sizes, has_bias)]
+        sums = [sum_splits(split, total, to, sizes, epilogue)]
     scalars = dict(
         written, SPLIT_K=split, sy_split=total, N=p.n, P=h.out, Q=w.out, K=out, G=p.groups
     )
@@ -949,7 +949,7 @@ def correlation_result(p: Problem, pass_: str, h: Axis, w: Axis, config: Config,
     align_y = aligned(p, out) if split > 1 or p.layout == "nhwc" else 1
     constexprs = dict(
         TRANSPOSED=pass_ == "dgrad",
-        HAS_BIAS=has_bias and split == 1,
+        EPILOGUE=epilogue if split == 1 else "",
         IS_SPLIT=split > 1,
         ALIGN_Y=align_y,
     )
@@ -971,13 +971,13 @@ def wgrad_result(p: Problem, config: Config, partial: bool):
             total,
             dict(sy_n=s_k, sy_p=s_r, sy_q=s_s, sy_k=s_c, y0=0),
             dict(P=p.r, Q=p.s, K=c),
-            False,
+            "",
         )
     ]
     return scalars, (p.r * p.s * c, 1, p.s * c, c), "partials", split * total, sums
 
 
-def sum_splits(split: int, total: int, to: dict, sizes: dict, has_bias: bool) -> Launch:
+def sum_splits(split: int, total: int, to: dict, sizes: dict, epilogue: str) -> Launch:
     """The launch that adds partial results in a fixed order."""
     tensors = (("part_ptr", "partials", None), ("bias_ptr", "bias", None), ("y_ptr", "out", None))
     scalars = dict(total=total, SPLIT_K=split, **sizes, **to)
@@ -986,7 +986,7 @@ def sum_splits(split: int, total: int, to: dict, sizes: dict, has_bias: bool) ->
         -(-total // 256),
         tensors,
         scalars,
-        dict(HAS_BIAS=has_bias, BLOCK=256),
+        dict(EPILOGUE=epilogue, BLOCK=256),
         {},
     )
 

@@ -366,7 +366,7 @@ class HopperFamily(Gemm):
 
     # ---- launches
     def plan(
-        self, problem: Problem, pass_: str, config: Config, precision: str, has_bias: bool
+        self, problem: Problem, pass_: str, config: Config, precision: str, epilogue: str
     ) -> list[Launch]:
         if problem.dtype == "float32" and precision != "tf32":
             raise ValueError(
@@ -377,17 +377,17 @@ class HopperFamily(Gemm):
         return [
             item
             for h, w in problem.axes(pass_)
-            for item in self._correlation(problem, pass_, h, w, config, has_bias)
+            for item in self._correlation(problem, pass_, h, w, config, epilogue)
         ]
 
     def _correlation(
-        self, p: Problem, pass_: str, h: Axis, w: Axis, config: Config, has_bias: bool
+        self, p: Problem, pass_: str, h: Axis, w: Axis, config: Config, epilogue: str
     ) -> list[Launch]:
         """fprop, or one residue class of dgrad; axes h, w."""
         c, k = p.c // p.groups, p.k // p.groups
         source, out = (c, k) if pass_ == "fprop" else (k, c)
         tiles = self.programs(p, pass_, config, (h, w))
-        scalars, known, _, _, _ = correlation_result(p, pass_, h, w, config, has_bias)
+        scalars, known, _, _, _ = correlation_result(p, pass_, h, w, config, epilogue)
         scalars = {name: scalars[name] for name in scalars if name not in ("SPLIT_K", "sy_split")}
         walked = [
             int(axis.steps([side])[0]) for axis, side in ((h, config.BLOCK_P), (w, config.BLOCK_Q))
@@ -419,7 +419,7 @@ class HopperFamily(Gemm):
         )
         constexprs = dict(
             TRANSPOSED=pass_ == "dgrad",
-            HAS_BIAS=has_bias,
+            EPILOGUE=epilogue,
             TMA_STORE=store,
             ROWS_FIRST=p.layout != "nhwc",
             ALIGN_Y=known["ALIGN_Y"],
@@ -510,7 +510,7 @@ class HopperFamily(Gemm):
                 ("dw_ptr" if pass_ == "wgrad" else "y_ptr", "out", None),
             )
             sums += tuple(item for item in tensors if item[0] == "bias_ptr")
-            stores = ("TMA_STORE",) if pass_ == "wgrad" else ("HAS_BIAS", "ROWS_FIRST", "ALIGN_Y")
+            stores = ("TMA_STORE",) if pass_ == "wgrad" else ("EPILOGUE", "ROWS_FIRST", "ALIGN_Y")
             kept = {
                 key: value
                 for key, value in constexprs.items()
@@ -610,7 +610,7 @@ class HopperFamily(Gemm):
         return walks
 
     def branch_plan(
-        self, branches: Branches, pass_: str, config: Config, precision: str, has_bias: bool
+        self, branches: Branches, pass_: str, config: Config, precision: str, epilogue: str
     ) -> list[Launch]:
         if branches.first.dtype == "float32" and precision != "tf32":
             raise ValueError(
@@ -651,7 +651,7 @@ class HopperFamily(Gemm):
         constexprs |= dict(
             SUM=branches.adds(pass_),
             TRANSPOSED=pass_ == "dgrad",
-            HAS_BIAS=has_bias,
+            EPILOGUE=epilogue,
             TMA_STORE=store,
             ROWS_FIRST=p.layout != "nhwc",
             ALIGN_Y=aligned(p, *out, *begins) if p.layout == "nhwc" else 1,

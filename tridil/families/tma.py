@@ -251,14 +251,14 @@ class Tma(Gemm):
 
     # ---- launches
     def plan(
-        self, problem: Problem, pass_: str, config: Config, precision: str, has_bias: bool
+        self, problem: Problem, pass_: str, config: Config, precision: str, epilogue: str
     ) -> list[Launch]:
         if pass_ == "wgrad":
             return self._wgrad(problem, config, precision)
         return [
             item
             for h, w in problem.axes(pass_)
-            for item in self._correlation(problem, pass_, h, w, config, precision, has_bias)
+            for item in self._correlation(problem, pass_, h, w, config, precision, epilogue)
         ]
 
     def _correlation(
@@ -269,14 +269,14 @@ class Tma(Gemm):
         w: Axis,
         config: Config,
         precision: str,
-        has_bias: bool,
+        epilogue: str,
     ) -> list[Launch]:
         """fprop, or one residue class of dgrad; axes h, w."""
         c, k, split = p.c // p.groups, p.k // p.groups, config.SPLIT_K
         source, out = (c, k) if pass_ == "fprop" else (k, c)
         programs = self.programs(p, pass_, config, (h, w))
         scalars, constexprs, result, total, sums = correlation_result(
-            p, pass_, h, w, config, has_bias
+            p, pass_, h, w, config, epilogue
         )
         sizes, ends = (
             (split, p.n, h.out, w.out, out * p.groups),
@@ -350,7 +350,7 @@ class Tma(Gemm):
         return None
 
     def branch_plan(
-        self, branches: Branches, pass_: str, config: Config, precision: str, has_bias: bool
+        self, branches: Branches, pass_: str, config: Config, precision: str, epilogue: str
     ) -> list[Launch]:
         p, order = branches.first, heaviest_first(branches, pass_)
         h, w = p.axes(pass_)[0]
@@ -391,7 +391,7 @@ class Tma(Gemm):
         constexprs |= dict(
             SUM=branches.adds(pass_),
             TRANSPOSED=pass_ == "dgrad",
-            HAS_BIAS=has_bias,
+            EPILOGUE=epilogue,
             ALIGN_Y=aligned(p, *out, *begins) if p.layout == "nhwc" else 1,
             TMA_STORE=store,
             INT64=not store and branches.largest >= 2**31,

@@ -288,18 +288,38 @@ def below(x, limit, ALIGN: tl.constexpr):
     return x // ALIGN < limit // ALIGN
 
 
+# ---- epilogue: what happens to results in registers, by its name EPILOGUE: "" or "bias". Kernels in
+# Gluon have their own (kernels/hopper.py)
+@triton.jit
+def load_bias(bias_ptr, k, in_k, dtype: tl.constexpr, EPILOGUE: tl.constexpr):
+    """Of output channels k what the epilogue needs."""
+    if EPILOGUE == "bias":
+        return tl.load(bias_ptr + k, mask=in_k, other=0.0).to(dtype)
+    else:
+        return 0.0
+
+
+@triton.jit
+def epilogue(acc, bias, EPILOGUE: tl.constexpr):
+    """acc, finished."""
+    if EPILOGUE == "bias":
+        acc += bias
+    return acc
+
+
 @triton.jit
 def store_tile(
     y_ptr, bias_ptr, acc, g, img, p0, q0, n0, N, P, Q, K, sy_n, sy_p, sy_q, sy_k, y0,
     BLOCK_IMG: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr,
-    PIXELS: tl.constexpr, ALIGN_Y: tl.constexpr, HAS_BIAS: tl.constexpr, INT64: tl.constexpr,
+    PIXELS: tl.constexpr, ALIGN_Y: tl.constexpr, EPILOGUE: tl.constexpr, INT64: tl.constexpr,
 ):
-    """acc [pixels, BLOCK_N] (+ bias) -> y + y0, through y's own strides: NHWC, all but sy_k
+    """acc [pixels, BLOCK_N] and the epilogue -> y + y0, through y's own strides: NHWC, all but sy_k
     multiples of ALIGN_Y, or NCHW with ALIGN_Y = 1."""
     n = tl.arange(0, BLOCK_N)
     in_k = below(n0 + n, K, ALIGN_Y)
-    if HAS_BIAS:
-        acc += tl.load(bias_ptr + g * K + n0 + n, mask=in_k, other=0.0).to(acc.dtype)[None, :]
+    if EPILOGUE != "":
+        bias = load_bias(bias_ptr, g * K + n0 + n, in_k, acc.dtype, EPILOGUE)
+        acc = epilogue(acc, bias[None, :], EPILOGUE)
     i, p, q = box_pixels(BLOCK_P, BLOCK_Q, PIXELS)
     in_y = (i < tl.minimum(N - img, BLOCK_IMG)) & (p0 + p < P) & (q0 + q < Q)
     base = (
@@ -322,20 +342,20 @@ def store_tile(
 @triton.jit(do_not_specialize=RUNTIME, do_not_specialize_on_alignment=STEP_1)
 def sum_splits(
     part_ptr, bias_ptr, y_ptr, P, Q, K, total, sy_n, sy_p, sy_q, sy_k, y0, SPLIT_K,
-    HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr,
+    EPILOGUE: tl.constexpr, BLOCK: tl.constexpr,
 ):
     """y = sum of SPLIT_K partial results (N, P, Q, K), always in the same order, + bias. dw: its K,
     R, S, C are N, P, Q, K here."""
     sum_block(
         part_ptr, bias_ptr, y_ptr, tl.program_id(0), P, Q, K, total, sy_n, sy_p, sy_q, sy_k, y0,
-        SPLIT_K, HAS_BIAS, BLOCK
+        SPLIT_K, EPILOGUE, BLOCK
     )
 
 
 @triton.jit
 def sum_block(
     part_ptr, bias_ptr, y_ptr, block, P, Q, K, total, sy_n, sy_p, sy_q, sy_k, y0, SPLIT_K,
-    HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr,
+    EPILOGUE: tl.constexpr, BLOCK: tl.constexpr,
 ):
     """BLOCK elements of the sum."""
     j = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -350,8 +370,7 @@ def sum_block(
     q = j // K % Q
     p = j // K // Q % P
     n = j // K // Q // P
-    if HAS_BIAS:
-        acc += tl.load(bias_ptr + k, mask=in_y, other=0.0).to(acc.dtype)
+    acc = epilogue(acc, load_bias(bias_ptr, k, in_y, acc.dtype, EPILOGUE), EPILOGUE)
     tl.store(
         y_ptr + y0 + n * sy_n + p * sy_p + q * sy_q + k * sy_k,
         acc.to(y_ptr.dtype.element_ty),

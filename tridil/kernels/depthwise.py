@@ -19,7 +19,16 @@ masked off issue no address (no cp.async here), so none is clamped.
 import triton
 import triton.language as tl
 
-from .common import address, below, box_pixels, launch_metadata, live_outputs, live_taps
+from .common import (
+    address,
+    below,
+    box_pixels,
+    epilogue,
+    launch_metadata,
+    live_outputs,
+    live_taps,
+    load_bias,
+)
 
 
 @triton.jit
@@ -36,6 +45,54 @@ def anchors(size, grid, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def lane_box(
+    pid, P, Q, K, grid_h, grid_w, BLOCK_IMG: tl.constexpr, BLOCK_P: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, COLS: tl.constexpr,
+):
+    """(channel, anchor of the columns, row, image) where program pid's box of outputs begins."""
+    tiles_n = tl.cdiv(K, BLOCK_N)
+    tiles_q = tl.cdiv(anchors(Q, grid_w, COLS), BLOCK_Q)
+    tiles_p = anchors(P, grid_h, BLOCK_P)
+    n0 = pid % tiles_n * BLOCK_N
+    t = pid // tiles_n
+    a0 = t % tiles_q * BLOCK_Q
+    t = t // tiles_q
+    return n0, a0, grid_points(t % tiles_p, grid_h, BLOCK_P), t // tiles_p * BLOCK_IMG
+
+
+@triton.jit
+def tap_share(
+    pid, N, H, P, Q, K, R, stride_h, off_h, dil_h, grid_w, splits, BLOCK_IMG: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, COLS: tl.constexpr,
+    TAPS: tl.constexpr, ROWS: tl.constexpr, CHUNKS: tl.constexpr,
+):
+    """Of wgrad's program pid: (first channel, row and column of its taps, split; first row of dy
+    that they read, and the one after the last; its boxes of dy: how many, image, row and anchor of
+    the first)."""
+    tiles_n = tl.cdiv(K, BLOCK_N)
+    n0 = pid % tiles_n * BLOCK_N
+    t = pid // tiles_n
+    s0 = t % CHUNKS * TAPS
+    t = t // CHUNKS
+    row_groups = tl.cdiv(R, ROWS)
+    r0 = t % row_groups * ROWS
+    split = t // row_groups
+    # larger taps begin and end earlier
+    p_lo, _ = live_outputs(tl.minimum(r0 + ROWS, R) - 1, H, off_h, stride_h, dil_h, P)
+    _, p_hi = live_outputs(r0, H, off_h, stride_h, dil_h, P)
+    boxes_q = tl.cdiv(anchors(Q, grid_w, COLS), BLOCK_Q)
+    boxes_p = tl.cdiv(tl.maximum(p_hi - p_lo, 0), BLOCK_P)
+    boxes = tl.cdiv(N, BLOCK_IMG) * boxes_p * boxes_q
+    share = tl.cdiv(boxes, splits)
+    box = tl.minimum(split * share, boxes)
+    p0 = p_lo + box % tl.maximum(boxes_p, 1) * BLOCK_P
+    t = box // tl.maximum(boxes_p, 1)
+    img = t % tl.cdiv(N, BLOCK_IMG) * BLOCK_IMG
+    a0 = t // tl.cdiv(N, BLOCK_IMG) * BLOCK_Q
+    return n0, r0, s0, split, p_lo, p_hi, tl.minimum(share, boxes - box), img, p0, a0
+
+
+@triton.jit
 def live_columns(
     a0, grid, Q, W, off_w, stride_w, dil_w, BLOCK_Q: tl.constexpr, COLS: tl.constexpr,
     COUNT: tl.constexpr,
@@ -46,6 +103,21 @@ def live_columns(
     return live_taps(
         grid_points(a0, grid, COLS), grid_points(last, grid, COLS), W, off_w, stride_w, dil_w, COUNT
     )
+
+
+@triton.jit
+def load_columns(
+    x_ptr, x_lanes, row, channel0, x_w, v, dil_w, W, in_row, ALIGN: tl.constexpr,
+    COUNT: tl.constexpr,
+):
+    """COUNT columns of a source row, dil_w apart: of each lane from x_ptr + row * ALIGN + channel0 +
+    x_lanes on, zeros outside the image. v: where a lane's first one lies in the row."""
+    x = ()
+    for u in tl.static_range(COUNT):
+        in_x = in_row & ((v + u * dil_w).to(tl.uint32) < W)[:, None]
+        offset = (row + u * dil_w * x_w) * ALIGN + channel0
+        x = x + (tl.load(x_ptr + offset + x_lanes, mask=in_x, other=0.0),)
+    return x
 
 
 @triton.jit
@@ -60,6 +132,25 @@ def column_products(
         else:
             out = out + (acc[j],)
     return out
+
+
+@triton.jit
+def store_output(
+    y_ptr, value, y_lanes, y0, k0, p, q, column, in_y, in_k, sy_p, y_q, size_h, size_w, step_p,
+    step_q, ALIGN: tl.constexpr, FILL_H: tl.constexpr, FILL_W: tl.constexpr,
+):
+    """An output (p, q) of each lane -> y, `column` columns from y0 on; and the zeros around it
+    (FILL_H, FILL_W)."""
+    in_y = in_y[:, None] & in_k
+    value = value.to(y_ptr.dtype.element_ty)
+    for dh in tl.static_range(FILL_H):
+        for dw in tl.static_range(FILL_W):
+            y = y_ptr + (y0 + (column + dw) * y_q + dh * sy_p) * ALIGN + k0
+            if dh + dw == 0:
+                tl.store(y + y_lanes, value, mask=in_y)
+            else:
+                in_fill = (p * step_p + dh < size_h) & (q * step_q + dw < size_w)
+                tl.store(y + y_lanes, tl.zeros_like(value), mask=in_y & in_fill[:, None])
 
 
 @triton.jit
@@ -92,7 +183,7 @@ def correlate_depthwise(
     dil_w, grid_h, grid_w, tap_r, tap_s, step_r, sx_n, sx_h, sx_w, sx_k, sy_n, sy_p, sy_q, sy_k, y0,
     size_h, size_w, step_p, step_q, S: tl.constexpr, SHIFT: tl.constexpr, STEP_S: tl.constexpr,
     FILTER_R: tl.constexpr, FILTER_S: tl.constexpr, MULT: tl.constexpr, TRANSPOSED: tl.constexpr,
-    HAS_BIAS: tl.constexpr, CHANNELS_LAST: tl.constexpr, ALIGN: tl.constexpr, ACC: tl.constexpr,
+    EPILOGUE: tl.constexpr, CHANNELS_LAST: tl.constexpr, ALIGN: tl.constexpr, ACC: tl.constexpr,
     INT64: tl.constexpr, BLOCK_IMG: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr,
     BLOCK_N: tl.constexpr, PIXELS: tl.constexpr, COLS: tl.constexpr, TAPS: tl.constexpr,
     FILL_H: tl.constexpr, FILL_W: tl.constexpr,
@@ -107,16 +198,9 @@ def correlate_depthwise(
     COUNT: tl.constexpr = (COLS - 1) * SHIFT + TAPS  # columns that a lane loads
     CHUNKS: tl.constexpr = (S + TAPS - 1) // TAPS
     REP: tl.constexpr = MULT if TRANSPOSED else 1
-    pid = tl.program_id(0)
-    tiles_n = tl.cdiv(K, BLOCK_N)
-    tiles_q = tl.cdiv(anchors(Q, grid_w, COLS), BLOCK_Q)
-    tiles_p = anchors(P, grid_h, BLOCK_P)
-    n0 = pid % tiles_n * BLOCK_N
-    t = pid // tiles_n
-    a0 = t % tiles_q * BLOCK_Q
-    t = t // tiles_q
-    p0 = grid_points(t % tiles_p, grid_h, BLOCK_P)
-    img = t // tiles_p * BLOCK_IMG
+    n0, a0, p0, img = lane_box(
+        tl.program_id(0), P, Q, K, grid_h, grid_w, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_N, COLS
+    )
     # of scalar offsets
     x_h, x_w, y_q = sx_h.to(tl.int64), sx_w.to(tl.int64), sy_q.to(tl.int64)
     i, p, q = box_pixels(BLOCK_P, BLOCK_Q, PIXELS)
@@ -162,11 +246,7 @@ def correlate_depthwise(
         xo = x0 + r * dil_h * x_h + s0 * dil_w * x_w
         co = c0 + m * sx_k if MULT > 1 else c0
         wo = (tap_r + r * step_r) * FILTER_S + tap_s + s0 * STEP_S + m * (FILTER_R * FILTER_S)
-        x = ()
-        for u in tl.static_range(COUNT):
-            in_w = ((v + (s0 + u) * dil_w).to(tl.uint32) < W)[:, None]
-            offset = (xo + u * dil_w * x_w) * ALIGN + co
-            x = x + (tl.load(x_ptr + offset + x_lanes, mask=in_x & in_w, other=0.0),)
+        x = load_columns(x_ptr, x_lanes, xo, co, x_w, v + s0 * dil_w, dil_w, W, in_x, ALIGN, COUNT)
         w = ()
         for s in tl.static_range(TAPS):
             in_w = in_k if S % TAPS == 0 else in_k & (s0 + s < S)
@@ -177,36 +257,19 @@ def correlate_depthwise(
         for u in tl.static_range(COUNT):
             if (u >= first) & (u < first + count):
                 acc = column_products(acc, x[u].to(ACC), w, u, SHIFT, COLS, TAPS)
-    if HAS_BIAS:
-        bias = tl.load(
-            bias_ptr
-            + n0
-            + (tl.zeros((PIXELS,), tl.int32)[:, None] + tl.arange(0, BLOCK_N)[None, :]),
-            mask=in_k,
-            other=0.0,
-        ).to(ACC)
+    channels = n0 + (tl.zeros((PIXELS,), tl.int32)[:, None] + tl.arange(0, BLOCK_N)[None, :])
+    bias = load_bias(bias_ptr, channels, in_k, ACC, EPILOGUE)
     y_lanes = ((i * sy_n + p * step_p * sy_p + q * step_q * sy_q) * ALIGN)[:, None] + (n * sy_k)[
         None, :
     ]
     y0 += img.to(tl.int64) * sy_n + p0.to(tl.int64) * step_p * sy_p
     k0 = n0.to(tl.int64) * sy_k
     for j in tl.static_range(COLS):
-        value = (acc[j] + bias if HAS_BIAS else acc[j]).to(y_ptr.dtype.element_ty)
-        in_y = (in_lane & (q + j * grid_w < Q))[:, None] & in_k
-        for dh in tl.static_range(FILL_H):
-            for dw in tl.static_range(FILL_W):
-                y = y_ptr + (y0 + (j * grid_w * step_q + dw) * y_q + dh * sy_p) * ALIGN + k0
-                if dh + dw == 0:
-                    tl.store(y + y_lanes, value, mask=in_y)
-                else:
-                    in_fill = ((p0 + p) * step_p + dh < size_h) & (
-                        (q + j * grid_w) * step_q + dw < size_w
-                    )
-                    tl.store(
-                        y + y_lanes,
-                        tl.zeros((PIXELS, BLOCK_N), y_ptr.dtype.element_ty),
-                        mask=in_y & in_fill[:, None],
-                    )
+        store_output(
+            y_ptr, epilogue(acc[j], bias, EPILOGUE), y_lanes, y0, k0, p0 + p, q + j * grid_w,
+            j * grid_w * step_q, in_lane & (q + j * grid_w < Q), in_k, sy_p, y_q, size_h, size_w,
+            step_p, step_q, ALIGN, FILL_H, FILL_W
+        )
 
 
 @triton.jit(
@@ -228,27 +291,10 @@ def wgrad_depthwise(
     of dy."""
     COUNT: tl.constexpr = (COLS - 1) * SHIFT + TAPS
     CHUNKS: tl.constexpr = (S + TAPS - 1) // TAPS
-    pid = tl.program_id(0)
-    tiles_n = tl.cdiv(K, BLOCK_N)
-    n0 = pid % tiles_n * BLOCK_N
-    t = pid // tiles_n
-    s0 = t % CHUNKS * TAPS
-    t = t // CHUNKS
-    row_groups = tl.cdiv(R, ROWS)
-    r0 = t % row_groups * ROWS
-    split = t // row_groups
-    # rows of dy for which one of the ROWS taps reads the image: larger taps begin and end earlier
-    p_lo, _ = live_outputs(tl.minimum(r0 + ROWS, R) - 1, H, off_h, stride_h, dil_h, P)
-    _, p_hi = live_outputs(r0, H, off_h, stride_h, dil_h, P)
-    boxes_q = tl.cdiv(anchors(Q, grid_w, COLS), BLOCK_Q)
-    boxes_p = tl.cdiv(tl.maximum(p_hi - p_lo, 0), BLOCK_P)
-    boxes = tl.cdiv(N, BLOCK_IMG) * boxes_p * boxes_q
-    share = tl.cdiv(boxes, splits)
-    box = tl.minimum(split * share, boxes)
-    p0 = p_lo + box % tl.maximum(boxes_p, 1) * BLOCK_P
-    t = box // tl.maximum(boxes_p, 1)
-    img = t % tl.cdiv(N, BLOCK_IMG) * BLOCK_IMG
-    a0 = t // tl.cdiv(N, BLOCK_IMG) * BLOCK_Q
+    n0, r0, s0, split, p_lo, p_hi, count, img, p0, a0 = tap_share(
+        tl.program_id(0), N, H, P, Q, K, R, stride_h, off_h, dil_h, grid_w, splits, BLOCK_IMG,
+        BLOCK_P, BLOCK_Q, BLOCK_N, COLS, TAPS, ROWS, CHUNKS
+    )
     # of scalar offsets
     x_h, x_w, y_q = sx_h.to(tl.int64), sx_w.to(tl.int64), sy_q.to(tl.int64)
     i, bp, bq = box_pixels(BLOCK_P, BLOCK_Q, PIXELS)
@@ -266,7 +312,7 @@ def wgrad_depthwise(
     for _ in tl.static_range(ROWS * TAPS):
         acc = acc + (tl.zeros((PIXELS, BLOCK_N), ACC),)
     q = grid_points(a0 + bq, grid_w, COLS)
-    for _ in range(tl.minimum(share, boxes - box)):
+    for _ in range(count):
         in_lane = (i < tl.minimum(N - img, BLOCK_IMG)) & (bp < p_hi - p0) & (q < Q)
         h = (p0 + bp) * stride_h + off_h + r0 * dil_h
         v = q * stride_w + off_w + s0 * dil_w
@@ -294,12 +340,8 @@ def wgrad_depthwise(
             p_first, p_last = live_outputs(r0 + row, H, off_h, stride_h, dil_h, P)
             if (r0 + row < R) & (p0 < p_last) & (p0 + BLOCK_P > p_first):
                 in_row = (in_lane & ((h + row * dil_h).to(tl.uint32) < H))[:, None] & in_k
-                x = ()
                 x_row = xo + row * dil_h * x_h
-                for u in tl.static_range(COUNT):
-                    in_x = in_row & ((v + u * dil_w).to(tl.uint32) < W)[:, None]
-                    offset = (x_row + u * dil_w * x_w) * ALIGN + c0
-                    x = x + (tl.load(x_ptr + offset + x_lanes, mask=in_x, other=0.0),)
+                x = load_columns(x_ptr, x_lanes, x_row, c0, x_w, v, dil_w, W, in_row, ALIGN, COUNT)
                 for u in tl.static_range(COUNT):
                     if (u >= first) & (u < first + count):
                         acc = tap_products(acc, dy, x[u].to(ACC), row * TAPS, u, SHIFT, COLS, TAPS)

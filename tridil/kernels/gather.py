@@ -35,6 +35,59 @@ from .common import (
 
 
 @triton.jit
+def source_pixels(
+    i, p, q, H, W, channels, stride_h, stride_w, ALIGN: tl.constexpr, INT64: tl.constexpr
+):
+    """Offsets, from the first one's, of the pixels of the source that outputs (i, p, q) of a box
+    read; in multiples of ALIGN."""
+    if INT64:
+        i, p, q = i.to(tl.int64), p.to(tl.int64), q.to(tl.int64)
+    return tl.multiple_of(((i * H + p * stride_h) * W + q * stride_w) * channels, ALIGN)
+
+
+@triton.jit
+def taps_in_image(
+    in_y, h, v, H, W, dil_h, dil_w, S, MOST_R: tl.constexpr, MOST_S: tl.constexpr
+):
+    """Of each pixel a bit per tap, at r * S + s: whether it reads the image. h, v: where its first
+    tap reads; in_y: whether it is one of the result."""
+    bits = tl.zeros(h.shape, tl.int32)
+    for r in tl.static_range(MOST_R):
+        in_h = in_y & (h + r * dil_h >= 0) & (h + r * dil_h < H)
+        for s in tl.static_range(MOST_S):
+            in_w = (v + s * dil_w >= 0) & (v + s * dil_w < W) & (s < S)
+            bits |= (in_h & in_w).to(tl.int32) << (r * S + s)
+    return bits
+
+
+@triton.jit
+def filter_rows(
+    tap, g, n0, K, C, CW, FILTER_R, FILTER_S, TRANSPOSED: tl.constexpr, ALIGN: tl.constexpr,
+    ALIGN_W: tl.constexpr, EVEN_N: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):
+    """(offsets [BLOCK_K, BLOCK_N] of the weights of a step, offset of its first tap, what that gains
+    from block to block of channels, which of the BLOCK_N output channels there are).
+
+    Output channels beyond K are clamped where they are rows of w, masked where they are its
+    innermost axis.
+    """
+    kk = tl.arange(0, BLOCK_K)
+    n = tl.arange(0, BLOCK_N)
+    if TRANSPOSED:
+        rows = (kk * (FILTER_R * FILTER_S * CW))[:, None] + n[None, :]
+        step = BLOCK_K * FILTER_R * FILTER_S * CW
+        first = (g.to(tl.int64) * (C * FILTER_R * FILTER_S) + tap) * CW + n0
+    else:
+        if not EVEN_N:
+            n = tl.minimum(n, K - 1 - n0)
+        rows = tl.multiple_of(n * (FILTER_R * FILTER_S * CW), ALIGN)[None, :] + kk[:, None]
+        step = BLOCK_K
+        first = ((g * K + n0).to(tl.int64) * (FILTER_R * FILTER_S) + tap) * CW
+    in_n = below(n0 + n, CW if TRANSPOSED else K, ALIGN_W if TRANSPOSED else 1)[None, :]
+    return rows, first, step, in_n
+
+
+@triton.jit
 def accumulate(
     acc, x_ptr, w_ptr, zero, split, g, img, p0, q0, n0, N, H, W, P, Q, K, G, cg, x0, stride_h,
     stride_w, off_h, off_w, dil_h, dil_w, tap_r, tap_s, step_r, step_s, SPLIT_K, C, CW, R, S, FILTER_R,
@@ -61,21 +114,14 @@ def accumulate(
     h = (p0 + p) * stride_h + off_h
     v = (q0 + q) * stride_w + off_w
     if BITS:
-        bits = tl.zeros((PIXELS,), tl.int32)
-        for tap_h in tl.static_range(MOST_R):
-            in_h = in_y & (h + tap_h * dil_h >= 0) & (h + tap_h * dil_h < H)
-            for tap_w in tl.static_range(MOST_S):
-                in_w = (v + tap_w * dil_w >= 0) & (v + tap_w * dil_w < W) & (tap_w < S)
-                bits |= (in_h & in_w).to(tl.int32) << (tap_h * S + tap_w)
+        bits = taps_in_image(in_y, h, v, H, W, dil_h, dil_w, S, MOST_R, MOST_S)
         bits = (bits >> (r_lo * S + s_lo))[:, None]
     else:
         h = tl.where(in_y, h + r_lo * dil_h, -(1 << 30))
         v = v + s_lo * dil_w
     kk = tl.arange(0, BLOCK_K)
-    if INT64:
-        i, p, q = i.to(tl.int64), p.to(tl.int64), q.to(tl.int64)
-    pixel = address(tl.multiple_of(((i * H + p * stride_h) * W + q * stride_w) * cg, ALIGN), INT64)
-    x_rows = pixel[:, None] + address(kk, INT64)[None, :]
+    x_rows = address(source_pixels(i, p, q, H, W, cg, stride_h, stride_w, ALIGN, INT64), INT64)[:, None]
+    x_rows += address(kk, INT64)[None, :]
     pixel0 = (
         (img.to(tl.int64) * H + p0 * stride_h + off_h + (r_lo + r) * dil_h) * W
         + q0 * stride_w
@@ -83,23 +129,13 @@ def accumulate(
         + (s_lo + s) * dil_w
     )
     xo = pixel0 * cg + x0 + g * C + c * BLOCK_K
-    # weights: rows beyond K are clamped where they are rows of w, masked where they are its
-    # innermost axis
-    n = tl.arange(0, BLOCK_N)
     tap = (tap_r + (r_lo + r) * step_r) * FILTER_S + tap_s + (s_lo + s) * step_s
-    if TRANSPOSED:
-        w_rows = (kk * (FILTER_R * FILTER_S * CW))[:, None] + n[None, :]
-        w_step = BLOCK_K * FILTER_R * FILTER_S * CW
-        wo = (g.to(tl.int64) * (C * FILTER_R * FILTER_S) + tap) * CW + n0
-    else:
-        if not EVEN_N:
-            n = tl.minimum(n, K - 1 - n0)
-        w_rows = tl.multiple_of(n * (FILTER_R * FILTER_S * CW), ALIGN)[None, :] + kk[:, None]
-        w_step = BLOCK_K
-        wo = ((g * K + n0).to(tl.int64) * (FILTER_R * FILTER_S) + tap) * CW
+    w_rows, wo, w_step, in_n = filter_rows(
+        tap, g, n0, K, C, CW, FILTER_R, FILTER_S, TRANSPOSED, ALIGN, ALIGN_W, EVEN_N, BLOCK_N,
+        BLOCK_K
+    )
     if IS_SPLIT:
         wo += c.to(tl.int64) * w_step
-    in_n = below(n0 + n, CW if TRANSPOSED else K, ALIGN_W if TRANSPOSED else 1)[None, :]
     # what the scalar offsets gain at the end of a tap, and of a row of taps
     x_tap = dil_w * cg - CB * BLOCK_K
     x_row = (dil_h * W - (ns - 1) * dil_w).to(tl.int64) * cg - CB * BLOCK_K
@@ -129,6 +165,7 @@ def accumulate(
                 CLAMP
             )
         acc = dot(a, b, acc, PRECISION)
+        # the next block of channels, tap, row of taps
         c += BLOCK_K
         wrap = c == CB * BLOCK_K
         end = wrap & (u == ns)
@@ -155,7 +192,7 @@ def correlate(
     x_ptr, w_ptr, bias_ptr, y_ptr, N, H, W, P, Q, K, G, stride_h, stride_w, off_h, off_w, dil_h,
     dil_w, tap_r, tap_s, step_r, step_s, sy_split, sy_n, sy_p, sy_q, sy_k, y0, SPLIT_K,
     C: tl.constexpr, CW: tl.constexpr, R: tl.constexpr, S: tl.constexpr, FILTER_R: tl.constexpr,
-    FILTER_S: tl.constexpr, TRANSPOSED: tl.constexpr, HAS_BIAS: tl.constexpr, ALIGN: tl.constexpr,
+    FILTER_S: tl.constexpr, TRANSPOSED: tl.constexpr, EPILOGUE: tl.constexpr, ALIGN: tl.constexpr,
     ALIGN_W: tl.constexpr, ALIGN_Y: tl.constexpr, EVEN_N: tl.constexpr, PRECISION: tl.constexpr,
     ACC: tl.constexpr, INT64: tl.constexpr, CLAMP: tl.constexpr, BLOCK_IMG: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -176,7 +213,7 @@ def correlate(
         y_ptr += tl.multiple_of(split.to(tl.int64) * sy_split, ALIGN_Y)
     store_tile(
         y_ptr, bias_ptr, acc, g, img, p0, q0, n0, N, P, Q, K, sy_n, sy_p, sy_q, sy_k, y0, BLOCK_IMG,
-        BLOCK_P, BLOCK_Q, BLOCK_N, PIXELS, ALIGN_Y, HAS_BIAS, INT64
+        BLOCK_P, BLOCK_Q, BLOCK_N, PIXELS, ALIGN_Y, EPILOGUE, INT64
     )
 
 
@@ -189,7 +226,7 @@ def correlate_flat(
     x_ptr, w_ptr, bias_ptr, y_ptr, N, H, W, P, Q, K, G, stride_h, stride_w, off_h, off_w, dil_h,
     dil_w, tap_r, tap_s, step_r, step_s, sy_split, sy_n, sy_p, sy_q, sy_k, y0, SPLIT_K,
     C: tl.constexpr, CW: tl.constexpr, R: tl.constexpr, S: tl.constexpr, FILTER_R: tl.constexpr,
-    FILTER_S: tl.constexpr, TRANSPOSED: tl.constexpr, HAS_BIAS: tl.constexpr, ALIGN: tl.constexpr,
+    FILTER_S: tl.constexpr, TRANSPOSED: tl.constexpr, EPILOGUE: tl.constexpr, ALIGN: tl.constexpr,
     ALIGN_W: tl.constexpr, ALIGN_Y: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
     INT64: tl.constexpr, CLAMP: tl.constexpr, BLOCK_IMG: tl.constexpr, BLOCK_P: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, IS_SPLIT: tl.constexpr,
@@ -251,30 +288,24 @@ def correlate_flat(
         acc = dot(a, b, acc, PRECISION)
     store_tile(
         y_ptr, bias_ptr, acc, g, img, p0, q0, n0, N, P, Q, K, sy_n, sy_p, sy_q, sy_k, y0, BLOCK_IMG,
-        BLOCK_P, BLOCK_Q, BLOCK_N, PIXELS, ALIGN_Y, HAS_BIAS, INT64
+        BLOCK_P, BLOCK_Q, BLOCK_N, PIXELS, ALIGN_Y, EPILOGUE, INT64
     )
 
 
 @triton.jit
-def reduce(
-    pid, x_ptr, dy_ptr, dw_ptr, N, H, W, P, Q, K, G, cg, x0, kg, y0, stride_h, stride_w, off_h,
-    off_w, dil_h, dil_w, sw_split, sw_k, sw_r, sw_s, sw_c, SPLIT_K, C, R, S, FLAT: tl.constexpr,
-    ALIGN_C: tl.constexpr, ALIGN_K: tl.constexpr, ALIGN_W: tl.constexpr, PRECISION: tl.constexpr,
-    ACC: tl.constexpr, INT64: tl.constexpr, CLAMP: tl.constexpr, BLOCK_IMG: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BUNDLE: tl.constexpr, PIXELS: tl.constexpr,
-):
-    """Tile pid of dw[k, columns] over pixel boxes of the tap's live output rectangle.
+def gained(offset, row, at_row, image, at_image):
+    """offset, and what it gains at the end of a row of boxes and of the last one of an image."""
+    offset = tl.where(row, offset + at_row, offset)
+    return tl.where(image, offset + at_image, offset)
 
-    Columns are BLOCK_N channels of one tap, or (FLAT) BLOCK_N flattened (tap, channel) pairs, whose
-    live rectangles are united. Pixels of x and dy have cg and kg channels, read from x0 and y0 on.
-    Of BUNDLE groups that are multiplied as one the blocks on the diagonal are stored.
-    """
-    cols = R * S * C if FLAT else C
-    # axes of the tile: fewer than 16 output channels are columns of the product, of which 8 are
-    # enough
-    ROW: tl.constexpr = 1 if BLOCK_M < 16 else 0
-    COL: tl.constexpr = 1 - ROW
+
+@triton.jit
+def filter_tile(
+    pid, K, G, C, R, S, cols, FLAT: tl.constexpr, ALIGN_C: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """(split, group, first output channel, first column, columns, channel and tap (r, s) of each,
+    first and last r and s) of wgrad's tile pid. Columns: see `reduce`."""
     tiles_m = tl.cdiv(K, BLOCK_M)
     tiles_n = tl.cdiv(cols, BLOCK_N)
     k0 = pid % tiles_m * BLOCK_M
@@ -298,8 +329,55 @@ def reduce(
         s = t % S
         r_lo, r_hi, s_lo, s_hi = r, r, s, s
         t = t // (R * S)
-    g = t % G
-    split = t // G
+    return t // G, t % G, k0, n0, n, c, r, s, r_lo, r_hi, s_lo, s_hi
+
+
+@triton.jit
+def store_filters(
+    dw_ptr, acc, k0, c, r, s, K, C, sw_k, sw_r, sw_s, sw_c, in_dw, BUNDLE: tl.constexpr,
+    ALIGN_C: tl.constexpr, ALIGN_W: tl.constexpr, INT64: tl.constexpr, BLOCK_M: tl.constexpr,
+    ROW: tl.constexpr,
+):
+    """acc -> dw[k, columns], columns of channels c and taps (r, s). ROW: the axis of k."""
+    COL: tl.constexpr = 1 - ROW
+    kk = tl.arange(0, BLOCK_M)
+    rows = (kk.to(tl.int64) if INT64 else kk) * sw_k
+    if BUNDLE > 1:
+        group = (k0 + kk) // (K // BUNDLE)
+        rows -= group * (C // BUNDLE * sw_c)
+        in_dw = in_dw & (along(group, ROW) == along(c // (C // BUNDLE), COL))
+    rows = tl.multiple_of(rows, ALIGN_C)
+    columns = c * sw_c + tl.multiple_of(r * sw_r + s * sw_s, ALIGN_W)
+    tl.store(
+        dw_ptr + address(along(rows, ROW) + along(columns, COL), INT64),
+        acc.to(dw_ptr.dtype.element_ty),
+        mask=in_dw,
+    )
+
+
+@triton.jit
+def reduce(
+    pid, x_ptr, dy_ptr, dw_ptr, N, H, W, P, Q, K, G, cg, x0, kg, y0, stride_h, stride_w, off_h,
+    off_w, dil_h, dil_w, sw_split, sw_k, sw_r, sw_s, sw_c, SPLIT_K, C, R, S, FLAT: tl.constexpr,
+    ALIGN_C: tl.constexpr, ALIGN_K: tl.constexpr, ALIGN_W: tl.constexpr, PRECISION: tl.constexpr,
+    ACC: tl.constexpr, INT64: tl.constexpr, CLAMP: tl.constexpr, BLOCK_IMG: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BUNDLE: tl.constexpr, PIXELS: tl.constexpr,
+):
+    """Tile pid of dw[k, columns] over pixel boxes of the tap's live output rectangle.
+
+    Columns are BLOCK_N channels of one tap, or (FLAT) BLOCK_N flattened (tap, channel) pairs, whose
+    live rectangles are united. Pixels of x and dy have cg and kg channels, read from x0 and y0 on.
+    Of BUNDLE groups that are multiplied as one the blocks on the diagonal are stored.
+    """
+    cols = R * S * C if FLAT else C
+    # axes of the tile: fewer than 16 output channels are columns of the product, of which 8 are
+    # enough
+    ROW: tl.constexpr = 1 if BLOCK_M < 16 else 0
+    COL: tl.constexpr = 1 - ROW
+    split, g, k0, n0, n, c, r, s, r_lo, r_hi, s_lo, s_hi = filter_tile(
+        pid, K, G, C, R, S, cols, FLAT, ALIGN_C, BLOCK_M, BLOCK_N
+    )
     count, img, p, q, p_lo, p_hi, q_lo, q_hi = wgrad_boxes(
         split, r_lo, r_hi, s_lo, s_hi, N, H, W, P, Q, stride_h, stride_w, off_h, off_w, dil_h,
         dil_w, BLOCK_IMG, BLOCK_P, BLOCK_Q, SPLIT_K
@@ -310,10 +388,9 @@ def reduce(
     in_c = along(below(n, cols, ALIGN_C), COL)
     shift_h = r * dil_h + off_h
     shift_w = s * dil_w + off_w
-    bi, br, bs = (i.to(tl.int64), bp.to(tl.int64), bq.to(tl.int64)) if INT64 else (i, bp, bq)
-    dy_pixel = tl.multiple_of(((bi * P + br) * Q + bs) * kg, ALIGN_K)
+    dy_pixel = source_pixels(i, bp, bq, P, Q, kg, 1, 1, ALIGN_K, INT64)
     dy_offs = along(address(kk, INT64), ROW) + along(address(dy_pixel, INT64), COL)
-    x_pixel = tl.multiple_of(((bi * H + br * stride_h) * W + bs * stride_w) * cg, ALIGN_C)
+    x_pixel = source_pixels(i, bp, bq, H, W, cg, stride_h, stride_w, ALIGN_C, INT64)
     if FLAT:
         x_cols = tl.multiple_of((shift_h * W + shift_w).to(tl.int64) * cg, ALIGN_C) + c
         x_offs = along(x_pixel, ROW) + along(x_cols, COL)
@@ -354,34 +431,21 @@ def reduce(
         a = load_masked(dy_ptr, dyo.to(tl.int64) * ALIGN_K, dy_offs, in_dy, ROW, ALIGN_K, CLAMP)
         b = load_masked(x_ptr, xo.to(tl.int64) * ALIGN_C, x_offs, in_x, COL, ALIGN_C, CLAMP)
         acc = dot(b, a, acc, PRECISION) if ROW else dot(a, b, acc, PRECISION)
-        q += BLOCK_Q
-        xo += x_next
-        dyo += dy_next
-        wrap = q >= q_hi
-        q = tl.where(wrap, q_lo, q)
-        p = tl.where(wrap, p + BLOCK_P, p)
-        xo = tl.where(wrap, xo + x_row, xo)
-        dyo = tl.where(wrap, dyo + dy_row, dyo)
-        wrap = p >= p_hi
-        p = tl.where(wrap, p_lo, p)
-        img = tl.where(wrap, img + BLOCK_IMG, img)
-        xo = tl.where(wrap, xo + x_img, xo)
-        dyo = tl.where(wrap, dyo + dy_img, dyo)
+        # the next box, row of boxes, images
+        row = q + BLOCK_Q >= q_hi
+        q = tl.where(row, q_lo, q + BLOCK_Q)
+        p = tl.where(row, p + BLOCK_P, p)
+        image = p >= p_hi
+        p = tl.where(image, p_lo, p)
+        img = tl.where(image, img + BLOCK_IMG, img)
+        xo = gained(xo + x_next, row, x_row, image, x_img)
+        dyo = gained(dyo + dy_next, row, dy_row, image, dy_img)
     dw = dw_ptr + tl.multiple_of(
         split.to(tl.int64) * sw_split + (g * K + k0).to(tl.int64) * sw_k, ALIGN_C
     )
-    rows = (kk.to(tl.int64) if INT64 else kk) * sw_k
-    in_dw = in_k & in_c
-    if BUNDLE > 1:
-        group = (k0 + kk) // (K // BUNDLE)
-        rows -= group * (C // BUNDLE * sw_c)
-        in_dw = in_dw & (along(group, ROW) == along(c // (C // BUNDLE), COL))
-    rows = tl.multiple_of(rows, ALIGN_C)
-    columns = c * sw_c + tl.multiple_of(r * sw_r + s * sw_s, ALIGN_W)
-    tl.store(
-        dw + address(along(rows, ROW) + along(columns, COL), INT64),
-        acc.to(dw_ptr.dtype.element_ty),
-        mask=in_dw,
+    store_filters(
+        dw, acc, k0, c, r, s, K, C, sw_k, sw_r, sw_s, sw_c, in_k & in_c, BUNDLE, ALIGN_C, ALIGN_W,
+        INT64, BLOCK_M, ROW
     )
 
 
@@ -419,7 +483,7 @@ def correlate_branches(
     x_ptr, w_0, w_1, w_2, w_3, w_4, w_5, w_6, w_7, bias_ptr, y_ptr, N, H, W, P, Q, G, stride_h,
     stride_w, sy_n, sy_p, sy_q, sy_k, BRANCHES: tl.constexpr, COUNT: tl.constexpr,
     SUM: tl.constexpr, CHANNELS: tl.constexpr, MOST_R: tl.constexpr, MOST_S: tl.constexpr,
-    TRANSPOSED: tl.constexpr, HAS_BIAS: tl.constexpr, ALIGN: tl.constexpr, ALIGN_W: tl.constexpr,
+    TRANSPOSED: tl.constexpr, EPILOGUE: tl.constexpr, ALIGN: tl.constexpr, ALIGN_W: tl.constexpr,
     ALIGN_Y: tl.constexpr, EVEN_C: tl.constexpr, EVEN_N: tl.constexpr, PRECISION: tl.constexpr,
     ACC: tl.constexpr, INT64: tl.constexpr, CLAMP: tl.constexpr, BLOCK_IMG: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -466,7 +530,7 @@ def correlate_branches(
             zero = tl.minimum(N, zero)
     store_tile(
         y_ptr, bias_ptr + y0, acc, g, img, p0, q0, n0, N, P, Q, K, sy_n, sy_p, sy_q, sy_k,
-        y0 * sy_k, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_N, PIXELS, ALIGN_Y, HAS_BIAS, INT64
+        y0 * sy_k, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_N, PIXELS, ALIGN_Y, EPILOGUE, INT64
     )
 
 
@@ -535,5 +599,5 @@ def sum_branches(
     sum_block(
         part_ptr + part, None, dw_ptr, pid, R, S, C,
         (R * S * C).to(tl.int64) * field(branch, BRANCHES, 1) * G, R * S * C, S * C if CHANNELS_LAST else S,
-        C if CHANNELS_LAST else 1, 1 if CHANNELS_LAST else R * S, 0, SPLIT_K, False, BLOCK
+        C if CHANNELS_LAST else 1, 1 if CHANNELS_LAST else R * S, 0, SPLIT_K, "", BLOCK
     )

@@ -273,12 +273,22 @@ def halves(t):
 
 
 @gluon.jit
+def epilogue(t, bias_ptr, first, end, EPILOGUE: gl.constexpr):
+    """t [rows, output channels from `first` on], finished, as in common.py; below `end` there are
+    channels."""
+    if EPILOGUE == "bias":
+        k = first + gl.arange(0, t.shape[1], gl.SliceLayout(0, t.type.layout))
+        t += gl.load(bias_ptr + k, mask=k < end, other=0.0).to(gl.float32)[None, :]
+    return t
+
+
+@gluon.jit
 def store_parts(
     y, bias_ptr, bufs, t, i0, i1, i2, i3, sizes, strides, BOX_1: gl.constexpr, BOX_2: gl.constexpr,
-    HAS_BIAS: gl.constexpr, TMA_STORE: gl.constexpr, ROWS_FIRST: gl.constexpr,
+    EPILOGUE: gl.constexpr, TMA_STORE: gl.constexpr, ROWS_FIRST: gl.constexpr,
     ALIGN_Y: gl.constexpr, FIRST: gl.constexpr, SLOTS: gl.constexpr, SLOT: gl.constexpr,
 ):
-    """t [rows of a box with sides ..., BOX_1, BOX_2, columns] (+ bias) -> y at these coordinates,
+    """t [rows of a box with sides ..., BOX_1, BOX_2, columns] and the epilogue -> y at these coordinates,
     in parts, through SLOTS buffers from FIRST on: by descriptor, or through y's strides within
     `sizes`, where rows (ROWS_FIRST) or runs of ALIGN_Y columns are neighbours in memory."""
     COLUMNS: gl.constexpr = t.shape[1]
@@ -286,19 +296,17 @@ def store_parts(
     if COLUMNS > PART:
         left, right = halves(t)
         store_parts(
-            y, bias_ptr, bufs, left, i0, i1, i2, i3, sizes, strides, BOX_1, BOX_2, HAS_BIAS,
+            y, bias_ptr, bufs, left, i0, i1, i2, i3, sizes, strides, BOX_1, BOX_2, EPILOGUE,
             TMA_STORE, ROWS_FIRST, ALIGN_Y, FIRST, SLOTS, SLOT
         )
         store_parts(
             y, bias_ptr, bufs, right, i0, i1, i2, i3 + COLUMNS // 2, sizes, strides, BOX_1, BOX_2,
-            HAS_BIAS, TMA_STORE, ROWS_FIRST, ALIGN_Y, FIRST, SLOTS, SLOT + COLUMNS // (2 * PART)
+            EPILOGUE, TMA_STORE, ROWS_FIRST, ALIGN_Y, FIRST, SLOTS, SLOT + COLUMNS // (2 * PART)
         )
     else:
         n_0, n_1, n_2, n_3 = sizes
         s_0, s_1, s_2, s_3, y0 = strides
-        if HAS_BIAS:
-            n = i3 + gl.arange(0, PART, gl.SliceLayout(0, t.type.layout))
-            t += gl.load(bias_ptr + n, mask=n < n_3, other=0.0).to(gl.float32)[None, :]
+        t = epilogue(t, bias_ptr, i3, n_3, EPILOGUE)
         buf = bufs.index(FIRST + SLOT % SLOTS)
         if TMA_STORE:
             tma.store_wait(SLOTS - 1)
@@ -348,7 +356,7 @@ def store_partial(part_ptr, acc, slot, ROW: gl.constexpr, ROWS: gl.constexpr):
 @gluon.jit
 def consume(
     y, bias_ptr, part_ptr, strides, a_bufs, b_bufs, y_bufs, full, empty, order, geo,
-    WGRAD: gl.constexpr, TRANSPOSED: gl.constexpr, HAS_BIAS: gl.constexpr, TMA_STORE: gl.constexpr,
+    WGRAD: gl.constexpr, TRANSPOSED: gl.constexpr, EPILOGUE: gl.constexpr, TMA_STORE: gl.constexpr,
     ROWS_FIRST: gl.constexpr, ALIGN_Y: gl.constexpr, PINGPONG: gl.constexpr, STREAM: gl.constexpr,
     BLOCK_IMG: gl.constexpr, BLOCK_P: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr, ME: gl.constexpr,
@@ -415,7 +423,7 @@ def consume(
                 store_parts(
                     y, bias_ptr, y_bufs, acc, i0 + ROW // (BOX_1 * BOX_2),
                     i1 + ROW // BOX_2 % BOX_1, i2 + ROW % BOX_2, i3, sizes, strides, BOX_1, BOX_2,
-                    HAS_BIAS, TMA_STORE, ROWS_FIRST, ALIGN_Y, SLOTS * ME, SLOTS, 0
+                    EPILOGUE, TMA_STORE, ROWS_FIRST, ALIGN_Y, SLOTS * ME, SLOTS, 0
                 )
             elif STREAM:
                 store_partial(
@@ -517,7 +525,7 @@ def produce_tile(
 def correlate_hopper(
     x, w, bias_ptr, y, part_ptr, N, H, W, P, Q, C, K, G, R, S, FILTER_S, off_h, off_w, dil_h, dil_w,
     tap_r, tap_s, step_r, step_s, sum_h, sum_w, GROUP, sy_n, sy_p, sy_q, sy_k, y0,
-    TRANSPOSED: gl.constexpr, HAS_BIAS: gl.constexpr, TMA_STORE: gl.constexpr,
+    TRANSPOSED: gl.constexpr, EPILOGUE: gl.constexpr, TMA_STORE: gl.constexpr,
     ROWS_FIRST: gl.constexpr, ALIGN_Y: gl.constexpr, PINGPONG: gl.constexpr, STREAM: gl.constexpr,
     BLOCK_IMG: gl.constexpr, BLOCK_P: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_N: gl.constexpr,
     BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
@@ -539,7 +547,7 @@ def correlate_hopper(
                 consume,
                 (
                     y, bias_ptr, part_ptr, strides, a_bufs, b_bufs, y_bufs, full, empty, order, geo,
-                    False, TRANSPOSED, HAS_BIAS, TMA_STORE, ROWS_FIRST, ALIGN_Y, PINGPONG, STREAM,
+                    False, TRANSPOSED, EPILOGUE, TMA_STORE, ROWS_FIRST, ALIGN_Y, PINGPONG, STREAM,
                     BLOCK_IMG, BLOCK_P, BLOCK_Q, M, BLOCK_N, BLOCK_K, STAGES, 0
                 ),
             ),
@@ -547,7 +555,7 @@ def correlate_hopper(
                 consume,
                 (
                     y, bias_ptr, part_ptr, strides, a_bufs, b_bufs, y_bufs, full, empty, order, geo,
-                    False, TRANSPOSED, HAS_BIAS, TMA_STORE, ROWS_FIRST, ALIGN_Y, PINGPONG, STREAM,
+                    False, TRANSPOSED, EPILOGUE, TMA_STORE, ROWS_FIRST, ALIGN_Y, PINGPONG, STREAM,
                     BLOCK_IMG, BLOCK_P, BLOCK_Q, M, BLOCK_N, BLOCK_K, STAGES, 1
                 ),
             ),
@@ -763,7 +771,7 @@ def wgrad_hopper(
                 consume,
                 (
                     dw, part_ptr, part_ptr, strides, a_bufs, b_bufs, y_bufs, full, empty, order,
-                    geo, True, False, False, TMA_STORE, False, 1, PINGPONG, STREAM, BLOCK_IMG,
+                    geo, True, False, "", TMA_STORE, False, 1, PINGPONG, STREAM, BLOCK_IMG,
                     BLOCK_P, BLOCK_Q, BLOCK_M, BLOCK_N, 0, STAGES, 0
                 ),
             ),
@@ -771,7 +779,7 @@ def wgrad_hopper(
                 consume,
                 (
                     dw, part_ptr, part_ptr, strides, a_bufs, b_bufs, y_bufs, full, empty, order,
-                    geo, True, False, False, TMA_STORE, False, 1, PINGPONG, STREAM, BLOCK_IMG,
+                    geo, True, False, "", TMA_STORE, False, 1, PINGPONG, STREAM, BLOCK_IMG,
                     BLOCK_P, BLOCK_Q, BLOCK_M, BLOCK_N, 0, STAGES, 1
                 ),
             ),
@@ -808,7 +816,7 @@ def sum_parts(
 def add_correlate(
     part_ptr, bias_ptr, y_ptr, N, H, W, P, Q, C, K, G, R, S, FILTER_S, off_h, off_w, dil_h, dil_w,
     tap_r, tap_s, step_r, step_s, sum_h, sum_w, GROUP, sy_n, sy_p, sy_q, sy_k, y0, programs,
-    HAS_BIAS: tl.constexpr, ROWS_FIRST: tl.constexpr, ALIGN_Y: tl.constexpr,
+    EPILOGUE: tl.constexpr, ROWS_FIRST: tl.constexpr, ALIGN_Y: tl.constexpr,
     BLOCK_IMG: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr, ROWS: tl.constexpr,
 ):
@@ -842,7 +850,7 @@ def add_correlate(
             y_ptr, bias_ptr, acc, g, img + row // (BLOCK_P * BLOCK_Q),
             p0 + row // BLOCK_Q % BLOCK_P, q0 + row % BLOCK_Q, n0, N, P, Q, K, sy_n, sy_p, sy_q,
             sy_k if ROWS_FIRST else 1, y0, ROWS // SUM_P // SUM_Q, SUM_P, SUM_Q, BLOCK_N, ROWS,
-            ALIGN_Y, HAS_BIAS, False
+            ALIGN_Y, EPILOGUE, False
         )
 
 
@@ -993,7 +1001,7 @@ def multiply_in_turn(
 def consume_branches(
     y, bias_ptr, strides, a_bufs, b_bufs, y_bufs, full, empty, order, sizes,
     BRANCHES: gl.constexpr, COUNT: gl.constexpr, SUM: gl.constexpr, TRANSPOSED: gl.constexpr,
-    HAS_BIAS: gl.constexpr, TMA_STORE: gl.constexpr, ROWS_FIRST: gl.constexpr,
+    EPILOGUE: gl.constexpr, TMA_STORE: gl.constexpr, ROWS_FIRST: gl.constexpr,
     ALIGN_Y: gl.constexpr, PINGPONG: gl.constexpr, BLOCK_IMG: gl.constexpr, BLOCK_P: gl.constexpr,
     BLOCK_Q: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr,
     STAGES: gl.constexpr, ME: gl.constexpr,
@@ -1034,7 +1042,7 @@ def consume_branches(
             store_parts(
                 y, bias_ptr, y_bufs, acc, i0 + ROW // (BLOCK_P * BLOCK_Q),
                 i1 + ROW // BLOCK_Q % BLOCK_P, i2 + ROW % BLOCK_Q, i3, (N, P, Q, end), strides,
-                BLOCK_P, BLOCK_Q, HAS_BIAS, TMA_STORE, ROWS_FIRST, ALIGN_Y, SLOTS * ME, SLOTS, 0
+                BLOCK_P, BLOCK_Q, EPILOGUE, TMA_STORE, ROWS_FIRST, ALIGN_Y, SLOTS * ME, SLOTS, 0
             )
         else:  # the other consumer's stages
             last = stage + steps
@@ -1087,7 +1095,7 @@ def produce_branches(
 def correlate_hopper_branches(
     x, w_0, w_1, w_2, w_3, w_4, w_5, w_6, w_7, bias_ptr, y, N, H, W, P, Q, G, GROUP, sy_n, sy_p,
     sy_q, sy_k, BRANCHES: gl.constexpr, COUNT: gl.constexpr, SUM: gl.constexpr,
-    TRANSPOSED: gl.constexpr, HAS_BIAS: gl.constexpr, TMA_STORE: gl.constexpr,
+    TRANSPOSED: gl.constexpr, EPILOGUE: gl.constexpr, TMA_STORE: gl.constexpr,
     ROWS_FIRST: gl.constexpr, ALIGN_Y: gl.constexpr, PINGPONG: gl.constexpr,
     BLOCK_IMG: gl.constexpr, BLOCK_P: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_N: gl.constexpr,
     BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
@@ -1103,7 +1111,7 @@ def correlate_hopper_branches(
                 consume_branches,
                 (
                     y, bias_ptr, strides, a_bufs, b_bufs, y_bufs, full, empty, order, sizes,
-                    BRANCHES, COUNT, SUM, TRANSPOSED, HAS_BIAS, TMA_STORE, ROWS_FIRST, ALIGN_Y,
+                    BRANCHES, COUNT, SUM, TRANSPOSED, EPILOGUE, TMA_STORE, ROWS_FIRST, ALIGN_Y,
                     PINGPONG, BLOCK_IMG, BLOCK_P, BLOCK_Q, M, BLOCK_N, BLOCK_K, STAGES, 0
                 ),
             ),
@@ -1111,7 +1119,7 @@ def correlate_hopper_branches(
                 consume_branches,
                 (
                     y, bias_ptr, strides, a_bufs, b_bufs, y_bufs, full, empty, order, sizes,
-                    BRANCHES, COUNT, SUM, TRANSPOSED, HAS_BIAS, TMA_STORE, ROWS_FIRST, ALIGN_Y,
+                    BRANCHES, COUNT, SUM, TRANSPOSED, EPILOGUE, TMA_STORE, ROWS_FIRST, ALIGN_Y,
                     PINGPONG, BLOCK_IMG, BLOCK_P, BLOCK_Q, M, BLOCK_N, BLOCK_K, STAGES, 1
                 ),
             ),

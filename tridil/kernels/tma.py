@@ -17,11 +17,13 @@ from .common import (
     STEP_1,
     branches_metadata,
     dot,
+    epilogue,
     field,
     find_branch,
     find_filter,
     launch_metadata,
     live_taps,
+    load_bias,
     output_tile,
     split_steps,
     store_tile,
@@ -97,7 +99,7 @@ def accumulate(
 def correlate_tma(
     x, w, bias_ptr, y, N, H, W, P, Q, C, K, G, CW, R, S, FILTER_S, off_h, off_w, dil_h, dil_w,
     tap_r, tap_s, step_r, step_s, sy_split, sy_n, sy_p, sy_q, sy_k, y0, SPLIT_K,
-    TRANSPOSED: tl.constexpr, HAS_BIAS: tl.constexpr, ALIGN_Y: tl.constexpr,
+    TRANSPOSED: tl.constexpr, EPILOGUE: tl.constexpr, ALIGN_Y: tl.constexpr,
     TMA_STORE: tl.constexpr, INT64: tl.constexpr, PRECISION: tl.constexpr,
     WEIGHT_FIRST: tl.constexpr, WARP_SPECIALIZE: tl.constexpr, IS_SPLIT: tl.constexpr,
     RAGGED: tl.constexpr, BLOCK_IMG: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr,
@@ -116,7 +118,7 @@ def correlate_tma(
     )
     store(
         y, bias_ptr, acc, split, g, img, p0, q0, n0, N, P, Q, K, sy_split, sy_n, sy_p, sy_q, sy_k,
-        y0, 0, HAS_BIAS, ALIGN_Y, TMA_STORE, INT64, WEIGHT_FIRST, IS_SPLIT, BLOCK_IMG, BLOCK_P,
+        y0, 0, EPILOGUE, ALIGN_Y, TMA_STORE, INT64, WEIGHT_FIRST, IS_SPLIT, BLOCK_IMG, BLOCK_P,
         BLOCK_Q, BLOCK_N
     )
 
@@ -124,19 +126,20 @@ def correlate_tma(
 @triton.jit
 def store(
     y, bias_ptr, acc, split, g, img, p0, q0, n0, N, P, Q, K, sy_split, sy_n, sy_p, sy_q, sy_k, y0,
-    first, HAS_BIAS: tl.constexpr, ALIGN_Y: tl.constexpr, TMA_STORE: tl.constexpr,
+    first, EPILOGUE: tl.constexpr, ALIGN_Y: tl.constexpr, TMA_STORE: tl.constexpr,
     INT64: tl.constexpr, WEIGHT_FIRST: tl.constexpr, IS_SPLIT: tl.constexpr, BLOCK_IMG: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
-    """acc (+ bias) -> y, whose channels from `first` on are the result's, by descriptor or through
+    """acc and the epilogue -> y, whose channels from `first` on are the result's, by descriptor or through
     its strides."""
     PIXELS: tl.constexpr = BLOCK_IMG * BLOCK_P * BLOCK_Q
     if WEIGHT_FIRST:
         acc = acc.T
     if TMA_STORE:
-        if HAS_BIAS:
+        if EPILOGUE != "":
             n = n0 + tl.arange(0, BLOCK_N)
-            acc += tl.load(bias_ptr + first + g * K + n, mask=n < K, other=0.0).to(tl.float32)[None, :]
+            bias = load_bias(bias_ptr, first + g * K + n, n < K, tl.float32, EPILOGUE)
+            acc = epilogue(acc, bias[None, :], EPILOGUE)
         y.store(
             [split, img, p0, q0, first + g * K + n0],
             acc.to(y.dtype).reshape(1, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_N),
@@ -146,7 +149,7 @@ def store(
             y += tl.multiple_of(split.to(tl.int64) * sy_split, ALIGN_Y)
         store_tile(
             y, bias_ptr + first, acc, g, img, p0, q0, n0, N, P, Q, K, sy_n, sy_p, sy_q, sy_k,
-            y0 + first * sy_k, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_N, PIXELS, ALIGN_Y, HAS_BIAS,
+            y0 + first * sy_k, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_N, PIXELS, ALIGN_Y, EPILOGUE,
             INT64
         )
 
@@ -220,7 +223,7 @@ def reduce(
 def correlate_tma_branches(
     x, w_0, w_1, w_2, w_3, w_4, w_5, w_6, w_7, bias_ptr, y, N, H, W, P, Q, G, sy_n, sy_p, sy_q,
     sy_k, BRANCHES: tl.constexpr, COUNT: tl.constexpr, SUM: tl.constexpr, TRANSPOSED: tl.constexpr,
-    HAS_BIAS: tl.constexpr, ALIGN_Y: tl.constexpr, TMA_STORE: tl.constexpr, INT64: tl.constexpr,
+    EPILOGUE: tl.constexpr, ALIGN_Y: tl.constexpr, TMA_STORE: tl.constexpr, INT64: tl.constexpr,
     PRECISION: tl.constexpr, WEIGHT_FIRST: tl.constexpr, WARP_SPECIALIZE: tl.constexpr,
     RAGGED: tl.constexpr, BLOCK_IMG: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -255,7 +258,7 @@ def correlate_tma_branches(
                 )
     store(
         y, bias_ptr, acc, 0, g, img, p0, q0, n0, N, P, Q, K, 0, sy_n, sy_p, sy_q, sy_k, 0,
-        field(branch, BRANCHES, 5), HAS_BIAS, ALIGN_Y, TMA_STORE, INT64, WEIGHT_FIRST, False,
+        field(branch, BRANCHES, 5), EPILOGUE, ALIGN_Y, TMA_STORE, INT64, WEIGHT_FIRST, False,
         BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_N
     )
 
