@@ -38,7 +38,7 @@ def matmul(
             other=0.0,
         )
         acc = tl.dot(x, w, acc)
-    if EPILOGUE:
+    if EPILOGUE == "bias":
         acc += tl.load(bias_ptr + k, mask=k < K, other=0.0).to(tl.float32)[None, :]
     tl.store(
         y_ptr + m[:, None] * K + k[None, :],
