@@ -120,7 +120,7 @@ def test_default_kernels_of_real_layers(tmp_path, target):
             )
             continue
         tile = config.tile(config.from_json(row["config"], row["pass"]), row["pass"])
-        if row["kernel"].startswith("sum_") or min(tile[:2]) < 64:
+        if row["kernel"].startswith(("sum_", "add_")) or min(tile[:2]) < 64:
             continue
         assert row["mma"].startswith(MMA[target])
         loads = wide_loads(row)
@@ -136,8 +136,11 @@ def test_default_kernels_of_real_layers(tmp_path, target):
                 and 0 < row["bound"] <= 1
                 and row["limiter"] in ("tensor", "issue", "shared")
             )
-    if target in ("cuda:90", "cuda:100"):
-        assert {row["kernel"] for row in rows} >= {"correlate_tma", "wgrad_tma"}
+    kernels = {row["kernel"] for row in rows}
+    if target == "cuda:100":
+        assert kernels >= {"correlate_tma", "wgrad_tma"}
+    if target == "cuda:90":
+        assert kernels >= {"correlate_tma", "correlate_hopper", "wgrad_hopper"}
 
 
 @pytest.mark.slow
@@ -270,8 +273,9 @@ def test_narrow_groups_load_the_channels_of_a_pixel_at_once(target):
 @pytest.mark.slow
 @pytest.mark.parametrize("target", ["cuda:80", "cuda:90"])
 def test_instructions_of_direct_kernels(target):
-    """At most 3.0 instructions per multiply-accumulate for 3x3 and 2.5 for 7x7 filters in fp16;
-    operands arrive 16 bytes at a time, weights apart.
+    """At most 3.0 instructions per multiply-accumulate for 3x3 and 2.5 for 7x7 filters in fp16, in
+    wgrad 3.7 and 3.0 (several rows of taps take fewer, and longer: measured); operands arrive 16
+    bytes at a time, weights apart.
 
     Triton 3.6 passes the columns through shared memory, where the branch that skips dead ones
     begins.
@@ -284,7 +288,7 @@ def test_instructions_of_direct_kernels(target):
         7: Problem(128, 64, 56, 56, 64, 7, 7, padding=((9, 9), (9, 9)), dilation=(3, 3), groups=64),
     }
     for taps, rows in default_rows(layers, target).items():
-        for row, most in zip(rows, [{"3": 3.0, "7": 2.5}[taps]] * 2 + [{"3": 3.5, "7": 3.0}[taps]]):
+        for row, most in zip(rows, [{"3": 3.0, "7": 2.5}[taps]] * 2 + [{"3": 3.7, "7": 3.0}[taps]]):
             assert (
                 row["kernel"].endswith("_depthwise")
                 and row["spills"] == 0

@@ -524,7 +524,7 @@ class HopperFamily(Gemm):
                     sums,
                     scalars,
                     kept | {"ROWS": rows},
-                    {},
+                    {"maxnreg": 255},  # else ptxas spills for occupancy
                 )
             )
         return found
