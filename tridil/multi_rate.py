@@ -558,7 +558,9 @@ class MultiRateConv2d(nn.ModuleList):
                 )
             )
         super().__init__(layers)
-        self.shared_input, self.reduce, self.backend = shared_input, reduce, backend
+        self.shared_input: bool = shared_input
+        self.reduce: str = reduce
+        self.backend: str = backend
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         first: Any = self[0]

@@ -23,6 +23,7 @@ from . import (
     choice,
     clock,
     cost_model,
+    devices,
     drivers,
     families,
     functional,
@@ -46,8 +47,10 @@ class Gpu:
     """What measuring needs of hardware."""
 
     def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.target = drivers.target()
+        self.device: torch.device = device
+        self.target: str = drivers.target()
+        self.spec: devices.Device
+        self.name: str
         self.spec, self.name = choice.device_spec(self.target, device)
 
     def tensors(self, problem: Problem) -> tuple[torch.Tensor, ...]:
