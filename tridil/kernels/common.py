@@ -292,7 +292,8 @@ def below(x, limit, ALIGN: tl.constexpr):
 # Gluon have their own (kernels/hopper.py)
 @triton.jit
 def load_bias(bias_ptr, k, in_k, dtype: tl.constexpr, EPILOGUE: tl.constexpr):
-    """Of output channels k what the epilogue needs."""
+    """Of output channels k what the epilogue needs. What k has in common belongs to bias_ptr: a scalar
+    takes no registers of tiles."""
     if EPILOGUE == "bias":
         return tl.load(bias_ptr + k, mask=in_k, other=0.0).to(dtype)
     else:
@@ -318,7 +319,7 @@ def store_tile(
     n = tl.arange(0, BLOCK_N)
     in_k = below(n0 + n, K, ALIGN_Y)
     if EPILOGUE != "":
-        bias = load_bias(bias_ptr, g * K + n0 + n, in_k, acc.dtype, EPILOGUE)
+        bias = load_bias(bias_ptr + g * K + n0, n, in_k, acc.dtype, EPILOGUE)
         acc = epilogue(acc, bias[None, :], EPILOGUE)
     i, p, q = box_pixels(BLOCK_P, BLOCK_Q, PIXELS)
     in_y = (i < tl.minimum(N - img, BLOCK_IMG)) & (p0 + p < P) & (q0 + q < Q)

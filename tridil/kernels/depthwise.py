@@ -257,8 +257,8 @@ def correlate_depthwise(
         for u in tl.static_range(COUNT):
             if (u >= first) & (u < first + count):
                 acc = column_products(acc, x[u].to(ACC), w, u, SHIFT, COLS, TAPS)
-    channels = n0 + (tl.zeros((PIXELS,), tl.int32)[:, None] + tl.arange(0, BLOCK_N)[None, :])
-    bias = load_bias(bias_ptr, channels, in_k, ACC, EPILOGUE)
+    channels = tl.zeros((PIXELS,), tl.int32)[:, None] + tl.arange(0, BLOCK_N)[None, :]
+    bias = load_bias(bias_ptr + n0, channels, in_k, ACC, EPILOGUE)
     y_lanes = ((i * sy_n + p * step_p * sy_p + q * step_q * sy_q) * ALIGN)[:, None] + (n * sy_k)[
         None, :
     ]

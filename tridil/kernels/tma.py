@@ -138,7 +138,7 @@ def store(
     if TMA_STORE:
         if EPILOGUE != "":
             n = n0 + tl.arange(0, BLOCK_N)
-            bias = load_bias(bias_ptr, first + g * K + n, n < K, tl.float32, EPILOGUE)
+            bias = load_bias(bias_ptr + first + g * K, n, n < K, tl.float32, EPILOGUE)
             acc = epilogue(acc, bias[None, :], EPILOGUE)
         y.store(
             [split, img, p0, q0, first + g * K + n0],
