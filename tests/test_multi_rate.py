@@ -65,6 +65,17 @@ def any_branches(rng, dtype):
     return Branches(tuple(problems), shared, how)
 
 
+def unequal_filters():
+    """3x3, 3x1 and 1x3 taps: those of the smaller ones end where others' go on."""
+    return Branches(
+        tuple(
+            Problem(1, 16, 9, 9, 16, r, s, padding=((r // 2 * 2,) * 2, (s // 2 * 2,) * 2),
+                    dilation=(2 if r > 1 else 1, 2 if s > 1 else 1))
+            for r, s in ((3, 3), (3, 1), (1, 3))
+        )
+    )  # fmt: skip
+
+
 def tensors(branches, device="cpu"):
     """(x, filters, bias, dy), random, of order 1."""
     p, dtype = branches.first, getattr(torch, branches.first.dtype)
@@ -164,6 +175,7 @@ def check_kernels(branches, device, rng, most=2):
         aspp(c=16, k=16, shared_input=False, rates=(1, 3, 0)),
         aspp(c=16, k=16, shared_input=False, reduce="sum", rates=(1, 3)),
         aspp(dtype="float32", c=20, k=12, rates=(1,)),
+        unequal_filters(),
     ],
     ids=lambda b: f"{len(b.problems)} {b.first.dtype} {b.first.layout} {b.shared_input} {b.reduce}",
 )
