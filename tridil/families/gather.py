@@ -268,13 +268,11 @@ class Gather(Gemm):
         c, k = problem.c // problem.groups, problem.k // problem.groups
         taps = problem.r * problem.s if flat else 1
         mma, known = has_mma(problem, precision), search(problem, pass_)
-        boxes, fields = tiles(pass_, target, DTYPE_BYTES[problem.dtype], mma, c, k, taps, flat)
-        if not boxes:
+        found = tiles(pass_, target, DTYPE_BYTES[problem.dtype], mma, c, k, taps, flat)
+        kernel, registers = FLAT if flat else "gather", 255 if target.startswith("cuda") else None
+        whole = self.whole(problem, pass_, found, kernel=kernel, maxnreg=registers)
+        if whole is None:
             return []
-        fixed: dict[str, Any] = dict(
-            kernel=FLAT if flat else "gather", maxnreg=255 if target.startswith("cuda") else None
-        )
-        whole = Options(self.config_class(pass_), fixed, fields | known.sides_of(boxes))
         if pass_ == "wgrad":
             return [self.splits(whole, known, target)]
         # larger accumulators and a split would spill

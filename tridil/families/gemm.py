@@ -211,15 +211,12 @@ class Search:
     @cached_property
     def steps(self) -> list[np.ndarray]:
         """For h and w the steps of a walk in blocks of 0, 1, 2, ... outputs."""
-        by_size = "walks_out" if self.pass_ == "wgrad" else "walks"
         found = []
         for axes, side in zip(self.axes, self.sides[1:]):
             sizes, total = np.arange(min(side, 1024) + 1), np.zeros(min(side, 1024) + 1, np.int64)
             for axis in axes:
-                steps = getattr(axis, by_size)
-                total += (steps.sum(0) if self.pass_ == "wgrad" else steps[0])[
-                    np.minimum(sizes, steps.shape[1] - 1)
-                ]
+                steps = axis.walks_out.sum(0) if self.pass_ == "wgrad" else axis.walks[0]
+                total += steps[np.minimum(sizes, len(steps) - 1)]
             found.append(total)
         return found
 
@@ -329,6 +326,16 @@ class Gemm(Family):
     ) -> list[Options]:
         """Sensible configs, legal or not."""
         raise NotImplementedError
+
+    def whole(
+        self, problem: Problem, pass_: str, tiles: tuple[list, dict], **fixed: Any
+    ) -> Options | None:
+        """The configs of `tiles` (see `as_fields`), each with the best pixel box; None of none."""
+        boxes, c = tiles
+        if not boxes:
+            return None
+        sides = search(problem, pass_).sides_of(boxes)
+        return Options(self.config_class(pass_), fixed, c | sides)
 
     def adapt(self, options: Options, device: Device) -> Options:
         """The same for a device, which may have fewer SMs than the one that stands for its target."""

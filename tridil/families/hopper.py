@@ -28,7 +28,6 @@ from .gemm import (
     has_mma,
     heaviest_first,
     is_flat,
-    search,
     suits,
 )
 from .tma import box_of, nhwc_strides, no_descriptors, reads_others, source_box, stores_in_branch
@@ -256,10 +255,8 @@ class HopperFamily(Gemm):
             or no_descriptors(problem, pass_)
         ):
             return None
-        boxes, c = tiles(DTYPE_BYTES[problem.dtype], *channels(problem, pass_))
-        fixed: dict[str, Any] = dict(kernel="hopper", maxnreg=REGISTERS)
-        whole = Options(self.config_class(pass_), fixed, c)
-        return whole.but(**search(problem, pass_).sides_of(boxes)) if boxes else None
+        found = tiles(DTYPE_BYTES[problem.dtype], *channels(problem, pass_))
+        return self.whole(problem, pass_, found, kernel="hopper", maxnreg=REGISTERS)
 
     def why_not(self, problem: Problem, pass_: str, target: str, precision: str) -> str | None:
         if (
@@ -322,17 +319,18 @@ class HopperFamily(Gemm):
             if one["STREAM"]:
                 most, tiles = most / programs, tiles / programs + 1
             else:
-                most *= self.busiest(problem, pass_, one, axes, tiles)
-                programs, tiles = min(programs, tiles), -(-tiles // programs)
+                programs = min(programs, tiles)
+                share, tiles = self.busiest(problem, pass_, one, axes, tiles)
+                most *= share
             each = most + tiles * assumed.HOPPER_TILE[one["PINGPONG"]]
             found.append(-(-programs // device.sms) * each + assumed.PROGRAM)
         return np.array(found)
 
     def busiest(
         self, problem: Problem, pass_: str, c: dict, axes: tuple[Axis, Axis], tiles: int
-    ) -> float:
-        """Share of all steps of the program with the most, when programs take every PROGRAMS-th
-        tile; c: fields of a config."""
+    ) -> tuple[float, int]:
+        """(share of all steps, tiles) of the program with the most steps, when programs take every
+        PROGRAMS-th of `tiles`; c: fields of a config."""
         by_tap = pass_ == "wgrad"
         h, w = (
             steps_in_order(axis, c[side], by_tap)
@@ -341,13 +339,14 @@ class HopperFamily(Gemm):
         walked = (h[:, None] * w).ravel()
         total = max(int(walked.sum()) * (tiles // len(walked)), 1)
         if tiles <= c["PROGRAMS"]:
-            return walked.max() / total
+            return walked.max() / total, 1
         walked = (
             np.repeat(walked, tiles // len(walked))
             if by_tap
             else grouped(walked, problem, pass_, c)
         )
-        return np.bincount(np.arange(tiles) % c["PROGRAMS"], walked).max() / total
+        loads = np.bincount(np.arange(tiles) % c["PROGRAMS"], walked)
+        return loads.max() / total, -(-tiles // c["PROGRAMS"])
 
     def sums(self, problem: Problem, pass_: str, c: dict, tile) -> np.ndarray:
         m, n, _ = tile

@@ -186,17 +186,16 @@ class Tma(Gemm):
         ):
             return []
         version, sizes = triton_version(), channels(problem, pass_)
-        boxes, c = tiles(pass_, target, DTYPE_BYTES[problem.dtype], *sizes, version)
-        if not boxes:
+        found = tiles(pass_, target, DTYPE_BYTES[problem.dtype], *sizes, version)
+        whole = self.whole(problem, pass_, found, kernel="tma", maxnreg=None)
+        if whole is None:
             return []
-        fixed: dict[str, Any] = dict(kernel="tma", maxnreg=None)
-        whole, known = Options(self.config_class(pass_), fixed, c), search(problem, pass_)
-        found = self.splits(whole.but(**known.sides_of(boxes)), known, target)
+        options = self.splits(whole, search(problem, pass_), target)
         if pass_ == "wgrad" or architecture(target) // 10 != 10:
-            return [found]
+            return [options]
         # else the addresses of the store would spill
-        stored = stores_boxes(found.c, problem, pass_)
-        return [found.some((self._tiles(found.c, pass_)[0] <= 128) | stored)]
+        stored = stores_boxes(options.c, problem, pass_)
+        return [options.some((self._tiles(options.c, pass_)[0] <= 128) | stored)]
 
     def why_not(self, problem: Problem, pass_: str, target: str, precision: str) -> str | None:
         if is_flat(problem, pass_) or is_depthwise(problem) or not has_mma(problem, precision):
