@@ -253,6 +253,7 @@ def test_labels_are_geometries(tmp_path):
     row = frame["layer"] == "d8"
     for name, size in dict(h=60, w=30, k=256, r=3, s=3, stride=2).items():
         frame.loc[row, name] = size
+    frame.loc[row, "extra_mib"] += 300  # what needs most is drawn
     assert set(results.geometry(frame[row])) == {"n2 c64 60x30 k256 3x3 s2 d8"}
     assert set(results.geometry(frame[~row])) == {""}
     labels = [label.get_text() for label in plot.overview(frame, MACHINE).axes[0].get_yticklabels()]
