@@ -74,7 +74,7 @@ def test_five_steps_are_those_of_the_original(name, backend, device):
     assert len(report.joined) == 1 and "4 of 5 branches in one launch" in str(report)
     assert plain.state_dict().keys() == joined.state_dict().keys()
     # of heads alone, small: the interpreter runs them
-    shape = (2, 3, 16, 16) if name == "torchvision head" else (2, 3, 32, 32)
+    shape = (2, 3, 8, 8) if name == "torchvision head" else (2, 3, 32, 32)
     x = torch.randn(shape, device=device, dtype=torch.float64)
     optimizers = [torch.optim.SGD(model.parameters(), lr=0.05) for model in (plain, joined)]
     for _ in range(5):

@@ -110,10 +110,8 @@ def test_models_train_on_the_kernels(name, mode, device, seed, poisoned):
     )
 
 
-@pytest.mark.parametrize(
-    "memory_format",
-    [pytest.param(torch.contiguous_format, marks=pytest.mark.slow), torch.channels_last],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 def test_inductor_runs_the_kernels(memory_format, launches, device, seed):
     """Inductor chooses memory formats around operators that it does not know."""
     if device.type == "cpu" and not (shutil.which("g++") or shutil.which("clang++")):

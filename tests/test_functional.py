@@ -591,7 +591,9 @@ def test_gradients_of_unbatched_and_empty_inputs(shape, backend, device, seed):
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-3)
 
 
-@pytest.mark.parametrize("lower", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "lower", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)]
+)
 def test_autocast(lower, backend, device, seed):
     dtypes = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
     with torch.autocast(device.type, lower):
@@ -653,7 +655,12 @@ def test_autocast_casts_a_parameter_once(leaf, dim, backend, device, seed):
                 sum(y.float().sum() for y in ys).backward()
                 results.append((len(saved), count, shared.grad))
     assert results[0][:2] == results[1][:2] and results[0][0] == 1
-    torch.testing.assert_close(results[1][2], results[0][2], rtol=3e-2, atol=3e-1)
+    # five gradients and their sums are rounded, in both: of all products in absolute values
+    leaf_, rest = shared.detach().double().abs().requires_grad_(), 10 * other.double().abs()
+    args = (leaf_, rest) if leaf == "input" else (rest, leaf_)
+    plain(*args, None, 1, 2, 2).sum().backward()
+    most = 2 * 6 * torch.finfo(torch.bfloat16).eps / 2 * leaf_.grad
+    assert ((results[1][2] - results[0][2]).abs() <= most).all()
     with torch.no_grad():
         shared.data.add_(1)  # which no version tells
     with torch.autocast(device.type, torch.bfloat16):

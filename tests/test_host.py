@@ -372,7 +372,10 @@ print(json.dumps(out))
     }
 
 
-@pytest.mark.parametrize("target, most", [("cuda:80", 14), ("cuda:90", 14), ("cuda:100", 14)])
+@pytest.mark.parametrize(
+    "target, most",
+    [("cuda:90", 14), *(pytest.param(f"cuda:{n}", 14, marks=pytest.mark.slow) for n in (80, 100))],
+)
 def test_deeplab_shares_kernels(target, most):
     """Dilated layers of DeepLabV3-ResNet50, three passes each; the whole network takes fewer than
     one kernel per layer and pass."""

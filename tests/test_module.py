@@ -242,7 +242,9 @@ def check_against(plain, ours, x):
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("length", [1, 2, 12, 13])
+@pytest.mark.parametrize(
+    "length", [1, 13, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 12))]
+)
 @pytest.mark.parametrize(
     "stride, dilation, taps, groups",
     [(1, 1, 3, 1), (1, 4, 3, 1), (2, 3, 2, 2), (3, 2, 4, 1), (2, 5, 1, 4), (1, 30, 2, 1)],

@@ -10,6 +10,7 @@ from torch import nn
 
 import tridil
 from tridil import choice, verdict
+from tridil.__main__ import main
 from tridil.problem import PASSES, Problem
 
 PERF = str(Path(__file__).resolve().parents[1] / "perf")
@@ -167,7 +168,8 @@ def test_command_line(model, size):
         (["--model", "math:floor", "--input", "1,3,9,9"], "TypeError"),
     ],
 )
-def test_bad_command_lines(arguments, message):
-    done = command(*arguments, "--target", "cuda:80")
-    assert done.returncode == 2 and message in done.stderr, done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1 and not done.stdout
+def test_bad_command_lines(arguments, message, capsys):
+    status = main(["explain", *arguments, "--target", "cuda:80"])
+    out, err = capsys.readouterr()
+    assert status == 2 and message in err, err
+    assert len(err.strip().splitlines()) == 1 and not out

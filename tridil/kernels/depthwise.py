@@ -249,7 +249,9 @@ def correlate_depthwise(
         x = load_columns(x_ptr, x_lanes, xo, co, x_w, v + s0 * dil_w, dil_w, W, in_x, ALIGN, COUNT)
         w = ()
         for s in tl.static_range(TAPS):
-            in_w = in_k if S % TAPS == 0 else in_k & (s0 + s < S)
+            # not in_k & ...: a scalar's mask is no mask to the interpreter of Triton 3.9
+            some = K if S % TAPS == 0 else tl.where(s0 + s < S, K, 0)
+            in_w = below(n0 + tl.arange(0, BLOCK_N), some, ALIGN)[None, :]
             w = w + (tl.load(w_ptr + wo + s * STEP_S + w_lanes, mask=in_w, other=0.0).to(ACC),)
         first, count = live_columns(
             a0, grid_w, Q, W, off_w + s0 * dil_w, stride_w, dil_w, BLOCK_Q, COLS, COUNT
@@ -356,7 +358,7 @@ def wgrad_depthwise(
     out = part_ptr + split.to(tl.int64) * (R * S * K) + n0 + n
     for row in tl.static_range(ROWS):
         for s in tl.static_range(TAPS):
-            in_dw = (n0 + n < K) & (r0 + row < R) & (s0 + s < S)
+            in_dw = n0 + n < tl.where((r0 + row < R) & (s0 + s < S), K, 0)
             tl.store(
                 out + ((r0 + row) * S + s0 + s) * K, tl.sum(acc[row * TAPS + s], axis=0), mask=in_dw
             )
