@@ -125,7 +125,7 @@ class Pointwise(Family):
     def requested_bytes(self, problem, pass_, config):
         return problem.bytes
 
-    def operand_format(self, problem):
+    def operand_format(self, problem, tensor):
         return "nhwc", 1
 
     def plan(self, problem, pass_, config, precision, epilogue):

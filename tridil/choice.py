@@ -129,7 +129,9 @@ def code_of(problem: Problem, pass_: str, config: Config, precision: str) -> str
 
 def _hints(problem, pass_, precision, entries, name):
     """(what it is, record) of measurements that are not this one but near it, the nearest first."""
-    other_layout = replace(problem, layout="nchw" if problem.layout == "nhwc" else "nhwc")
+    other_layout = replace(
+        problem, layout="nchw" if problem.layout == "nhwc" else "nhwc", operands=""
+    )
     batches = sorted(
         (abs(n.bit_length() - problem.n.bit_length()), n)
         for n in {2**e for e in range(11)} | {3, 6, 12, 24}

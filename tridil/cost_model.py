@@ -7,6 +7,7 @@ perf/sweep.py --validate-model` compares predictions with the clock of a GPU.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import lru_cache
@@ -35,7 +36,7 @@ def predict(
     """Time of one pass, its launches one after another, copies of contiguous tensors included."""
     family = families.of(config.kernel)
     found = family.predict(problem, pass_, config, device, precision)
-    copied = _copied(problem, pass_, family, device)
+    copied = copies(problem, pass_, family, device)
     if not copied:
         return found
     limiter = COPIES if copied > found.seconds else found.limiter
@@ -45,29 +46,25 @@ def predict(
 COPIES = "copies to channels_last"
 
 
-def copies(problem: Problem, pass_: str, device: Device) -> float:
-    """Seconds of bringing both operands of a pass from NCHW to NHWC: each is read and written once.
-    The layout of a wgrad is that of w, and tells nothing of its operands: 0."""
-    if pass_ == "wgrad" or problem.is_empty:
+def copies(problem: Problem, pass_: str, family: Family, device: Device) -> float:
+    """Seconds of bringing the operands of a pass into the memory formats in which a family reads them:
+    each is read and written once."""
+    if problem.is_empty:
         return 0.0
     shapes = {"x": problem.x_shape, "w": problem.w_shape, "y": problem.y_shape}
-    moved = 2 * DTYPE_BYTES[problem.dtype] * sum(prod(shapes[role]) for role in ROLES[pass_][:2])
-    return moved / (device.dram * 1e9 * assumed.DRAM) + 2 * assumed.LAUNCH
-
-
-def _copied(problem: Problem, pass_: str, family: Family, device: Device) -> float:
-    """`copies`, where a family needs them."""
-    in_place = family.operand_format(problem)[0] == problem.layout
-    return 0.0 if in_place else copies(problem, pass_, device)
+    copied = [
+        prod(shapes[tensor])
+        for tensor in ROLES[pass_][:2]
+        if family.operand_format(problem, tensor)[0] != problem.operand_layout
+    ]
+    moved = 2 * DTYPE_BYTES[problem.dtype] * sum(copied)
+    return moved / (device.dram * 1e9 * assumed.DRAM) + len(copied) * assumed.LAUNCH
 
 
 def cudnn(problem: Problem, pass_: str, device: Device, precision: str = "tf32") -> float:
-    """Seconds that ATen is given (cudnn.py), its own copies of contiguous tensors included; of a
-    wgrad, whose layout is that of w, as of channels_last tensors."""
-    in_place = pass_ != "wgrad" or aten.kind(problem, pass_) == "depthwise"
-    return aten.seconds(
-        problem if in_place else replace(problem, layout="nhwc"), pass_, device, precision
-    )
+    """Seconds that ATen is given (cudnn.py), its own copies of contiguous tensors included."""
+    same = replace(problem, layout=problem.operand_layout, operands="")
+    return aten.seconds(same, pass_, device, precision)
 
 
 def _ranked(problem: Problem, pass_: str, device: Device, precision: str) -> Iterator[Config]:
@@ -76,7 +73,7 @@ def _ranked(problem: Problem, pass_: str, device: Device, precision: str) -> Ite
     found, none = [], True
     for family in families.FAMILIES:
         seconds, config = family.search(problem, pass_, device, precision)
-        seconds = seconds + _copied(problem, pass_, family, device)
+        seconds = seconds + copies(problem, pass_, family, device)
         found += [(value, config, i) for i, value in enumerate(seconds.tolist())]
     for _, config, i in sorted(found, key=itemgetter(0)):
         option = config(i)
@@ -94,16 +91,22 @@ def rank(problem: Problem, pass_: str, device: Device, precision: str = "tf32") 
 
 
 @lru_cache(maxsize=4096)
-def _best(problem: Problem, pass_: str, device: Device, precision: str) -> Config:
-    return next(_ranked(problem, pass_, device, precision))
+def _best(
+    problem: Problem, pass_: str, device: Device, precision: str, experimental: bool
+) -> Config:
+    return next(
+        config
+        for config in _ranked(problem, pass_, device, precision)
+        if families.of(config.kernel).experimental <= experimental
+    )
 
 
 def best(problem: Problem, pass_: str, device: Device | str, precision: str = "tf32") -> Config:
     """The config that runs where nothing was measured, on a device or on the one that stands for a
-    target such as "cuda:90"."""
-    return _best(
-        problem, pass_, devices.of_target(device) if isinstance(device, str) else device, precision
-    )
+    target such as "cuda:90": of an experimental family only with TRIDIL_EXPERIMENTAL=1."""
+    if isinstance(device, str):
+        device = devices.of_target(device)
+    return _best(problem, pass_, device, precision, os.environ.get("TRIDIL_EXPERIMENTAL") == "1")
 
 
 def best_of_branches(
@@ -130,7 +133,7 @@ def rank_of_branches(
 
 def _copies_of_branches(branches: Branches, pass_: str, family: Family, device: Device) -> float:
     problem = branches.first
-    if pass_ == "wgrad" or family.operand_format(problem)[0] == problem.layout:
+    if pass_ == "wgrad" or family.operand_format(problem, "x")[0] == problem.layout:
         return 0.0
     shapes = [branches.x_shape if pass_ == "fprop" else branches.y_shape, *branches.w_shapes]
     moved = 2 * DTYPE_BYTES[problem.dtype] * sum(map(prod, shapes))
@@ -144,13 +147,19 @@ def around_branches(branches: Branches, pass_: str, device: Device) -> float:
     return moved / (device.dram * 1e9 * assumed.DRAM) + (assumed.LAUNCH if moved else 0.0)
 
 
+def _caution(family: Family) -> str:
+    """What keeps an experimental family from running, in words."""
+    words = " (experimental: a measurement chooses it, or TRIDIL_EXPERIMENTAL=1)"
+    return words if family.experimental else ""
+
+
 def why(
     problem: Problem, pass_: str, config: Config, device: Device, precision: str = "tf32"
 ) -> str:
     """Why the config's kernel is the one of that pass, in words: what it is meant for, and what
     keeps the families before it in favour from running."""
     family = families.of(config.kernel)
-    reasons = [family.why(problem, pass_, config, device, precision)]
+    reasons = [family.why(problem, pass_, config, device, precision) + _caution(family)]
     for other in families.FAMILIES[families.FAMILIES.index(family) + 1 :]:
         legal = [
             option
@@ -159,10 +168,11 @@ def why(
         ]
         if legal:
             seconds = other.seconds(problem, pass_, legal, device, precision).min()
-            seconds += _copied(problem, pass_, other, device)
+            seconds += copies(problem, pass_, other, device)
             ratio = seconds / predict(problem, pass_, config, device, precision).seconds
             reasons.append(
                 f"kernel {other.kernels[0]} is predicted to take {ratio:.2f} times as long"
+                + _caution(other)
             )
         elif reason := other.why_not(problem, pass_, device.target, precision):
             reasons.append(reason)

@@ -19,6 +19,7 @@ ASSUMED = "cuda:90"  # the target of explain, sweep and aot where there is no dr
 VARIABLES = {
     "TRIDIL_BACKEND": 'what backend="auto" means: auto, triton or aten',
     "TRIDIL_CACHE": "the folder of the user's measurements",
+    "TRIDIL_EXPERIMENTAL": "1: kernels that no GPU has timed may run by prediction",
     "TRIDIL_TARGET": "the target that kernels and configs are for, like cuda:90",
     "TRIDIL_TUNE": "1: measure what was not measured when it is first used",
 }

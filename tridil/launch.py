@@ -19,7 +19,7 @@ from .branches import Branches
 from .drivers import FORMATS, interpreted, target
 from .families import Box, Config, Launch
 from .families.base import accumulator, result_shape
-from .problem import Problem
+from .problem import ROLES, Problem
 
 _interpreted = interpreted()  # decided when the kernels are imported
 
@@ -200,7 +200,10 @@ def _prepare(problem, pass_, config, precision, epilogue, target):
         FORMATS[problem.layout],
     )
     launches = [Ready(launch) for launch in plan(problem, pass_, config, precision, epilogue)]
-    covers, operand = family.covers(problem, pass_), _operand(*family.operand_format(problem))
+    covers = family.covers(problem, pass_)
+    operand_a, operand_b = (
+        _operand(*family.operand_format(problem, tensor)) for tensor in ROLES[pass_][:2]
+    )
     workspace = max((launch.workspace for launch in launches), default=0)
     partials = getattr(torch, accumulator(problem))
 
@@ -208,7 +211,7 @@ def _prepare(problem, pass_, config, precision, epilogue, target):
         out = torch.empty(shape, dtype=a.dtype, device=a.device, memory_format=memory_format)
         if not covers:
             out.zero_()
-        a, b = operand(a), operand(b)
+        a, b = operand_a(a), operand_b(b)
         tensors = {"a": a, "b": b, "bias": b if bias is None else bias.contiguous(), "out": out}
         if workspace:
             tensors["partials"] = torch.empty(workspace, dtype=partials, device=a.device)
@@ -234,7 +237,7 @@ def _prepare_branches(branches, pass_, config, precision, epilogue, target):
     if reason:
         raise ValueError(f"config {config} does not fit {pass_} of {branches.key()}: {reason}")
     launches = [Ready(launch) for launch in plan(branches, pass_, config, precision, epilogue)]
-    operand, memory_format = _operand(*family.operand_format(problem)), FORMATS[problem.layout]
+    operand, memory_format = _operand(*family.operand_format(problem, "x")), FORMATS[problem.layout]
     workspace = max((launch.workspace for launch in launches), default=0)
     partials = getattr(torch, accumulator(problem))
     shapes = (

@@ -76,14 +76,24 @@ def run(pass_, a, b, bias, x_shape, w_shape, geometry, channels_last, auto):
                 channels_last,
                 auto,
             ).squeeze(2)
-    prepared = _lookup(pass_, a, bias, x_shape, w_shape, geometry, channels_last, auto)
+    others = pass_ == "wgrad" and has_other_format(b, channels_last)
+    prepared = _lookup(pass_, a, bias, x_shape, w_shape, geometry, channels_last, others, auto)
     if a.is_cuda and a.device.index != torch.cuda.current_device():
         with torch.cuda.device(a.device):
             return prepared(a, b, bias)
     return prepared(a, b, bias)
 
 
-def _lookup(pass_, a, bias, x_shape, w_shape, geometry, channels_last, auto):
+def has_other_format(t, channels_last) -> bool:
+    """Whether a 4D tensor has not that memory format, but the other one."""
+    wanted, other = torch.contiguous_format, torch.channels_last
+    if channels_last:
+        wanted, other = other, wanted
+    return not t.is_contiguous(memory_format=wanted) and t.is_contiguous(memory_format=other)
+
+
+def _lookup(pass_, a, bias, x_shape, w_shape, geometry, channels_last, others, auto):
+    """others: whether the operands of wgrad have another format than its result."""
     dtype, device, cudnn = a.dtype, a.device, torch.backends.cudnn
     key = (
         pass_,
@@ -91,6 +101,7 @@ def _lookup(pass_, a, bias, x_shape, w_shape, geometry, channels_last, auto):
         w_shape,
         geometry,
         channels_last,
+        others,
         auto,
         bias is None,
         dtype,
@@ -110,6 +121,7 @@ def _lookup(pass_, a, bias, x_shape, w_shape, geometry, channels_last, auto):
                 w_shape,
                 geometry,
                 channels_last,
+                others,
                 auto,
                 dtype,
                 device,
@@ -120,7 +132,9 @@ def _lookup(pass_, a, bias, x_shape, w_shape, geometry, channels_last, auto):
     return run
 
 
-def _prepare(pass_, has_bias, x_shape, w_shape, geometry, channels_last, auto, dtype, device):
+def _prepare(
+    pass_, has_bias, x_shape, w_shape, geometry, channels_last, others, auto, dtype, device
+):
     stride, padding, dilation, groups = geometry
     problem = Problem(
         *x_shape,
@@ -132,6 +146,7 @@ def _prepare(pass_, has_bias, x_shape, w_shape, geometry, channels_last, auto, d
         groups,
         str(dtype).removeprefix("torch."),
         "nhwc" if channels_last else "nchw",
+        ("nchw" if channels_last else "nhwc") if others else "",
     )
     if problem.is_empty:
         return partial(
@@ -171,6 +186,7 @@ def is_all_aten(x, w, bias, geometry, channels_last) -> bool:
                 map_shape(w.shape),
                 geometry,
                 nhwc,
+                pass_ == "wgrad" and has_other_format(x if x.dim() == 4 else x.unsqueeze(2), nhwc),
                 True,
             ),
             "func",

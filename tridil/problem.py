@@ -160,7 +160,7 @@ class Problem:
     (w_lo, w_hi)).
 
     dtype is the name of the tensors' dtype; layout ("nchw" or "nhwc") is the memory format of the
-    result. Raises ValueError for every combination that has no output. 1-tap axes are normalised to
+    result, and of x and dy but where `operands` says another for wgrad. Raises ValueError for every combination that has no output. 1-tap axes are normalised to
     dilation 1.
     """
 
@@ -177,6 +177,7 @@ class Problem:
     groups: int = 1
     dtype: str = "float16"
     layout: str = "nhwc"
+    operands: str = ""
 
     def __post_init__(self) -> None:
         if min(self.stride) < 1:
@@ -226,6 +227,11 @@ class Problem:
     # hashes of strings differ between processes
     def __reduce__(self) -> tuple[type[Problem], tuple[Any, ...]]:
         return Problem, astuple(self)
+
+    @property
+    def operand_layout(self) -> str:
+        """The memory format of x and dy."""
+        return self.operands or self.layout
 
     # ---- shapes
     def out_size(self, axis: int) -> int:
@@ -407,9 +413,10 @@ class Problem:
             return f"{a}" if a == b else f"{a},{b}"
 
         pad = [pair(*p).replace(",", ":") for p in self.padding]
+        operands = f" of {self.operands}" if self.operands else ""
         return (
             f"n{self.n} c{self.c} h{self.h} w{self.w} k{self.k} {self.r}x{self.s} stride{pair(*self.stride)} pad{pair(*pad)} "
-            f"dil{pair(*self.dilation)} g{self.groups} {self.dtype} {self.layout}"
+            f"dil{pair(*self.dilation)} g{self.groups} {self.dtype} {self.layout}{operands}"
         )
 
     def shape(self) -> str:

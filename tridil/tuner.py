@@ -54,11 +54,10 @@ class Gpu:
         self.spec, self.name = choice.device_spec(self.target, device)
 
     def tensors(self, problem: Problem) -> tuple[torch.Tensor, ...]:
-        """(x, w, bias, dy) in the problem's memory format."""
-        return tuple(
-            t.contiguous(memory_format=FORMATS[problem.layout]) if t.dim() == 4 else t
-            for t in random_tensors(problem, self.device)
-        )
+        """(x, w, bias, dy) in the problem's memory formats."""
+        x, w, bias, dy = random_tensors(problem, self.device)
+        x, dy = (t.contiguous(memory_format=FORMATS[problem.operand_layout]) for t in (x, dy))
+        return x, w.contiguous(memory_format=FORMATS[problem.layout]), bias, dy
 
     def prepare(
         self, problem: Problem, pass_: str, config: Config | None, precision: str

@@ -3,10 +3,16 @@ kernels in kernels/, and a line in FAMILIES."""
 
 from __future__ import annotations
 
-from . import depthwise, gather, hopper, tma
+from . import contiguous, depthwise, gather, hopper, tma
 from .base import Box, Config, Family, Launch, Prediction
 
-FAMILIES: list[Family] = [depthwise.FAMILY, gather.FAMILY, tma.FAMILY, hopper.FAMILY]
+FAMILIES: list[Family] = [
+    depthwise.FAMILY,
+    gather.FAMILY,
+    tma.FAMILY,
+    contiguous.FAMILY,
+    hopper.FAMILY,
+]
 
 
 def of(kernel: str) -> Family:

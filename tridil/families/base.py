@@ -151,10 +151,12 @@ class Family:
     """One kind of kernel: which configs are legal and sensible, the work of each, its time, its
     launches, and why it runs.
 
-    kernels: its names in configs on disk and in reports.
+    kernels: its names in configs on disk and in reports. experimental: no GPU has timed it, so that
+    only a measurement, or TRIDIL_EXPERIMENTAL=1, makes it the default.
     """
 
     kernels: tuple[str, ...] = ()
+    experimental = False
 
     def config_class(self, pass_: str) -> type[Any]:
         """The class of a pass's configs."""
@@ -245,9 +247,9 @@ class Family:
         """Whether the launches write every element of the result; else it begins as zeros."""
         return pass_ != "dgrad" or problem.dgrad_covers
 
-    def operand_format(self, problem: Problem) -> tuple[str, int]:
-        """(memory format, alignment of the base in bytes) in which the launches read their
-        operands."""
+    def operand_format(self, problem: Problem, tensor: str) -> tuple[str, int]:
+        """(memory format, alignment of the base in bytes) in which the launches read an
+        operand: "x", "w" or "y" (dy)."""
         raise NotImplementedError
 
     def plan(

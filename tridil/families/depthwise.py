@@ -190,7 +190,7 @@ class Depthwise(Family):
     def config_class(self, pass_: str) -> type[Any]:
         return Reduction if pass_ == "wgrad" else Correlation
 
-    def operand_format(self, problem: Problem) -> tuple[str, int]:
+    def operand_format(self, problem: Problem, tensor: str) -> tuple[str, int]:
         # in the result's format neighbours read and write neighbours
         return problem.layout, 1
 

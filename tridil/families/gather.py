@@ -205,7 +205,7 @@ class Gather(Gemm):
     def flat(self, kernel: str) -> bool:
         return kernel == FLAT
 
-    def operand_format(self, problem: Problem) -> tuple[str, int]:
+    def operand_format(self, problem: Problem, tensor: str) -> tuple[str, int]:
         return "nhwc", 1
 
     # ---- legality

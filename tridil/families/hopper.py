@@ -129,7 +129,7 @@ class HopperFamily(Gemm):
     def config_class(self, pass_: str) -> type[Any]:
         return Reduction if pass_ == "wgrad" else Correlation
 
-    def operand_format(self, problem: Problem) -> tuple[str, int]:
+    def operand_format(self, problem: Problem, tensor: str) -> tuple[str, int]:
         return "nhwc", 16
 
     # ---- legality

@@ -120,13 +120,16 @@ def tiles(
 
 
 class Tma(Gemm):
+    """planes: whether fprop and dgrad read and write contiguous tensors (contiguous.py)."""
+
     kernels = ("tma",)
     joins = True
+    planes = False
 
     def config_class(self, pass_: str) -> type[Any]:
         return Reduction if pass_ == "wgrad" else Correlation
 
-    def operand_format(self, problem: Problem) -> tuple[str, int]:
+    def operand_format(self, problem: Problem, tensor: str) -> tuple[str, int]:
         return "nhwc", 16
 
     # ---- legality
@@ -271,21 +274,15 @@ class Tma(Gemm):
         epilogue: str,
     ) -> list[Launch]:
         """fprop, or one residue class of dgrad; axes h, w."""
-        c, k, split = p.c // p.groups, p.k // p.groups, config.SPLIT_K
+        c, k = p.c // p.groups, p.k // p.groups
         source, out = (c, k) if pass_ == "fprop" else (k, c)
         programs = self.programs(p, pass_, config, (h, w))
         scalars, constexprs, result, total, sums = correlation_result(
             p, pass_, h, w, config, epilogue
         )
-        sizes, ends = (
-            (split, p.n, h.out, w.out, out * p.groups),
-            [scalars[name] for name in ("sy_n", "sy_p", "sy_q")],
-        )
-        x, h, w = source_box(p.n, source * p.groups, h, w, config, config.BLOCK_K)
-        store = bool(stores_boxes(vars(config), p, pass_))
-        y = Box(
-            sizes, (prod(sizes[1:]), *ends, 1), (1, *box_of(config, config.BLOCK_N)), scalars["y0"]
-        )
+        store = self.planes or bool(stores_boxes(vars(config), p, pass_))
+        y = self.result_box(config, h, w, out * p.groups, scalars)
+        x, h, w = self.source_box(p.n, source * p.groups, h, w, config, config.BLOCK_K)
         ragged = pass_ == "fprop" and c % config.BLOCK_K != 0
         tensors = (
             ("x", "a", x),
@@ -299,6 +296,7 @@ class Tma(Gemm):
             TMA_STORE=store,
             INT64=not store and elements(p) >= 2**31,
             RAGGED=ragged,
+            PLANES=self.planes,
         )
         return [
             launch(
@@ -307,23 +305,38 @@ class Tma(Gemm):
             *sums,
         ]
 
+    def source_box(
+        self, n: int, size: int, h: Axis, w: Axis, config: Config, block: int
+    ) -> tuple[Box, Axis, Axis]:
+        """The descriptor of what taps read; see the function `source_box`."""
+        return source_box(n, size, h, w, config, block)
+
+    def dy_box(self, p: Problem, config: Config) -> Box:
+        """The descriptor of dy for wgrad."""
+        sizes = p.n, p.p, p.q, p.k
+        return Box(sizes, nhwc_strides(*sizes[1:]), box_of(config, config.BLOCK_M))
+
+    def result_box(self, config: Config, h: Axis, w: Axis, size: int, scalars: dict) -> Box:
+        """The descriptor of the result of fprop or dgrad, of `size` channels: through the strides that
+        the kernel is given, or of partial sums."""
+        sizes = config.SPLIT_K, scalars["N"], h.out, w.out, size
+        ends = [scalars[name] for name in ("sy_n", "sy_p", "sy_q")]
+        block = 1, *box_of(config, config.BLOCK_N)
+        return Box(sizes, (prod(sizes[1:]), *ends, 1), block, scalars["y0"])
+
     def _wgrad(self, p: Problem, config: Config, precision: str) -> list[Launch]:
         c, (h, w) = p.c // p.groups, p.fprop_axes
         programs = self.programs(p, "wgrad", config, (h, w))
         # the descriptor stores channels last
         partial = config.SPLIT_K > 1 or p.layout != "nhwc"
         scalars, _, result, total, sums = wgrad_result(p, config, partial)
-        x, h, w = source_box(p.n, p.c, h, w, config, config.BLOCK_N)
-        dy = Box(
-            (p.n, h.out, w.out, p.k),
-            nhwc_strides(h.out, w.out, p.k),
-            box_of(config, config.BLOCK_M),
-        )
+        x, h, w = self.source_box(p.n, p.c, h, w, config, config.BLOCK_N)
+        dy = self.dy_box(p, config)
         whole = prod(p.w_shape), p.r * p.s * c, c, 1
         dw = Box((config.SPLIT_K, p.k, p.r * p.s, c), whole, (1, config.BLOCK_M, 1, config.BLOCK_N))
         tensors = (("x", "b", x), ("dy", "a", dy), ("dw", result, dw))
         scalars |= dict(C=c, R=p.r, S=p.s, **steps(h, w))
-        constexprs = config.constexprs() | dict(PRECISION=precision)
+        constexprs = config.constexprs() | dict(PRECISION=precision, PLANES=self.planes)
         return [
             launch(
                 "tma:wgrad_tma", programs, tensors, scalars, constexprs, config.options(), total

@@ -3,7 +3,9 @@ and what lies outside the image arrives as zeros.
 
 x and dy are descriptors over NHWC with pixel boxes [BLOCK_IMG, BLOCK_P, BLOCK_Q, channels], y is
 one over (splits, N, P, Q, K), w one over (K, R*S*C), or (K, R*S, C) where the channels are RAGGED:
-the overhang of a channel block is zero in both operands, not the next tap. Axes have stride 1
+the overhang of a channel block is zero in both operands, not the next tap. PLANES: x and y are
+contiguous, descriptors over NCHW with boxes [1, channels, 1, BLOCK_Q], and pixels are the columns of
+the product. Axes have stride 1
 (`tridil.problem.Axis.subsampled` views strided ones as such). WEIGHT_FIRST makes the weight tile
 the first operand of the product: on sm_90 it then stays in shared memory, since it is a 2D box.
 WARP_SPECIALIZE (sm_100) gives loads and products warps of their own.
@@ -40,8 +42,8 @@ def accumulate(
     acc, x, w, split, g, img, p0, q0, n0, H, W, P, Q, C, K, CW, R, S, FILTER_S, off_h, off_w, dil_h,
     dil_w, tap_r, tap_s, step_r, step_s, x0, SPLIT_K, TRANSPOSED: tl.constexpr,
     PRECISION: tl.constexpr, WEIGHT_FIRST: tl.constexpr, WARP_SPECIALIZE: tl.constexpr,
-    IS_SPLIT: tl.constexpr, RAGGED: tl.constexpr, BLOCK_IMG: tl.constexpr, BLOCK_P: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    IS_SPLIT: tl.constexpr, RAGGED: tl.constexpr, PLANES: tl.constexpr, BLOCK_IMG: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):
     """`gather.accumulate` with coordinates in place of addresses: acc [pixels, BLOCK_N], or
     (WEIGHT_FIRST) [BLOCK_N, pixels], plus the products of its tile."""
@@ -71,7 +73,10 @@ def accumulate(
         col += c - c_lo
         tap_step -= (blocks - 1) * BLOCK_K
     for _ in tl.range(steps, warp_specialize=WARP_SPECIALIZE):
-        a = x.load([img, h, v, c]).reshape(PIXELS, BLOCK_K)
+        if PLANES:
+            a = x.load([img, c, h, v]).reshape(BLOCK_K, PIXELS).T
+        else:
+            a = x.load([img, h, v, c]).reshape(PIXELS, BLOCK_K)
         if TRANSPOSED:
             b = w.load([c - x0, col]).T
         elif RAGGED:
@@ -102,8 +107,8 @@ def correlate_tma(
     TRANSPOSED: tl.constexpr, EPILOGUE: tl.constexpr, ALIGN_Y: tl.constexpr,
     TMA_STORE: tl.constexpr, INT64: tl.constexpr, PRECISION: tl.constexpr,
     WEIGHT_FIRST: tl.constexpr, WARP_SPECIALIZE: tl.constexpr, IS_SPLIT: tl.constexpr,
-    RAGGED: tl.constexpr, BLOCK_IMG: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    RAGGED: tl.constexpr, PLANES: tl.constexpr, BLOCK_IMG: tl.constexpr, BLOCK_P: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):
     """A tile of the result; split z of SPLIT_K writes its own partial sum."""
     PIXELS: tl.constexpr = BLOCK_IMG * BLOCK_P * BLOCK_Q
@@ -114,13 +119,33 @@ def correlate_tma(
         tl.zeros((BLOCK_N, PIXELS) if WEIGHT_FIRST else (PIXELS, BLOCK_N), tl.float32), x, w, split,
         g, img, p0, q0, n0, H, W, P, Q, C, K, CW, R, S, FILTER_S, off_h, off_w, dil_h, dil_w, tap_r,
         tap_s, step_r, step_s, 0, SPLIT_K, TRANSPOSED, PRECISION, WEIGHT_FIRST, WARP_SPECIALIZE,
-        IS_SPLIT, RAGGED, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_N, BLOCK_K
+        IS_SPLIT, RAGGED, PLANES, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_N, BLOCK_K
     )
-    store(
-        y, bias_ptr, acc, split, g, img, p0, q0, n0, N, P, Q, K, sy_split, sy_n, sy_p, sy_q, sy_k,
-        y0, 0, EPILOGUE, ALIGN_Y, TMA_STORE, INT64, WEIGHT_FIRST, IS_SPLIT, BLOCK_IMG, BLOCK_P,
-        BLOCK_Q, BLOCK_N
-    )
+    if PLANES and not IS_SPLIT:
+        store_planes(
+            y, bias_ptr + g * K, acc if WEIGHT_FIRST else acc.T, img, p0, q0, n0, g * K, K, EPILOGUE,
+            BLOCK_Q, BLOCK_N
+        )
+    else:
+        store(
+            y, bias_ptr, acc, split, g, img, p0, q0, n0, N, P, Q, K, sy_split, sy_n, sy_p, sy_q,
+            sy_k, y0, 0, EPILOGUE, ALIGN_Y, TMA_STORE, INT64, WEIGHT_FIRST, IS_SPLIT, BLOCK_IMG,
+            BLOCK_P, BLOCK_Q, BLOCK_N
+        )
+
+
+@triton.jit
+def store_planes(
+    y, bias_ptr, acc, img, p0, q0, n0, first, K, EPILOGUE: tl.constexpr, BLOCK_Q: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """acc [BLOCK_N, BLOCK_Q] and the epilogue -> row p0 of the planes of y from channel first + n0 on."""
+    if EPILOGUE != "":
+        n = n0 + tl.arange(0, BLOCK_N)
+        acc = epilogue(
+            acc, load_bias(bias_ptr, n, n < K, tl.float32, EPILOGUE)[:, None], EPILOGUE
+        )
+    y.store([img, first + n0, p0, q0], acc.to(y.dtype).reshape(1, BLOCK_N, 1, BLOCK_Q))
 
 
 @triton.jit
@@ -161,13 +186,14 @@ def store(
 )
 def wgrad_tma(
     x, dy, dw, N, H, W, P, Q, C, K, G, R, S, off_h, off_w, dil_h, dil_w, SPLIT_K,
-    PRECISION: tl.constexpr, WARP_SPECIALIZE: tl.constexpr, BLOCK_IMG: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr, WARP_SPECIALIZE: tl.constexpr, PLANES: tl.constexpr,
+    BLOCK_IMG: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):
     """A tile of dw; split z of SPLIT_K writes its own partial sum."""
     acc, split, k0, tap, c0 = reduce(
         tl.program_id(0), x, dy, N, H, W, P, Q, C, K, G, R, S, off_h, off_w, dil_h, dil_w, 0, 0,
-        SPLIT_K, PRECISION, WARP_SPECIALIZE, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_M, BLOCK_N
+        SPLIT_K, PRECISION, WARP_SPECIALIZE, PLANES, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_M, BLOCK_N
     )
     dw.store([split, k0, tap, c0], acc.to(dw.dtype).reshape(1, BLOCK_M, 1, BLOCK_N))
 
@@ -175,11 +201,13 @@ def wgrad_tma(
 @triton.jit
 def reduce(
     pid, x, dy, N, H, W, P, Q, C, K, G, R, S, off_h, off_w, dil_h, dil_w, x0, y0, SPLIT_K,
-    PRECISION: tl.constexpr, WARP_SPECIALIZE: tl.constexpr, BLOCK_IMG: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr, WARP_SPECIALIZE: tl.constexpr, PLANES: tl.constexpr,
+    BLOCK_IMG: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):
     """`gather.reduce` with coordinates: (tile pid, its split, output channel, tap, channel). Where a
-    box reaches over the tap's live rectangle, dy or x lies outside its tensor and is zero."""
+    box reaches over the tap's live rectangle, dy or x lies outside its tensor and is zero. PLANES:
+    of sequences, dy being a descriptor over (N*K, Q)."""
     PIXELS: tl.constexpr = BLOCK_IMG * BLOCK_P * BLOCK_Q
     tiles_m = tl.cdiv(K, BLOCK_M)
     tiles_n = tl.cdiv(C, BLOCK_N)
@@ -201,9 +229,14 @@ def reduce(
     v = s * dil_w + off_w
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for _ in tl.range(count, warp_specialize=WARP_SPECIALIZE):
-        a = dy.load([img, p, q, y0 + g * K + k0]).reshape(PIXELS, BLOCK_M)
-        b = x.load([img, p + h, q + v, x0 + g * C + n0]).reshape(PIXELS, BLOCK_N)
-        acc = dot(a.T, b, acc, PRECISION)
+        if PLANES:
+            a = dy.load([(img * G + g) * K + k0, q])
+            b = x.load([img, g * C + n0, p + h, q + v]).reshape(BLOCK_N, PIXELS)
+            acc = dot(a, b.T, acc, PRECISION)
+        else:
+            a = dy.load([img, p, q, y0 + g * K + k0]).reshape(PIXELS, BLOCK_M)
+            b = x.load([img, p + h, q + v, x0 + g * C + n0]).reshape(PIXELS, BLOCK_N)
+            acc = dot(a.T, b, acc, PRECISION)
         q += BLOCK_Q
         wrap = q >= q_hi
         q = tl.where(wrap, q_lo, q)
@@ -281,7 +314,7 @@ def accumulate_branch(
         BRANCHES[10 * BRANCH + 6], BRANCHES[10 * BRANCH + 7], BRANCHES[10 * BRANCH + 8],
         BRANCHES[10 * BRANCH + 9], R - 1 if TRANSPOSED else 0, S - 1 if TRANSPOSED else 0, STEP,
         STEP, BRANCHES[10 * BRANCH + 4], 1, TRANSPOSED, PRECISION, WEIGHT_FIRST, WARP_SPECIALIZE,
-        False, RAGGED, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_N, BLOCK_K
+        False, RAGGED, False, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_N, BLOCK_K
     )
 
 
@@ -307,7 +340,7 @@ def wgrad_tma_branches(
         field(branch, BRANCHES, 2), field(branch, BRANCHES, 3), field(branch, BRANCHES, 6),
         field(branch, BRANCHES, 7), field(branch, BRANCHES, 8), field(branch, BRANCHES, 9),
         field(branch, BRANCHES, 4), field(branch, BRANCHES, 5), SPLIT_K, PRECISION, WARP_SPECIALIZE,
-        BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_M, BLOCK_N
+        False, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_M, BLOCK_N
     )
     part = acc.to(dw_0.dtype).reshape(1, BLOCK_M, 1, BLOCK_N)
     for b in tl.static_range(COUNT):
