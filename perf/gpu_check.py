@@ -1,7 +1,7 @@
 """Everything that needs a GPU, in one command of less than nine minutes: `python perf/gpu_check.py
 FOLDER`.
 
-Steps: what is there, the family hopper beside the other kernels, the kernel tests natively, the
+Steps: what is there, the families hopper and contiguous beside the other kernels, the kernel tests natively, the
 quick sweep against cuDNN, the cost model against the clock, parallel branches in one launch, tuning
 of the deeplab suite, a few launches under compute-sanitizer. Each has its share of the time and is
 stopped at its end; what one leaves over the next ones get. What a step has by then is kept: it is "partial". FOLDER receives at
@@ -30,7 +30,7 @@ sys.path.insert(0, str(ROOT))
 from tridil import drivers  # noqa: E402
 
 GRACE = 10  # seconds that an interrupted step has to report
-TESTS = 140  # seconds of the kernel tests
+TESTS = 125  # seconds of the kernel tests
 BROKEN = ("FAILED tridil", "BROKEN BUDGET tridil")
 # each tensor in an allocation of its own (PYTORCH_NO_CUDA_MEMORY_CACHING), else the tool sees
 # PyTorch's large ones only. What it may flag below sm_100 and is no fault: masked lanes of a
@@ -76,14 +76,22 @@ def lines_with(output: str, *words: str) -> str:
 
 
 def steps(work: Path) -> list[Step]:
-    python, sweep = sys.executable, str(ROOT / "perf" / "sweep.py")
+    python = sys.executable
+    sweep, family = (str(ROOT / "perf" / name) for name in ("sweep.py", "family.py"))
     found = [
         Step("machine", [python, "-m", "tridil", "info"], 20, ("cuda:0",)),
         Step(
             "hopper",
-            [python, str(ROOT / "perf" / "hopper.py"), "--seconds", "20"],
-            45,
+            [python, family, "hopper", "--seconds", "10"],
+            30,
             ("hopper",),
+            wrong="WRONG|FAILED|Traceback",
+        ),
+        Step(
+            "contiguous",
+            [python, family, "contiguous", *"--suite audio1d --layout nchw --seconds 15".split()],
+            40,
+            ("contiguous",),
             wrong="WRONG|FAILED|Traceback",
         ),
         Step(
@@ -154,7 +162,7 @@ def steps(work: Path) -> list[Step]:
             Step(
                 "sanitizer",
                 [tool, "--tool", "memcheck", "--error-exitcode", "1", python, "-c", SANITIZED],
-                50,
+                40,
                 ("ERROR SUMMARY",),
             )
         )

@@ -13,8 +13,8 @@ import torch
 pytest.importorskip("triton")
 
 import fake_gpu
+import family
 import gpu_check
-import hopper
 import results
 import sweep
 import test_gpu_check
@@ -131,12 +131,26 @@ def test_gpu_check_from_end_to_end(tmp_path, monkeypatch, capsys):
     assert (results.read(tmp_path / "out" / "results.csv")["clock"] == "graph").all()
 
 
+def test_contiguous_beside_the_default_kernels(capsys, monkeypatch):
+    """perf/family.py on contiguous tensors."""
+    monkeypatch.setattr(tuner, "Gpu", fake_gpu.EmulatedTunerGpu)
+    p = Problem(1, 64, 1, 64, 64, 1, 3, padding=((0, 0), (2, 2)), dilation=(1, 2), layout="nchw")
+    layer = workloads.Workload("net", "layer", 1, p, "made up")
+    monkeypatch.setattr(workloads, "suite", lambda name, layout: [layer])
+    assert family.main(["contiguous", "--layout", "nchw", "--seconds", "600"]) == 0
+    out = capsys.readouterr().out
+    if drivers.target() in ("cuda:90", "cuda:100"):
+        assert out.count("contiguous box ") >= 3 and "(geometric mean of 3 passes" in out
+    else:
+        assert out == f"no layer of quick for the family contiguous on {drivers.target()}\n"
+
+
 def test_hopper_beside_the_default_kernels(capsys, monkeypatch):
-    """perf/hopper.py, where the family can run."""
+    """perf/family.py, where the family can run."""
     monkeypatch.setattr(tuner, "Gpu", fake_gpu.EmulatedTunerGpu)
     layer = workloads.Workload("net", "layer", 1, replace(P, c=128, k=128), "made up")
-    monkeypatch.setattr(workloads, "suite", lambda name: [layer])
-    assert hopper.main(["--seconds", "600"]) == 0
+    monkeypatch.setattr(workloads, "suite", lambda name, layout: [layer])
+    assert family.main(["hopper", "--seconds", "600"]) == 0
     out = capsys.readouterr().out
     if drivers.target() == "cuda:90":
         assert (

@@ -57,6 +57,7 @@ def test_from_end_to_end(tmp_path, capsys):
     assert list(lines) == [
         "machine",
         "hopper",
+        "contiguous",
         "tests",
         "sweep",
         "validate",
@@ -268,6 +269,7 @@ def test_the_real_steps_are_commands_that_exist(tmp_path, monkeypatch):
     assert [s.name for s in steps] == [
         "machine",
         "hopper",
+        "contiguous",
         "tests",
         "sweep",
         "validate",

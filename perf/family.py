@@ -1,9 +1,9 @@
-"""The family hopper beside the best of the other kernels and cuDNN, where the model promises most:
-`python perf/hopper.py --seconds 25`.
+"""A kernel family beside the best of the other kernels and cuDNN, where the model promises most:
+`python perf/family.py hopper --seconds 25`.
 
 A line per pass of a layer: the times of ATen, of the best prediction of the other families, of the
-best predictions of hopper. A first look before anything is tuned, with a GPU of sm_90. Exit status
-1 when a result is wrong, 130 after Ctrl-C: what was measured by then is summed up.
+family's best predictions. A first look before anything is tuned, on a GPU that the family runs on.
+Exit status 1 when a result is wrong, 130 after Ctrl-C: what was measured by then is summed up.
 """
 
 from __future__ import annotations
@@ -18,25 +18,25 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch  # noqa: E402
 
-from tridil import config, cost_model, testing, tuner, workloads  # noqa: E402
+from tridil import config, cost_model, drivers, families, testing, tuner, workloads  # noqa: E402
 from tridil.problem import PASSES  # noqa: E402
 
 
-def jobs_of(suite: str, gpu: tuner.Gpu, top: int) -> list:
-    """[(layer, problem, pass, config of another family, configs of hopper)], the passes of a suite
-    where the predicted gain is largest first."""
+def jobs_of(family, layers: list, gpu: tuner.Gpu, top: int) -> list:
+    """[(layer, problem, pass, config of another family, configs of the family)], the passes where the
+    predicted gain is largest first."""
     found = []
-    for layer in workloads.suite(suite):
+    for layer in layers:
         for pass_ in PASSES:
             p = layer.problem
             everything = cost_model.rank(p, pass_, gpu.spec, "ieee")
             ranked, others = (
-                [cfg for cfg in everything if (cfg.kernel == "hopper") == mine]
+                [cfg for cfg in everything if (cfg.kernel in family.kernels) == mine]
                 for mine in (True, False)
             )
-            # of both kinds the best
+            # of both kinds of hopper the best
             kinds = [
-                next((cfg for cfg in ranked if cfg.STREAM == stream), None)
+                next((cfg for cfg in ranked if getattr(cfg, "STREAM", False) == stream), None)
                 for stream in (False, True)
             ]
             configs = list(dict.fromkeys([*filter(None, kinds), *ranked]))[:top]
@@ -54,7 +54,7 @@ def jobs_of(suite: str, gpu: tuner.Gpu, top: int) -> list:
 def measure(
     p, pass_: str, other, configs: list, gpu: tuner.Gpu, compiled
 ) -> tuple[str, float | None, bool]:
-    """(times in words, share of the other's time that the best of hopper takes or None, whether all
+    """(times in words, share of the other's time that the family's best takes or None, whether all
     results are right)."""
     x, w, _, dy = gpu.tensors(p)
     a, b = {"fprop": (x, w), "dgrad": (dy, w), "wgrad": (dy, x)}[pass_]
@@ -85,17 +85,20 @@ def measure(
 
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("kernel", choices=[f.kernels[0] for f in families.FAMILIES])
     parser.add_argument("--suite", default="quick", choices=workloads.SUITES)
+    parser.add_argument("--layout", default="nhwc", choices=list(drivers.FORMATS))
     parser.add_argument(
         "--seconds", type=float, default=25, help="begin no pass after this time (default: 25)"
     )
     parser.add_argument(
-        "--top", type=int, default=2, help="configs of hopper for each pass (default: 2)"
+        "--top", type=int, default=2, help="configs of the family for each pass (default: 2)"
     )
     args = parser.parse_args(argv)
     deadline = time.monotonic() + args.seconds
     gpu = tuner.Gpu(torch.device("cuda", torch.cuda.current_device()))
-    jobs = jobs_of(args.suite, gpu, args.top)
+    layers = workloads.suite(args.suite, layout=args.layout)
+    jobs = jobs_of(families.of(args.kernel), layers, gpu, args.top)
     shares, wrong, status = [], 0, 0
     try:
         with gpu.compiling(
@@ -118,11 +121,11 @@ def main(argv=None) -> int:
     mean = exp(sum(map(log, shares)) / len(shares)) if shares else float("nan")
     if jobs:
         print(
-            f"hopper takes {mean:.2f} of the other kernels' time (geometric mean of {len(shares)} passes of {len(jobs)}, measured), less in "
+            f"{args.kernel} takes {mean:.2f} of the other kernels' time (geometric mean of {len(shares)} passes of {len(jobs)}, measured), less in "
             f"{sum(share < 1 for share in shares)}; {wrong} wrong or failed"
         )
     else:
-        print(f"no layer of {args.suite} for the family hopper on {gpu.target}")
+        print(f"no layer of {args.suite} for the family {args.kernel} on {gpu.target}")
     return status or int(wrong > 0)
 
 
