@@ -72,8 +72,8 @@ def moved_bytes(problem: Problem, pass_: str, config: Config) -> tuple[int, int]
     """(bytes from and to memory, bytes that the programs load and store) of a pass without bias, in
     problem.layout.
 
-    The first counts operands and result once, zeros that are written first, partial sums written
-    and read: what stays where L2 serves every re-read. The second counts each element that a lane
+    The first counts operands and result once, operands that are copied into another memory format
+    twice more, zeros that are written first, partial sums written and read: what stays where L2 serves every re-read. The second counts each element that a lane
     loads or stores, re-reads in L1 and L2 included; exact for direct kernels, for tiles of matrix
     products an upper bound, since it counts masked elements.
     """
@@ -84,9 +84,9 @@ def moved_bytes(problem: Problem, pass_: str, config: Config) -> tuple[int, int]
     )
     sums = family.partial_bytes(problem, pass_, config)
     zeros = 0 if family.covers(problem, pass_) else nbytes * result
-    return problem.bytes + zeros + sums, zeros + sums + family.requested_bytes(
-        problem, pass_, config
-    )
+    copied = 2 * nbytes * sum(family.copies(problem, pass_))
+    requested = family.requested_bytes(problem, pass_, config)
+    return problem.bytes + copied + zeros + sums, copied + zeros + sums + requested
 
 
 def describe(config: Config) -> str:

@@ -20,7 +20,7 @@ from . import cudnn as aten
 from .branches import Branches
 from .devices import Device
 from .families import Config, Family, Prediction
-from .problem import DTYPE_BYTES, ROLES, Problem
+from .problem import DTYPE_BYTES, Problem
 
 
 def roof(problem: Problem, device: Device, precision: str = "tf32") -> float:
@@ -49,14 +49,7 @@ COPIES = "copies to channels_last"
 def copies(problem: Problem, pass_: str, family: Family, device: Device) -> float:
     """Seconds of bringing the operands of a pass into the memory formats in which a family reads them:
     each is read and written once."""
-    if problem.is_empty:
-        return 0.0
-    shapes = {"x": problem.x_shape, "w": problem.w_shape, "y": problem.y_shape}
-    copied = [
-        prod(shapes[tensor])
-        for tensor in ROLES[pass_][:2]
-        if family.operand_format(problem, tensor)[0] != problem.operand_layout
-    ]
+    copied = [] if problem.is_empty else family.copies(problem, pass_)
     moved = 2 * DTYPE_BYTES[problem.dtype] * sum(copied)
     return moved / (device.dram * 1e9 * assumed.DRAM) + len(copied) * assumed.LAUNCH
 

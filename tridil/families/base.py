@@ -18,7 +18,7 @@ import numpy as np
 
 from ..branches import Branches
 from ..devices import Device
-from ..problem import DTYPE_BYTES, Axis, Problem
+from ..problem import DTYPE_BYTES, ROLES, Axis, Problem
 
 UNITS = {
     "tensor": "tensor cores",
@@ -251,6 +251,15 @@ class Family:
         """(memory format, alignment of the base in bytes) in which the launches read an
         operand: "x", "w" or "y" (dy)."""
         raise NotImplementedError
+
+    def copies(self, problem: Problem, pass_: str) -> list[int]:
+        """Elements of each operand that is copied into the format in which the launches read it."""
+        shapes = {"x": problem.x_shape, "w": problem.w_shape, "y": problem.y_shape}
+        return [
+            prod(shapes[tensor])
+            for tensor in ROLES[pass_][:2]
+            if self.operand_format(problem, tensor)[0] != problem.operand_layout
+        ]
 
     def plan(
         self, problem: Problem, pass_: str, config: Config, precision: str, epilogue: str
