@@ -66,6 +66,8 @@ def _ranked(problem: Problem, pass_: str, device: Device, precision: str) -> Ite
     found, none = [], True
     for family in families.FAMILIES:
         seconds, config = family.search(problem, pass_, device, precision)
+        if not len(seconds):
+            continue
         seconds = seconds + copies(problem, pass_, family, device)
         found += [(value, config, i) for i, value in enumerate(seconds.tolist())]
     for _, config, i in sorted(found, key=itemgetter(0)):

@@ -52,8 +52,9 @@ class Contiguous(Tma):
     def tile_options(
         self, problem: Problem, pass_: str, target: str, precision: str
     ) -> list[Options]:
-        is_meant = architecture(target) // 10 in (9, 10) and has_mma(problem, precision)
-        if not is_meant or no_planes(problem, pass_):
+        if problem.operand_layout == "nhwc" or architecture(target) // 10 not in (9, 10):
+            return []
+        if not has_mma(problem, precision) or no_planes(problem, pass_):
             return []
         sizes, version = channels(problem, pass_), triton_version()
         boxes, c = tiles(pass_, target, DTYPE_BYTES[problem.dtype], *sizes, version)

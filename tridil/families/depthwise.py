@@ -298,13 +298,8 @@ class Depthwise(Family):
         unrolls = (
             unrolled_taps(h.taps, w.taps, unrolled) if is_wgrad else [(min(w.taps, unrolled), 1)]
         )
-        options = [
-            (n, warps, cols, taps, rows)
-            for n, warps, cols, (taps, rows) in product(sizes, (4, 2, 1), counts, unrolls)
-        ]
-        c = dict(zip(("BLOCK_N", "num_warps", "COLS", "TAPS", "ROWS"), np.array(options).T))
-        if not is_wgrad:
-            del c["ROWS"]
+        names = ("BLOCK_N", "num_warps", "COLS", "TAPS", "ROWS")[: 5 if is_wgrad else 4]
+        c = dict(zip(names, products_of(tuple(sizes), tuple(counts), tuple(unrolls))))
         lanes = warp(target) * c["num_warps"] * vector // c["BLOCK_N"]
         kept = (lanes > 0) & ((c["COLS"] - 1) * shift + c["TAPS"] <= most_columns)
         kept &= registers(c, lanes, problem, shift, target) <= (170 if is_wgrad else 180)
@@ -678,6 +673,14 @@ class Depthwise(Family):
         return found
 
 
+@lru_cache(maxsize=1024)
+def products_of(sizes: tuple, counts: tuple, unrolls: tuple) -> np.ndarray:
+    """(5, configs): each of `sizes` channels with each number of warps, of `counts` columns, and of
+    `unrolls` (taps, rows)."""
+    found = product(sizes, (4, 2, 1), counts, unrolls)
+    return np.array([(n, warps, cols, *unroll) for n, warps, cols, unroll in found]).T
+
+
 def distinct(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """np.unique with return_inverse, for small integers: faster, since it does not sort."""
     found = np.bincount(values) > 0
@@ -713,9 +716,9 @@ def lane_shapes(count: int, images: int, rows: int, lanes: int) -> np.ndarray:
     shapes = set()
     for q in even(lanes, count):
         for p in even(rows, count // q):
-            most = min(images, count // (p * q))
-            shapes.add((-(-images // -(-images // most)), p, q))
-    full = [shape for shape in shapes if 2 * prod(shape) > count]
+            most = count // (p * q)
+            shapes.add((images if most >= images else -(-images // -(-images // most)), p, q))
+    full = [shape for shape in shapes if 2 * shape[0] * shape[1] * shape[2] > count]
     return np.array(full or [(count // 2 // (rows * lanes) + 1, rows, lanes)])
 
 

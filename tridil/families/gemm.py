@@ -434,10 +434,10 @@ class Gemm(Family):
     def search(
         self, problem: Problem, pass_: str, device: Device, precision: str
     ) -> tuple[np.ndarray, Callable[[int], Config]]:
-        found = [
-            self.adapt(options, device)
-            for options in self.candidates(problem, pass_, device.target, precision)
-        ]
+        candidates = self.candidates(problem, pass_, device.target, precision)
+        if not candidates:
+            return np.zeros(0), [].__getitem__
+        found = [self.adapt(options, device) for options in candidates]
         seconds = [
             self._times(problem, pass_, o.c, o.kernel, device, precision)["seconds"] for o in found
         ]
