@@ -2,14 +2,17 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
-from tridil import cache
-from tridil.problem import Problem
+from tridil import cache, config, cost_model
+from tridil.branches import Branches
+from tridil.problem import PASSES, Problem
 
 P = Problem(1, 16, 9, 9, 16, 3, 3, padding=((2, 2), (2, 2)), dilation=(2, 2))
 KEY, GPU = cache.key(P, "fprop"), "NVIDIA H100 80GB HBM3"
@@ -42,6 +45,7 @@ def test_the_key_holds_everything_that_changes_the_choice():
         dict(groups=2),
         dict(dtype="bfloat16"),
         dict(layout="nchw"),
+        dict(operands="nchw"),
         dict(h=10),
         dict(r=1),
     ]
@@ -183,3 +187,79 @@ def test_command_line(tmp_path):
         out = tridil(*wrong)
         assert out.returncode == 2 and "error" in out.stderr and "Traceback" not in out.stderr
     assert (tmp_path / "bad.json").exists(), "a user's file is refused, not moved"
+
+
+# ---- tables that come with the package
+SHIPPED = sorted(Path(cache.__file__).parent.joinpath("configs").glob("*.json"))
+PROBLEM = re.compile(
+    r"n(\d+) c(\d+) h(\d+) w(\d+) k(\d+) (\d+)x(\d+) stride(\S+) pad(\S+) dil(\S+) g(\d+) (\w+) (\w+)(?: of (\w+))?"
+)
+
+
+def problem_of(text: str) -> Problem:
+    """The problem that has this key."""
+    *sizes, stride, pad, dilation, groups, dtype, layout, operands = PROBLEM.fullmatch(
+        text
+    ).groups()
+
+    def pair(values, mark=","):
+        both = tuple(map(int, values.split(mark)))
+        return both * (3 - len(both))
+
+    sides = pad.split(",") * 2
+    found = Problem(
+        *map(int, sizes),
+        pair(stride),
+        (pair(sides[0], ":"), pair(sides[1], ":")),
+        pair(dilation),
+        int(groups),
+        dtype,
+        layout,
+        operands or "",
+    )
+    assert found.key() == text
+    return found
+
+
+def faults(file: Path) -> list[str]:
+    """What keeps a table from being shipped."""
+    found = []
+    try:
+        target, entries = cache.load(file)
+    except ValueError as e:
+        return [str(e)]
+    if file.name != target.replace(":", "-") + ".json":
+        found.append(f"{file.name} holds what was measured on {target}")
+    for key, records in entries.items():
+        how, joined, rest = key.partition(": ")
+        *texts, last = (rest or key).split(" | ")
+        pass_, problems = last.split()[0], tuple(map(problem_of, texts))
+        shared, _, reduce = how.partition(" ")
+        subject = Branches(problems, shared == "shared", reduce) if joined else problems[0]
+        for device, record in records.items():
+            made = config.from_json(record["config"], pass_)
+            reason = config.fits(made, subject, pass_, target)
+            found += [f"{key} on {device}: {reason}"] if reason else []
+            lacking = {"ms", "aten_ms", "code", "triton", "date"} - record.keys()
+            found += [f"{key} on {device} lacks {sorted(lacking)}"] if lacking else []
+    return found
+
+
+def test_a_table_is_checked_before_it_is_shipped(tmp_path):
+    good, several = {}, replace(P, padding=((1, 2), (0, 3)), stride=(1, 2), dilation=(2, 1))
+    for p in (P, several, replace(P, operands="nchw", dtype="float32")):
+        for pass_ in PASSES:
+            if p.operands and pass_ != "wgrad":
+                continue
+            best = config.to_json(cost_model.best(p, pass_, "cuda:90"))
+            good[cache.key(p, pass_, "tf32")] = {GPU: record(config=best, code="0" * 12)}
+    file = tmp_path / "cuda-90.json"
+    cache.write(file, "cuda:90", good)
+    assert faults(file) == []
+    wrong = json.loads(json.dumps(good))
+    wrong[KEY][GPU]["config"]["num_warps"] = 3
+    del wrong[KEY][GPU]["aten_ms"]
+    cache.write(tmp_path / "cuda-80.json", "cuda:90", wrong)
+    told = " ".join(faults(tmp_path / "cuda-80.json"))
+    assert [faults(shipped) for shipped in SHIPPED] == [[]] * len(SHIPPED)
+    assert "measured on cuda:90" in told and "power of two" in told and "lacks ['aten_ms']" in told

@@ -1,6 +1,7 @@
 """Triton kernels for dilated (atrous) convolution: `dilated_conv2d` is `F.conv2d`, `DilatedConv2d`
 is `nn.Conv2d`, `convert` a whole model."""
 
+from . import layers
 from .convert import convert, revert, scan
 from .enabling import disable, enable, enabled
 from .functional import dilated_conv1d, dilated_conv2d
@@ -33,6 +34,7 @@ __all__ = [
     "enable",
     "enabled",
     "explain",
+    "layers",
     "multi_rate_conv1d",
     "multi_rate_conv2d",
     "revert",

@@ -68,7 +68,6 @@ def run(
         padding,
         layer.dilation,
         layer.groups,
-        backend=layer.backend,
         **kwargs,
     )
 
@@ -122,7 +121,7 @@ class DilatedConv2d(_Dilated, nn.Conv2d):
     def _conv_forward(
         self, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
     ) -> torch.Tensor:
-        return run(dilated_conv2d, self, input, weight, bias)
+        return run(dilated_conv2d, self, input, weight, bias, backend=self.backend)
 
 
 class DilatedConv1d(_Dilated, nn.Conv1d):
@@ -176,7 +175,9 @@ class DilatedConv1d(_Dilated, nn.Conv1d):
     def _conv_forward(
         self, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
     ) -> torch.Tensor:
-        return run(dilated_conv1d, self, input, weight, bias, causal=self.causal)
+        return run(
+            dilated_conv1d, self, input, weight, bias, backend=self.backend, causal=self.causal
+        )
 
     def extra_repr(self) -> str:
         return super().extra_repr() + (", causal=True" if self.causal else "")
