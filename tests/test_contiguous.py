@@ -108,6 +108,21 @@ def check(p, rng, device, target):
     return count
 
 
+@pytest.mark.parametrize(
+    "p",
+    [
+        replace(SEQUENCE, n=2, c=128, w=40, k=256, groups=2),
+        replace(SEQUENCE, n=2, c=72, w=24, k=136, dtype="bfloat16"),
+        Problem(
+            2, 64, 7, 24, 72, 3, 2, (2, 1), ((2, 2), (8, 0)), (2, 8), layout="nchw"
+        ),  # strided rows
+    ],
+    ids=["groups", "ragged channels", "strided rows"],
+)
+def test_geometries(p, target, device, seed):
+    assert check(p, random.Random(seed), device, target) >= 2
+
+
 @pytest.mark.parametrize("maps", [False, True])
 def test_random_geometries(maps, target, device, seed):
     rng, count = random.Random(seed), 0
