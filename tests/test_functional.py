@@ -1086,7 +1086,7 @@ assert not any(m.startswith("triton.") for m in sys.modules)
 x = torch.randn(1, 3, 256, 256)
 y = tridil.dilated_conv2d(x, torch.randn(16, 3, 3, 3), dilation=2)
 assert y.shape == (1, 16, 252, 252) and tridil.DilatedConv2d(3, 16, 3, dilation=2)(x).shape == y.shape
-names = "dilated_conv1d dilated_conv2d DilatedConv1d DilatedConv2d Problem convert explain revert scan tune multi_rate_conv1d multi_rate_conv2d"
+names = "dilated_conv1d dilated_conv2d DilatedConv1d DilatedConv2d Problem convert explain layers revert scan tune multi_rate_conv1d multi_rate_conv2d"
 names += " MultiRateConv2d dilated_conv_transpose1d dilated_conv_transpose2d DilatedConvTranspose1d DilatedConvTranspose2d disable enable enabled"
 assert {*tridil.__all__} == {*names.split()}
 assert tridil.__version__
