@@ -2,8 +2,8 @@
 
 FOLDER receives what `kernels upload` takes (build/torch-cuda and build/torch-cpu: Python alone, so
 that nothing is compiled) and what kernel-builder builds it from (build.toml, torch-ext/tridil).
-LICENSE is the SPDX name of the one it is published
-under. `kernels.get_local_kernel(FOLDER)` loads it; published it is `get_kernel("OWNER/tridil")`.
+LICENSE is the SPDX name of the one it is published under. `kernels.get_local_kernel(FOLDER)` loads
+it; published it is `get_kernel("OWNER/tridil")`.
 Format: https://huggingface.co/docs/kernels/builder/writing-kernels
 """
 

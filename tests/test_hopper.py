@@ -433,7 +433,7 @@ def test_order_of_steps(pass_, stream, device, seed, monkeypatch):
         assert config.executed_macs(p, pass_, cfg) == walked * m * n * k
 
 
-@pytest.mark.parametrize("programs, most", [(12, 2), (27, 3), (72, 5)])
+@pytest.mark.parametrize("programs, most", [(12, 2), (27, 3), (54, 3), (72, 5)])
 def test_programs_share_what_is_in_l2(programs, most, device):
     """With STREAM the programs of wgrad load few boxes of the map at a time, although each begins
     in another place of its tile."""

@@ -73,9 +73,10 @@ def moved_bytes(problem: Problem, pass_: str, config: Config) -> tuple[int, int]
     problem.layout.
 
     The first counts operands and result once, operands that are copied into another memory format
-    twice more, zeros that are written first, partial sums written and read: what stays where L2 serves every re-read. The second counts each element that a lane
-    loads or stores, re-reads in L1 and L2 included; exact for direct kernels, for tiles of matrix
-    products an upper bound, since it counts masked elements.
+    twice more, zeros that are written first, partial sums written and read: what stays where L2
+    serves every re-read. The second counts each element that a lane loads or stores, re-reads in L1
+    and L2 included; exact for direct kernels, for tiles of matrix products an upper bound, since it
+    counts masked elements.
     """
     family, nbytes, result = (
         families.of(config.kernel),

@@ -50,8 +50,13 @@ def copies(problem: Problem, pass_: str, family: Family, device: Device) -> floa
     """Seconds of bringing the operands of a pass into the memory formats in which a family reads them:
     each is read and written once."""
     copied = [] if problem.is_empty else family.copies(problem, pass_)
-    moved = 2 * DTYPE_BYTES[problem.dtype] * sum(copied)
-    return moved / (device.dram * 1e9 * assumed.DRAM) + len(copied) * assumed.LAUNCH
+    return _copying(copied, problem.dtype, device)
+
+
+def _copying(tensors: list[int], dtype: str, device: Device) -> float:
+    """Seconds in which tensors of so many elements are read and written, one after another."""
+    moved = 2 * DTYPE_BYTES[dtype] * sum(tensors)
+    return moved / (device.dram * 1e9 * assumed.DRAM) + len(tensors) * assumed.LAUNCH
 
 
 def cudnn(problem: Problem, pass_: str, device: Device, precision: str = "tf32") -> float:
@@ -131,8 +136,7 @@ def _copies_of_branches(branches: Branches, pass_: str, family: Family, device: 
     if pass_ == "wgrad" or family.operand_format(problem, "x")[0] == problem.layout:
         return 0.0
     shapes = [branches.x_shape if pass_ == "fprop" else branches.y_shape, *branches.w_shapes]
-    moved = 2 * DTYPE_BYTES[problem.dtype] * sum(map(prod, shapes))
-    return moved / (device.dram * 1e9 * assumed.DRAM) + len(shapes) * assumed.LAUNCH
+    return _copying(list(map(prod, shapes)), problem.dtype, device)
 
 
 def around_branches(branches: Branches, pass_: str, device: Device) -> float:

@@ -10,25 +10,24 @@ from .functional import dilated_conv1d, dilated_conv2d
 from .module import run
 
 
-class DilatedConv2d(nn.Module):
-    """The forward of nn.Conv2d by `dilated_conv2d`; input (N, C, H, W) or (C, H, W)."""
+class _Stateless(nn.Module):
+    """What `kernelize` asks of a layer, and the state that its forward finds."""
 
     has_backward = True
     can_torch_compile = True
     weight: torch.Tensor
     bias: torch.Tensor | None
+
+
+class DilatedConv2d(_Stateless):
+    """The forward of nn.Conv2d by `dilated_conv2d`; input (N, C, H, W) or (C, H, W)."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         return run(dilated_conv2d, self, input, self.weight, self.bias, backend="auto")
 
 
-class DilatedConv1d(nn.Module):
+class DilatedConv1d(_Stateless):
     """The forward of nn.Conv1d by `dilated_conv1d`; input (N, C, L) or (C, L)."""
-
-    has_backward = True
-    can_torch_compile = True
-    weight: torch.Tensor
-    bias: torch.Tensor | None
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         return run(dilated_conv1d, self, input, self.weight, self.bias, backend="auto")

@@ -160,8 +160,8 @@ class Problem:
     (w_lo, w_hi)).
 
     dtype is the name of the tensors' dtype; layout ("nchw" or "nhwc") is the memory format of the
-    result, and of x and dy but where `operands` says another for wgrad. Raises ValueError for every combination that has no output. 1-tap axes are normalised to
-    dilation 1.
+    result, and of x and dy but where `operands` says another for wgrad. Raises ValueError for every
+    combination that has no output. 1-tap axes are normalised to dilation 1.
     """
 
     n: int

@@ -58,9 +58,9 @@ class Contiguous(Tma):
             return []
         sizes, version = channels(problem, pass_), triton_version()
         boxes, c = tiles(pass_, target, DTYPE_BYTES[problem.dtype], *sizes, version)
-        kept = list(range(len(boxes)))
-        if pass_ != "wgrad":
-            kept = [i for i in kept if (boxes[i][0], c["BLOCK_N"][i]) in TILES]
+        kept = [
+            i for i, (m, _) in enumerate(boxes) if pass_ == "wgrad" or (m, c["BLOCK_N"][i]) in TILES
+        ]
         if not kept:
             return []
         width = np.array([m for m, _ in boxes])[kept]
