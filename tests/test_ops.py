@@ -331,6 +331,90 @@ torch.testing.assert_close(torch.func.vmap(lambda x: tridil.dilated_conv2d(x, w,
     assert done.returncode == 0, done.stderr
 
 
+LACKING = """
+import importlib, os, sys
+os.environ["TRITON_INTERPRET"] = "1"
+import torch, tridil
+from torch.nn import functional as F
+names = tridil.private.NAMES
+real = importlib.import_module
+
+def lack(lacking):
+    \"\"\"Imports tridil anew, with a PyTorch that lacks these names.\"\"\"
+    lacking = {":".join((module, path.split(".")[0])) for module, path in (name.split(":") for name in lacking)}
+    class Module:
+        def __init__(self, name):
+            self.name, self.module = name, real(name)
+        def __getattr__(self, part):
+            if f"{self.name}:{part}" in lacking:
+                raise AttributeError(part)
+            return getattr(self.module, part)
+    for name in [n for n in sys.modules if n.split(".")[0] == "tridil"]: del sys.modules[name]
+    importlib.import_module = Module
+    try:
+        return real("tridil")
+    finally:
+        importlib.import_module = real
+"""
+
+
+def lacking(code):
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", LACKING + code], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_pytorch_that_lacks_what_nothing_stands_for():
+    lacking("""
+needed = [name for name, replaced in names.items() if not replaced]
+assert len(needed) > 5
+for name in needed:
+    try:
+        lack([name])
+    except ImportError as error:
+        assert name.replace(":", ".") in str(error) and torch.__version__ in str(error), error
+    else:
+        raise AssertionError(name)
+""")
+
+
+@pytest.mark.slow
+def test_a_pytorch_that_lacks_what_something_stands_for():
+    """Values, derivatives, transforms, autocast and the tracer's refusal without any of the names."""
+    lacking("""
+lacking = [name for name, replaced in names.items() if replaced]
+assert len(lacking) > 8
+tridil = lack(lacking)
+assert tridil.private.is_watched() and tridil.private._DisableAutocast is None
+x, w = torch.randn(2, 2, 6, 6, requires_grad=True), torch.randn(3, 2, 3, 3, requires_grad=True)
+def ours(x, w): return tridil.dilated_conv2d(x, w, dilation=2, backend="triton")
+def plain(x, w): return torch.conv2d(x, w, dilation=2)
+def values(conv):
+    yield conv(x, w)
+    first = torch.autograd.grad(conv(x, w).square().sum(), (x, w), create_graph=True)
+    yield from first
+    yield torch.autograd.grad(first[0].square().sum(), w)[0]
+    yield torch.autograd.grad(conv(x, w), x, torch.ones(2, 2, 3, 2, 2), is_grads_batched=True)[0]
+    yield torch.func.vmap(lambda x: conv(x, w))(x[None].detach())[0]
+    yield torch.func.jvp(lambda x: conv(x, w.detach()), (x.detach(),), (x.detach(),))[1]
+    with torch.autocast("cpu", torch.bfloat16):
+        y = conv(x, w)
+    yield y.float()
+    yield torch.autograd.grad(y.float().sum(), w)[0]
+    yield torch.compile(conv, backend="aot_eager")(x, w)
+for i, (a, b) in enumerate(zip(values(ours), values(plain), strict=True)):
+    tolerance = 1e-1 if i in (7, 8) else 1e-3
+    torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance, msg=lambda m: f"{i}: {m}")
+try:
+    torch.jit.trace(ours, (x, w))
+except TypeError as error:
+    assert "torch.jit.trace cannot record" in str(error)
+else:
+    raise AssertionError
+""")
+
+
 def test_double_backward_launches_what_it_needs(launches, device, seed):
     """dx depends on dy through dgrad; its derivative is one more fprop."""
     p = CASES["dilated"]

@@ -11,22 +11,10 @@ from dataclasses import replace
 from functools import lru_cache
 
 import torch
-from torch._subclasses import FakeTensor
-from torch._subclasses.functional_tensor import FunctionalTensor
-from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.nn import functional as F
-from torch.overrides import (
-    TorchFunctionMode,
-    _get_current_function_mode_stack,
-    _get_overloaded_args,
-    _pop_mode,
-    _push_mode,
-    handle_torch_function,
-    has_torch_function_variadic,
-)
-from torch.utils._device import DeviceContext
+from torch.overrides import TorchFunctionMode, handle_torch_function, has_torch_function_variadic
 
-from . import drivers, ops, passes
+from . import drivers, ops, passes, private
 from .problem import Problem, pair, problem_of, single, to_int
 
 
@@ -93,7 +81,7 @@ def dilated_conv2d(
     if (
         chosen == "aten"
         or problem.is_empty
-        or (compiling or torch._C._get_tracing_state())
+        or (compiling or private.is_tracing())
         and _to_onnx()
         or auto
         and (_is_foreign(input) or _is_foreign(weight))
@@ -186,7 +174,7 @@ def dilated_conv1d(
     if (
         chosen == "aten"
         or problem.is_empty
-        or (compiling or torch._C._get_tracing_state())
+        or (compiling or private.is_tracing())
         and _to_onnx()
         or auto
         and (_is_foreign(input) or _is_foreign(weight))
@@ -217,7 +205,7 @@ def _is_foreign(t) -> bool:
         type(t) not in ops.ORDINARY
         and getattr(type(t), "__torch_dispatch__", None)
         not in (None, torch.Tensor.__torch_dispatch__)
-        and not isinstance(t, (FakeTensor, FunctionalTensor))
+        and not isinstance(t, (private.FakeTensor, private.FunctionalTensor))
         and not hasattr(t, "placements")
     )
 
@@ -225,7 +213,7 @@ def _is_foreign(t) -> bool:
 def _foreign_modes() -> list:
     """Torch function modes but for the one of a default device."""
     return [
-        mode for mode in _get_current_function_mode_stack() if not isinstance(mode, DeviceContext)
+        mode for mode in private.function_modes() if not isinstance(mode, private.DeviceContext)
     ]
 
 
@@ -234,7 +222,7 @@ def _show(function, plain, tensors, *args, **kwargs):
     (F.conv2d, F.conv1d), as with a plain layer, and where they hand it on, `function` runs; under
     torch.compile, ATen. torch.fx and classes with a true `knows_tridil` see `function` itself."""
     compiling = torch.compiler.is_dynamo_compiling()
-    modes, values = _foreign_modes(), () if compiling else _get_overloaded_args(tensors)
+    modes, values = _foreign_modes(), () if compiling else private.overloaded_args(tensors)
     knowing = (
         isinstance(watcher, torch.fx.Proxy) or getattr(type(watcher), "knows_tridil", False)
         for watcher in (*modes[-1:], *values)
@@ -273,7 +261,7 @@ class _Below(Reroute):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        values = _get_overloaded_args((*args, *kwargs.values())) if func is self.plain else ()
+        values = private.overloaded_args((*args, *kwargs.values())) if func is self.plain else ()
         if not values:
             return super().__torch_function__(func, types, args, kwargs)
         # what a subclass makes of it comes here again
@@ -288,17 +276,17 @@ class _Below(Reroute):
 @contextmanager
 def _at_the_bottom(mode):
     """Puts a mode below those that are active."""
-    modes = [_pop_mode() for _ in _get_current_function_mode_stack()]
+    modes = [private.pop_mode() for _ in private.function_modes()]
     shown = [mode, *(other for other in reversed(modes) if not isinstance(other, _Below))]
     for other in shown:
-        _push_mode(other)
+        private.push_mode(other)
     try:
         yield
     finally:
         for _ in shown:
-            _pop_mode()
+            private.pop_mode()
         for other in reversed(modes):
-            _push_mode(other)
+            private.push_mode(other)
 
 
 def _refuse_torchscript():
@@ -350,19 +338,17 @@ def _check_layout(input, weight, backend):
         )
 
 
+@private.mark_constant
 def _to_onnx() -> bool:
     """Whether torch.onnx exports: ONNX has a Conv and no Triton. Nor has TorchScript, whose tracer
     is refused."""
     if "torch.onnx" in sys.modules and torch.onnx.is_in_onnx_export():
         return True
-    if torch._C._get_tracing_state():
+    if private.is_tracing():
         raise TypeError(
             "torch.jit.trace cannot record the Triton backend: trace with backend='aten', or use torch.export"
         )
     return False
-
-
-setattr(_to_onnx, "_dynamo_marked_constant", True)  # noqa: B010
 
 
 def _run(x, weight, bias, problem: Problem, dtype, autocast, auto) -> torch.Tensor:
@@ -374,43 +360,22 @@ def _run(x, weight, bias, problem: Problem, dtype, autocast, auto) -> torch.Tens
         _cast(weight, dtype),
         bias if bias is None else bias.to(dtype),
     )
-    with (
-        torch.autocast(x.device.type, enabled=False)
-        if torch.compiler.is_compiling()
-        else torch._C._DisableAutocast()
-    ):
+    with private.without_autocast(x.device.type):
         return ops.convolve(x, weight, bias, problem, auto)
 
 
 def _cast(t, dtype) -> torch.Tensor:
-    """t in autocast's dtype. Of parameters it is the copy that autocast keeps for F.conv2d, as a
-    convolution of no images saves it."""
+    """t in autocast's dtype. Of parameters it is the copy that autocast keeps for F.conv2d."""
     if (
         t.dtype is torch.float32
         and dtype is not torch.float32
         and t.requires_grad
         and t.is_leaf
-        and not t._is_view()
         and type(t) in ops.ORDINARY
-        and torch.is_autocast_cache_enabled()
-        and torch._C._autograd._saved_tensors_hooks_is_enabled()  # type: ignore[attr-defined]
-        and not torch.compiler.is_compiling()
-        and not (
-            torch.is_inference_mode_enabled()
-            or torch._C._are_functorch_transforms_active()
-            or get_proxy_mode()
-        )
     ):
-        # its saving is nobody's concern
-        with (
-            torch.enable_grad(),
-            torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t),
-        ):
-            y = (torch.conv2d if t.dim() == 4 else torch.conv1d)(
-                t.new_empty((0, *t.shape[1:]), dtype=dtype), t
-            )
-        if y.requires_grad:
-            return y.grad_fn._saved_weight  # type: ignore[union-attr]
+        copy = private.autocast_copy(t, dtype)
+        if copy is not None:
+            return copy
     return t.to(dtype)
 
 
@@ -482,7 +447,7 @@ def _choose(problem, input, backend) -> tuple[str, bool]:
     if key in _chosen:
         return _chosen[key], auto
     # the device of a fake tensor need not be
-    is_there = not (isinstance(input, FakeTensor) and drivers.can_run(problem, device))
+    is_there = not (isinstance(input, private.FakeTensor) and drivers.can_run(problem, device))
     chosen = drivers.choose(problem, device if is_there else torch.device("meta"), backend)
     if key and is_there:
         _chosen[key] = chosen

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from torch.overrides import handle_torch_function, has_torch_function
 
-from . import choice, drivers, functional, ops, passes
+from . import choice, drivers, functional, ops, passes, private
 from .branches import Branches
 from .functional import dilated_conv1d, dilated_conv2d
 from .module import DilatedConv2d
@@ -130,13 +130,7 @@ def _run(
             [functional._cast(w, dtype) for w in weights],
         )
         total = total if total is None else total.to(dtype)
-    without = (
-        torch.autocast(input.device.type, enabled=False)
-        if autocast and torch.compiler.is_compiling()
-        else torch._C._DisableAutocast()
-        if autocast
-        else nullcontext()
-    )
+    without = private.without_autocast(input.device.type) if autocast else nullcontext()
     x = input if input.dim() == dims + 2 else input.unsqueeze(0)
     if dims == 1:
         x, weights = x.unsqueeze(2), [w.unsqueeze(2) for w in weights]

@@ -7,11 +7,10 @@ from functools import partial, reduce
 from typing import Any
 
 import torch
-from torch._functorch.utils import enable_single_level_autograd_function
-from torch.autograd import forward_ad, profiler
+from torch.autograd import forward_ad
 from torch.autograd.function import BackwardCFunction
 
-from . import batching, late, passes
+from . import batching, late, passes, private
 from .passes import empty, has_channels_last, map_shape
 from .problem import ROLES, Problem
 
@@ -41,33 +40,23 @@ def is_plain(a, b, bias=None) -> bool:
             or b.is_neg()
             or bias is not None
             and bias.is_neg()
-            or _is_wrapped(a)
-            or _is_wrapped(b)
+            or private.is_wrapped(a)
+            or private.is_wrapped(b)
         )
-        and not (
-            torch._C._len_torch_dispatch_stack()
-            or torch._C._len_torch_function_stack()
-            or torch._C._are_functorch_transforms_active()
-            or torch._C._get_tracing_state()
-            or profiler._is_profiler_enabled
-            or forward_ad._current_level >= 0
-        )
+        and not private.is_watched()
     )
 
 
 ORDINARY = (torch.Tensor, torch.nn.Parameter)
-_is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor  # left over from a transform
-# of torch.autograd.grad(is_grads_batched=True)
-_is_batched = torch._C._functorch.is_legacy_batchedtensor
 
 
 def _below(pass_, a, b, third, geometry, channels_last, auto):
     """The operator for whoever watches below autograd: modes, subclasses, and the derivatives of an
     enclosing transform."""
     with (
-        torch._C._AutoDispatchBelowAutograd(),
+        private.below_autograd(),
         torch.enable_grad(),
-        forward_ad._set_fwd_grad_enabled(True),
+        private.forward_mode(True),
     ):
         return getattr(torch.ops.tridil, pass_)(a, b, third, *geometry, channels_last, auto)
 
@@ -78,14 +67,14 @@ def _apply(plain, pass_, a, b, third, geometry, channels_last, auto):
         return getattr(torch.ops.tridil, pass_)(a, b, third, *geometry, channels_last, auto)
     function = FUNCTIONS[pass_]
     if torch.is_grad_enabled():
-        return super(torch.autograd.Function, function).apply(
-            a, b, third, geometry, channels_last, auto, True
-        )
+        return function.apply(a, b, third, geometry, channels_last, auto, True)
     return function.run(a, b, third, geometry, channels_last, auto)
 
 
 def _is_plain_backward(a, b, c) -> bool:
-    return is_plain(a, b, c) and not (_is_batched(a) or _is_batched(b) or _is_batched(c))
+    return is_plain(a, b, c) and not (
+        private.is_batched(a) or private.is_batched(b) or private.is_batched(c)
+    )
 
 
 def _wanted(ctx):
@@ -96,19 +85,12 @@ def _wanted(ctx):
     if torch.compiler.is_compiling() or not isinstance(ctx, BackwardCFunction):
         return needs
     # of a bias that is None
-    return [need and _will_run(node) for need, (node, _) in zip(needs, ctx.next_functions)] + [
-        False
-    ]
+    return [
+        need and private.will_run(node) for need, (node, _) in zip(needs, ctx.next_functions)
+    ] + [False]
 
 
-def _will_run(node) -> bool:
-    try:
-        return torch._C._will_engine_execute_node(node)
-    except RuntimeError:  # of leaves that it was asked for
-        return True
-
-
-class _Pass(torch.autograd.Function):
+class _Pass(private.Function):
     """A pass: linear in its two tensors a and b, so that its derivatives are the other two passes.
     `pass_` is its name. `third` is the bias of fprop, and else the shape of the result; geometry is
     (stride, padding (h_lo, h_hi, w_lo, w_hi), dilation, groups), channels_last the format of the
@@ -129,6 +111,10 @@ class _Pass(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.shape = output.shape
 
+    @staticmethod
+    def _compiled_autograd_key(ctx):
+        return (ctx._autograd_function_id,)
+
     @classmethod
     def jvp(cls, ctx, da, db, dbias, *_):
         shape, rest = (
@@ -136,7 +122,7 @@ class _Pass(torch.autograd.Function):
             (*ctx.geometry, ctx.channels_last, ctx.auto),
         )
         # off here by default, which makes forward-over-forward lose terms in silence
-        with forward_ad._set_fwd_grad_enabled(True):
+        with private.forward_mode(True):
             a, b = (forward_ad.unpack_dual(t).primal for t in ctx.saved_tensors)
             terms = [] if da is None else [cls.op(da, b, dbias if shape is None else shape, *rest)]
             if db is not None:
@@ -269,8 +255,8 @@ def _register(name):
         )
 
     def derive(*args):
-        with enable_single_level_autograd_function():
-            return super(torch.autograd.Function, op.function).apply(*arguments(*args), False)
+        with private.single_level():
+            return op.function.apply(*arguments(*args), False)
 
     lib.impl(name, lambda *args: op.function.run(*arguments(*args)), "CompositeExplicitAutograd")
     lib.impl(name, derive, "Autograd")
@@ -322,9 +308,7 @@ def convolve(x, w, bias, problem: Problem, auto: bool = False) -> torch.Tensor:
                 problem.dilation[axes],
                 problem.groups,
             )
-        # Function.apply without its look at the signature of forward, which takes longer than a
-        # launch
-        return super(torch.autograd.Function, Fprop).apply(x, w, bias, geometry, nhwc, auto, True)
+        return Fprop.apply(x, w, bias, geometry, nhwc, auto, True)
     return torch.ops.tridil.fprop(x, w, bias, *geometry, nhwc, auto)
 
 

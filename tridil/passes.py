@@ -9,7 +9,7 @@ from functools import lru_cache, partial
 
 import torch
 
-from . import choice, drivers
+from . import choice, drivers, private
 from .problem import Problem
 
 
@@ -64,7 +64,7 @@ def run(pass_, a, b, bias, x_shape, w_shape, geometry, channels_last, auto):
     """One pass on its two tensors, under their device; channels_last is the format of the result,
     auto whether ATen may run it."""
     if len(x_shape) == 3:
-        with _without_views():
+        with private.without_views():
             return run(
                 pass_,
                 a.unsqueeze(2),
@@ -204,15 +204,6 @@ def _without_products(shape, channels_last, a, b, bias=None):
     return out if bias is None else out.add_(bias.view(1, -1, 1, 1))
 
 
-def _without_views():
-    """Where another shape or other strides of a tensor make a tensor that autograd does not take
-    for a view."""
-    return torch._C._ExcludeDispatchKeyGuard(_VIEWS)
-
-
-_VIEWS = torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
-
-
 def formatted(t, channels_last):
     """t in a memory format, strides of sides of length 1 included: ATen reads the format off them."""
     wanted = _strides(t.shape, channels_last)
@@ -221,7 +212,7 @@ def formatted(t, channels_last):
     if t.is_contiguous(
         memory_format=torch.channels_last if channels_last else torch.contiguous_format
     ):
-        with _without_views():
+        with private.without_views():
             return t.as_strided(t.shape, wanted)
     return torch.empty_strided(t.shape, wanted, dtype=t.dtype, device=t.device).copy_(t)
 
@@ -246,7 +237,7 @@ def aten(problem: Problem, pass_: str, a, b, bias=None) -> torch.Tensor:
         problem.groups,
     )
     nhwc = problem.layout == "nhwc"
-    with torch._C._AutoDispatchBelowAutograd():
+    with private.below_autograd():
         if pass_ == "fprop":
             return formatted(
                 torch.ops.aten.convolution(a, formatted(b, nhwc), bias, *geometry), nhwc

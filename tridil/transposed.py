@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.common_types import _size_1_t, _size_2_t
 from torch.overrides import has_torch_function_variadic
 
-from . import functional, ops, passes
+from . import functional, ops, passes, private
 from .module import _Dilated, _finish
 from .problem import Problem, pair, single, to_int
 
@@ -83,7 +83,7 @@ def _run(dims, input, weight, bias, stride, padding, output_padding, groups, dil
         chosen == "aten"
         or problem is None
         or problem.is_empty
-        or (compiling or torch._C._get_tracing_state())
+        or (compiling or private.is_tracing())
         and functional._to_onnx()
         or auto
         and (functional._is_foreign(input) or functional._is_foreign(weight))
@@ -93,11 +93,7 @@ def _run(dims, input, weight, bias, stride, padding, output_padding, groups, dil
     if autocast:
         x, weight = functional._cast(x, dtype), functional._cast(weight, dtype)
         bias = bias if bias is None else bias.to(dtype)
-        with (
-            torch.autocast(x.device.type, enabled=False)
-            if compiling
-            else torch._C._DisableAutocast()
-        ):
+        with private.without_autocast(x.device.type):
             y = ops.transpose(x, weight, bias, problem, auto)
     else:
         y = ops.transpose(x, weight, bias, problem, auto)

@@ -9,9 +9,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_map
 
-from . import choice, cost_model, drivers
+from . import choice, cost_model, drivers, private
 from . import config as cfg
 from .branches import Branches
 from .convert import scan
@@ -138,8 +137,8 @@ def counts_of(model: nn.Module, *inputs: Any, **kwargs: Any) -> Counter[Problem]
     try:
         return scan(
             lambda *args, **kw: torch.func.functional_call(model, state, args, kw),
-            *tree_map(meta, inputs),
-            **tree_map(meta, kwargs),
+            *private.tree_map(meta, inputs),
+            **private.tree_map(meta, kwargs),
         )
     # a model may make tensors of its own on a device, or look at values
     except Exception:
