@@ -216,7 +216,7 @@ _PARALLEL = (
 
 def branches(dtype: str = "float16", layout: str = "nhwc") -> dict[str, Branches]:
     """Sets of parallel branches of the workloads by name: the ASPP of five DeepLabs, ESPNet's narrow
-    ones, RegSeg's per-group dilation, and two depthwise sets, which no kernel joins."""
+    ones, RegSeg's per-group dilation, and two depthwise sets: DeepLabV3+'s and MixNet's."""
     found = {}
     for model, layer, shared, has_1x1 in _PARALLEL:
         problems = [

@@ -378,3 +378,44 @@ def bad_maxnreg(config: Config, target: str) -> str | None:
     ):
         return f"maxnreg must be None, or on CUDA targets 24 to 255, got {config.maxnreg!r} for {target}"
     return None
+
+
+# ---- several convolutions in one launch
+def heaviest_first(branches: Branches, pass_: str) -> list[int]:
+    """The branches, those whose tiles have the most steps first: so that light ones fill the end."""
+    weight = {
+        "fprop": lambda problem: problem.useful_macs / problem.k,
+        "dgrad": lambda problem: problem.useful_macs / problem.c,
+        "wgrad": lambda problem: problem.useful_macs / prod(problem.w_shape),
+    }[pass_]
+    return sorted(range(len(branches.problems)), key=lambda i: -weight(branches.problems[i]))
+
+
+def branch_geometry(branches: Branches, pass_: str, order: list[int]) -> tuple[int, ...]:
+    """BRANCHES of the kernels: of each branch, in this order, the channels per group of its source
+    and its result, taps, the first channels that it reads and writes, offsets and dilations. wgrad:
+    source and result are x and y."""
+    found: list[int] = []
+    for i in order:
+        p = branches.problems[i]
+        h, w = p.axes(pass_)[0]
+        ends = (p.c // p.groups, branches.x_channels[i]), (p.k // p.groups, branches.y_channels[i])
+        (source, x0), (result, y0) = ends[::-1] if pass_ == "dgrad" else ends
+        found += [
+            source,
+            result,
+            h.taps,
+            w.taps,
+            x0,
+            y0,
+            h.offset,
+            w.offset,
+            h.dilation,
+            w.dilation,
+        ]
+    return tuple(found)
+
+
+def filters(name: str, role: str, order: list[int]) -> tuple:
+    """Tensors of a launch: the filters of the branches in this order."""
+    return tuple((f"{name}_{place}", f"{role}{i}", None) for place, i in enumerate(order))

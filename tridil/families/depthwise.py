@@ -8,7 +8,7 @@ Figures of many configs are arrays, as in gemm.py.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import product
 from math import gcd, prod
@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from .. import assumed, devices
+from ..branches import Branches
 from ..devices import Device
 from ..problem import DTYPE_BYTES, Axis, Problem
 from .base import (
@@ -28,8 +29,11 @@ from .base import (
     accumulator,
     aligned,
     bad_maxnreg,
+    branch_geometry,
     columns,
     elements,
+    filters,
+    heaviest_first,
     launch,
     no_power_of_two,
     not_positive,
@@ -430,9 +434,11 @@ class Depthwise(Family):
     ) -> np.ndarray:
         return self._times(problem, pass_, columns(configs), device)["seconds"]
 
-    def _times(self, problem: Problem, pass_: str, c: dict, device: Device) -> dict:
-        """Seconds, whole and by part: issue and l2 alone, waves with the idle SMs of both, dram,
-        launches. From static counts."""
+    def _work(
+        self, problem: Problem, pass_: str, c: dict, axes: tuple[Axis, Axis], device: Device
+    ) -> tuple[np.ndarray, ...]:
+        """Of a launch (clocks of all SMs to issue its instructions, and to bring its operands from L2,
+        programs, how many of them an SM holds). From static counts."""
         nbytes, is_wgrad = DTYPE_BYTES[problem.dtype], pass_ == "wgrad"
         lanes, warps, sms, threads = lanes_of(c), c["num_warps"], device.sms, warp(device.target)
         per = np.maximum(lanes * c["BLOCK_N"] / (threads * warps), 1)
@@ -443,74 +449,86 @@ class Depthwise(Family):
         )
         # of one element of every thread
         move = np.maximum(per / wide, 1) * assumed.DIRECT_ADDRESS
-        issue = l2 = waves = 0.0
-        for axes in problem.axes(pass_):
-            macs, live, walked, iterations, programs = self._walk(problem, pass_, c, axes)
-            programs = np.maximum(programs, 1)
-            shift = shift_of(axes[1])
-            slots = macs / threads + warps * (
-                live * (per * assumed.DIRECT_COLUMN + assumed.DIRECT_COLUMN_MASK)
-                + walked * move
-                + programs * assumed.DIRECT_PROGRAM
-            )
-            if is_wgrad:
-                slots = slots + warps * iterations * (
-                    c["COLS"] * (per + move) + assumed.DIRECT_WGRAD_ITERATION
-                )
-                slots = slots + warps * programs * c["TAPS"] * c["ROWS"] * (
-                    per * assumed.DIRECT_SUM + assumed.DIRECT_SUM_STORE
-                )
-            else:
-                slots = slots + warps * iterations * (
-                    c["TAPS"] * per * assumed.DIRECT_WEIGHT + assumed.DIRECT_ITERATION
-                )
-                slots = slots + warps * programs * c["COLS"] * (per + move)
-            held = np.minimum(
-                registers(c, lanes, problem, shift, device.target) + assumed.DIRECT_REGISTERS, 255
-            )
-            resident = np.maximum(
-                1, np.minimum(65536 // (threads * warps * held).astype(np.int64), 32)
-            )
-            full = sms * resident
-            filled = np.where(
-                programs > full,
-                -(-programs // full) * full / programs,
-                -(-programs // sms) * sms / programs,
-            )
-            unfilled = np.maximum(
-                1.0, assumed.BUSY_WARPS / (np.minimum(resident, programs / sms) * warps)
-            )
-            rows_read = (
-                axes[0].taps / c["ROWS"] + 1
-                if is_wgrad
-                else (c["BLOCK_P"] + axes[0].taps - 1) / c["BLOCK_P"]
-            )
-            halo = 1 + (axes[1].taps - 1) * np.minimum(grid_step(axes[1]), c["BLOCK_Q"]) / (
-                c["BLOCK_Q"] * c["COLS"]
-            )
-            moved = (
-                problem.n * axes[0].out * axes[1].out * problem.k * nbytes * (1 + rows_read * halo)
-            )
-            slots, moved = (
-                slots / (sms * 4 * assumed.ISSUED),
-                moved / (sms * assumed.DIRECT_L2 * device.l2_clock),
-            )
-            issue, l2 = issue + slots, l2 + moved
-            waves = (
-                waves
-                + np.maximum.reduce(
-                    [slots * filled, moved, np.full_like(moved, assumed.DIRECT_LEAST)]
-                )
-                * unfilled
-            )
-        dram = problem.bytes / (device.dram * assumed.DRAM / device.clock)
+        macs, live, walked, iterations, programs = self._walk(problem, pass_, c, axes)
+        programs = np.maximum(programs, 1)
+        slots = macs / threads + warps * (
+            live * (per * assumed.DIRECT_COLUMN + assumed.DIRECT_COLUMN_MASK)
+            + walked * move
+            + programs * assumed.DIRECT_PROGRAM
+        )
         if is_wgrad:
-            dram = dram + 8 * c["SPLIT_K"] * prod(problem.w_shape) / (
-                sms * assumed.DIRECT_L2 * device.l2_clock
+            slots = slots + warps * iterations * (
+                c["COLS"] * (per + move) + assumed.DIRECT_WGRAD_ITERATION
             )
-        launches = (2 if is_wgrad else 1) * len(problem.axes(pass_)) + (
+            slots = slots + warps * programs * c["TAPS"] * c["ROWS"] * (
+                per * assumed.DIRECT_SUM + assumed.DIRECT_SUM_STORE
+            )
+        else:
+            slots = slots + warps * iterations * (
+                c["TAPS"] * per * assumed.DIRECT_WEIGHT + assumed.DIRECT_ITERATION
+            )
+            slots = slots + warps * programs * c["COLS"] * (per + move)
+        rows_read = (
+            axes[0].taps / c["ROWS"] + 1
+            if is_wgrad
+            else (c["BLOCK_P"] + axes[0].taps - 1) / c["BLOCK_P"]
+        )
+        halo = 1 + (axes[1].taps - 1) * np.minimum(grid_step(axes[1]), c["BLOCK_Q"]) / (
+            c["BLOCK_Q"] * c["COLS"]
+        )
+        moved = problem.n * axes[0].out * axes[1].out * problem.k * nbytes * (1 + rows_read * halo)
+        held = np.minimum(
+            registers(c, lanes, problem, shift_of(axes[1]), device.target)
+            + assumed.DIRECT_REGISTERS,
+            255,
+        )
+        resident = np.maximum(1, np.minimum(65536 // (threads * warps * held).astype(np.int64), 32))
+        return (
+            slots / (sms * 4 * assumed.ISSUED),
+            moved / (sms * assumed.DIRECT_L2 * device.l2_clock),
+            programs,
+            resident,
+        )
+
+    def _waves(self, slots, moved, programs, resident, warps, sms: int) -> np.ndarray:
+        """Clocks of a launch: of issue and L2 the longer, with the SMs that idle."""
+        full = sms * resident
+        filled = np.where(
+            programs > full,
+            -(-programs // full) * full / programs,
+            -(-programs // sms) * sms / programs,
+        )
+        unfilled = np.maximum(
+            1.0, assumed.BUSY_WARPS / (np.minimum(resident, programs / sms) * warps)
+        )
+        least = np.full_like(moved, assumed.DIRECT_LEAST)
+        return np.maximum.reduce([slots * filled, moved, least]) * unfilled
+
+    def _times(self, problem: Problem, pass_: str, c: dict, device: Device) -> dict:
+        """Seconds, whole and by part: issue and l2 alone, waves with the idle SMs of both, dram,
+        launches."""
+        issue: Any = 0.0
+        l2: Any = 0.0
+        waves: Any = 0.0
+        for axes in problem.axes(pass_):
+            slots, moved, programs, resident = self._work(problem, pass_, c, axes, device)
+            issue, l2 = issue + slots, l2 + moved
+            waves = waves + self._waves(
+                slots, moved, programs, resident, c["num_warps"], device.sms
+            )
+        launches = (2 if pass_ == "wgrad" else 1) * len(problem.axes(pass_)) + (
             not self.covers(problem, pass_)
         )
+        weights = prod(problem.w_shape) if pass_ == "wgrad" else 0
+        return self._sum(issue, l2, waves, problem.bytes, weights, launches, c, device)
+
+    def _sum(self, issue, l2, waves, nbytes, weights, launches, c: dict, device: Device) -> dict:
+        """`_times` of clocks, compulsory bytes and (wgrad) elements of filters."""
+        dram = nbytes / (device.dram * assumed.DRAM / device.clock)
+        if weights:
+            dram = dram + 8 * c["SPLIT_K"] * weights / (
+                device.sms * assumed.DIRECT_L2 * device.l2_clock
+            )
         parts = {
             name: value / (device.clock * 1e9)
             for name, value in dict(issue=issue, l2=l2, waves=waves, dram=dram).items()
@@ -522,7 +540,7 @@ class Depthwise(Family):
             + assumed.OVERLAP * np.minimum(parts["waves"], parts["dram"])
             + launching
         )
-        if is_wgrad:
+        if weights:
             seconds = seconds * np.where(c["ROWS"] > 1, assumed.DIRECT_ROWS, 1)
         return parts | dict(launches=launching, seconds=seconds)
 
@@ -671,6 +689,165 @@ class Depthwise(Family):
                 )
             )
         return found
+
+    # ---- several convolutions in one launch: one config, of which every branch takes as many TAPS
+    # as it has
+    def branch_options(
+        self, branches: Branches, pass_: str, target: str, precision: str
+    ) -> list[Config]:
+        if not all(map(is_depthwise, branches.problems)) or branches.apart(pass_):
+            return []
+        found: list[Any] = [
+            config
+            for problem in branches.problems
+            for config in self.options(problem, pass_, target, precision)
+        ]
+        taps = max((config.TAPS for config in found), default=1)
+        found = [replace(config, TAPS=taps) for config in found]
+        # alone each branch would have as many parts as fill the machine
+        found += [
+            replace(config, SPLIT_K=max(1, config.SPLIT_K // len(branches.problems)))
+            for config in found
+        ]
+        return [
+            config
+            for config in dict.fromkeys(found)
+            if not self.unfit(config, branches, pass_, target)
+        ]
+
+    def unfit(self, config: Config, branches: Branches, pass_: str, target: str) -> str | None:
+        if branches.adds(pass_) and config.COLS > 1:
+            return f"branches that are added own one output a lane, got COLS={config.COLS}"
+        reasons = (
+            self.fits(share_of(config, problem, pass_), problem, pass_, target)
+            for problem in branches.problems
+        )
+        return branches.apart(pass_) or next(filter(None, reasons), None)
+
+    def branch_programs(self, branches: Branches, pass_: str, config: Config) -> int:
+        """Programs of the launch."""
+        p = branches.first
+        if branches.adds(pass_):
+            h, w = p.axes(pass_)[0]
+            out = p.c if pass_ == "dgrad" else p.k
+            sizes = (p.n, config.BLOCK_IMG), (h.out, config.BLOCK_P), (w.out, config.BLOCK_Q)
+            return prod(-(-size // block) for size, block in (*sizes, (out, config.BLOCK_N)))
+        return sum(
+            self.programs(problem, pass_, share_of(config, problem, pass_), problem.axes(pass_)[0])
+            for problem in branches.problems
+        )
+
+    def branch_seconds(
+        self,
+        branches: Branches,
+        pass_: str,
+        configs: Sequence[Config],
+        device: Device,
+        precision: str,
+    ) -> np.ndarray:
+        rows = []
+        for problem in branches.problems:
+            c = columns([share_of(config, problem, pass_) for config in configs])
+            rows.append(self._work(problem, pass_, c, problem.axes(pass_)[0], device))
+        slots, moved, programs, resident = (np.array(column) for column in zip(*rows))
+        c, slots, moved = columns(configs), slots.sum(0), moved.sum(0)
+        count = programs.max(0) if branches.adds(pass_) else programs.sum(0)
+        waves = self._waves(slots, moved, count, resident.min(0), c["num_warps"], device.sms)
+        weights = sum(map(prod, branches.w_shapes)) if pass_ == "wgrad" else 0
+        launches = 2 if weights else 1
+        return self._sum(slots, moved, waves, branches.bytes, weights, launches, c, device)[
+            "seconds"
+        ]
+
+    def branch_plan(
+        self, branches: Branches, pass_: str, config: Config, precision: str, epilogue: str
+    ) -> list[Launch]:
+        p, order = branches.first, heaviest_first(branches, pass_)
+        h, w = p.axes(pass_)[0]
+        nhwc = p.layout == "nhwc"
+        align = 1
+        if nhwc and all(problem.k == problem.c for problem in branches.problems):
+            align = aligned(p, *branches.x_channels, *branches.y_channels, config.BLOCK_N)
+        source, result = branches.x_shape, branches.y_shape
+        if pass_ == "dgrad":
+            source, result = result, source
+        (x_n, x_k, x_h, x_w), (y_n, y_k, y_p, y_q) = (
+            strides(source, p.layout),
+            strides(result, p.layout),
+        )
+        scalars = dict(
+            N=p.n,
+            H=h.size,
+            W=w.size,
+            P=h.out,
+            Q=w.out,
+            G=p.groups,
+            stride_h=h.stride,
+            stride_w=w.stride,
+            sx_n=x_n // align,
+            sx_h=x_h // align,
+            sx_w=x_w // align,
+            sx_k=x_k,
+            sy_n=y_n // align,
+            sy_p=y_p // align,
+            sy_q=y_q // align,
+            sy_k=y_k,
+        )
+        axes = [branches.problems[i].axes(pass_)[0] for i in order]
+        geometry = dict(BRANCHES=branch_geometry(branches, pass_, order), COUNT=len(order))
+        constexprs = (
+            config.constexprs()
+            | geometry
+            | dict(
+                GRIDS=tuple(
+                    step for h, w in axes for step in (grid_step(h), grid_step(w), shift_of(w))
+                ),
+                PIXELS=pixels(config),
+                CHANNELS_LAST=nhwc,
+                ALIGN=align,
+                ACC=accumulator(p),
+                INT64=branches.largest >= 2**31,
+            )
+        )
+        programs = self.branch_programs(branches, pass_, config)
+        if pass_ != "wgrad":
+            tensors = (
+                ("x_ptr", "a", None),
+                *filters("w", "b", order),
+                ("bias_ptr", "bias", None),
+                ("y_ptr", "out", None),
+            )
+            constexprs |= dict(
+                SUM=branches.adds(pass_), TRANSPOSED=pass_ == "dgrad", EPILOGUE=epilogue
+            )
+            kernel = "depthwise:correlate_depthwise_branches"
+            return [launch(kernel, programs, tensors, scalars, constexprs, config.options())]
+        splits, totals = config.SPLIT_K, [prod(shape) for shape in branches.w_shapes]
+        return [
+            launch(
+                "depthwise:wgrad_depthwise_branches",
+                programs,
+                (("x_ptr", "b", None), ("dy_ptr", "a", None), ("part_ptr", "partials", None)),
+                scalars | {"splits": splits},
+                constexprs,
+                config.options(),
+                splits * sum(totals),
+            ),
+            launch(
+                "depthwise:sum_partials_branches",
+                sum(-(-total // 32) for total in totals),
+                (("part_ptr", "partials", None), *filters("dw", "out", order)),
+                dict(G=p.groups, splits=splits),
+                geometry | dict(BLOCK=32, BLOCK_Z=32),
+                {},
+            ),
+        ]
+
+
+def share_of(config: Any, problem: Problem, pass_: str) -> Any:
+    """What of a config for several branches one of them runs: as many TAPS as it has."""
+    taps = problem.axes(pass_)[0][1].taps
+    return config if config.TAPS <= taps else replace(config, TAPS=taps)
 
 
 @lru_cache(maxsize=1024)

@@ -35,6 +35,7 @@ from .base import (
     aligned,
     bad_maxnreg,
     columns,
+    filters,
     launch,
     no_power_of_two,
     not_positive,
@@ -999,51 +1000,11 @@ def sum_splits(split: int, total: int, to: dict, sizes: dict, epilogue: str) -> 
 
 
 # ---- several convolutions in one launch
-def heaviest_first(branches: Branches, pass_: str) -> list[int]:
-    """The branches, those whose tiles have the most steps first: so that light ones fill the end."""
-    weight = {
-        "fprop": lambda problem: problem.useful_macs / problem.k,
-        "dgrad": lambda problem: problem.useful_macs / problem.c,
-        "wgrad": lambda problem: problem.useful_macs / prod(problem.w_shape),
-    }[pass_]
-    return sorted(range(len(branches.problems)), key=lambda i: -weight(branches.problems[i]))
-
-
 def least_steps(axis: Axis, sizes: np.ndarray) -> np.ndarray:
     """The fewest taps that are live for a block of so many outputs."""
     unique, at = np.unique(sizes, return_inverse=True)
     blocks = axis.live_blocks(unique)
     return (blocks >= -(-axis.out // unique)).sum(0)[at]
-
-
-def branch_geometry(branches: Branches, pass_: str, order: list[int]) -> tuple[int, ...]:
-    """BRANCHES of the kernels: of each branch, in this order, the channels per group of its source
-    and its result, taps, the first channels that it reads and writes, offsets and dilations. wgrad:
-    source and result are x and y."""
-    found: list[int] = []
-    for i in order:
-        p = branches.problems[i]
-        h, w = p.axes(pass_)[0]
-        ends = (p.c // p.groups, branches.x_channels[i]), (p.k // p.groups, branches.y_channels[i])
-        (source, x0), (result, y0) = ends[::-1] if pass_ == "dgrad" else ends
-        found += [
-            source,
-            result,
-            h.taps,
-            w.taps,
-            x0,
-            y0,
-            h.offset,
-            w.offset,
-            h.dilation,
-            w.dilation,
-        ]
-    return tuple(found)
-
-
-def filters(name: str, role: str, order: list[int]) -> tuple:
-    """Tensors of a launch: the filters of the branches in this order."""
-    return tuple((f"{name}_{place}", f"{role}{i}", None) for place, i in enumerate(order))
 
 
 def sum_branches(

@@ -14,19 +14,28 @@ from .. import assumed, devices
 from ..branches import Branches
 from ..devices import Device
 from ..problem import DTYPE_BYTES, Axis, Problem
-from .base import Box, Config, Launch, aligned, elements, launch, steps, strides
+from .base import (
+    Box,
+    Config,
+    Launch,
+    aligned,
+    branch_geometry,
+    elements,
+    filters,
+    heaviest_first,
+    launch,
+    steps,
+    strides,
+)
 from .depthwise import is_depthwise
 from .gemm import (
     Gemm,
     GemmConfig,
     Options,
     as_fields,
-    branch_geometry,
     channels,
     correlation_result,
-    filters,
     has_mma,
-    heaviest_first,
     is_flat,
     suits,
 )

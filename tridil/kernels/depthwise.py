@@ -23,6 +23,7 @@ from .common import (
     address,
     below,
     box_pixels,
+    branches_metadata,
     epilogue,
     launch_metadata,
     live_outputs,
@@ -170,6 +171,118 @@ def tap_products(
     return out
 
 
+@triton.jit
+def box_lanes(
+    img, a0, p0, N, P, Q, grid_h, grid_w, BLOCK_IMG: tl.constexpr, BLOCK_P: tl.constexpr,
+    BLOCK_Q: tl.constexpr, PIXELS: tl.constexpr, COLS: tl.constexpr,
+):
+    """Of the lanes of a box: (image and row in it, first output along the row, whether there is
+    one)."""
+    i, p, q = box_pixels(BLOCK_P, BLOCK_Q, PIXELS)
+    q = grid_points(a0 + q, grid_w, COLS)
+    p = p * grid_h
+    return i, p, q, (i < tl.minimum(N - img, BLOCK_IMG)) & (p0 + p < P) & (q < Q)
+
+
+@triton.jit
+def accumulate(
+    acc, x_ptr, w_ptr, n0, a0, p0, img, N, H, W, P, Q, K, R, stride_h, stride_w, off_h, off_w,
+    dil_h, dil_w, grid_h, grid_w, tap_r, tap_s, step_r, sx_n, sx_h, sx_w, sx_k, S: tl.constexpr,
+    SHIFT: tl.constexpr, STEP_S: tl.constexpr, FILTER_R: tl.constexpr, FILTER_S: tl.constexpr,
+    MULT: tl.constexpr, TRANSPOSED: tl.constexpr, ALIGN: tl.constexpr, ACC: tl.constexpr,
+    INT64: tl.constexpr, BLOCK_IMG: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr,
+    BLOCK_N: tl.constexpr, PIXELS: tl.constexpr, COLS: tl.constexpr, TAPS: tl.constexpr,
+):
+    """acc, COLS tiles [lanes, BLOCK_N], plus the products of the box that begins at (n0, a0, p0,
+    img)."""
+    COUNT: tl.constexpr = (COLS - 1) * SHIFT + TAPS  # columns that a lane loads
+    CHUNKS: tl.constexpr = (S + TAPS - 1) // TAPS
+    REP: tl.constexpr = MULT if TRANSPOSED else 1
+    # of scalar offsets
+    x_h, x_w = sx_h.to(tl.int64), sx_w.to(tl.int64)
+    i, p, q, in_lane = box_lanes(
+        img, a0, p0, N, P, Q, grid_h, grid_w, BLOCK_IMG, BLOCK_P, BLOCK_Q, PIXELS, COLS
+    )
+    p_last = p0 + tl.minimum(BLOCK_P - 1, (P - 1 - p0) // grid_h) * grid_h
+    r_lo, nr = live_taps(p0, p_last, H, off_h, stride_h, dil_h, R)
+    n = tl.arange(0, BLOCK_N)
+    in_k = below(n0 + n, K, ALIGN)[None, :]
+    # lanes: offsets from the box's first pixel, whose own offset is a scalar
+    h = (p0 + p) * stride_h + off_h
+    v = q * stride_w + off_w
+    if INT64:
+        i, p, q, n = i.to(tl.int64), p.to(tl.int64), q.to(tl.int64), n.to(tl.int64)
+    channel = n if MULT == 1 else (n0 + n) * MULT if TRANSPOSED else (n0 + n) // MULT
+    x_lanes = (
+        address((i * sx_n + p * stride_h * sx_h + q * stride_w * sx_w) * ALIGN, INT64)[:, None]
+        + address(channel * sx_k, INT64)[None, :]
+    )
+    x0 = img.to(tl.int64) * sx_n + (p0 * stride_h + off_h) * x_h + off_w * x_w
+    c0 = n0.to(tl.int64) * sx_k if MULT == 1 else n0.to(tl.int64) * 0
+    # every lane loads the weights of its channels itself: a layout of their own would be exchanged
+    # through shared memory
+    filters: tl.constexpr = REP * FILTER_R * FILTER_S
+    w_lanes = (
+        tl.zeros((PIXELS,), tl.int64)[:, None]
+        + (n.to(tl.int64) * filters)[None, :]
+        + n0.to(tl.int64) * filters
+    )
+    for it in range(nr * REP * CHUNKS):
+        r = r_lo + it // (REP * CHUNKS)
+        m = it // CHUNKS % REP
+        s0 = it % CHUNKS * TAPS
+        # negative is huge
+        in_x = (in_lane & ((h + r * dil_h).to(tl.uint32) < H))[:, None] & in_k
+        xo = x0 + r * dil_h * x_h + s0 * dil_w * x_w
+        co = c0 + m * sx_k if MULT > 1 else c0
+        wo = (tap_r + r * step_r) * FILTER_S + tap_s + s0 * STEP_S + m * (FILTER_R * FILTER_S)
+        x = load_columns(x_ptr, x_lanes, xo, co, x_w, v + s0 * dil_w, dil_w, W, in_x, ALIGN, COUNT)
+        w = ()
+        for s in tl.static_range(TAPS):
+            # not in_k & ...: a scalar's mask is no mask to the interpreter of Triton 3.9
+            some = K if S % TAPS == 0 else tl.where(s0 + s < S, K, 0)
+            in_w = below(n0 + tl.arange(0, BLOCK_N), some, ALIGN)[None, :]
+            w = w + (tl.load(w_ptr + wo + s * STEP_S + w_lanes, mask=in_w, other=0.0).to(ACC),)
+        first, count = live_columns(
+            a0, grid_w, Q, W, off_w + s0 * dil_w, stride_w, dil_w, BLOCK_Q, COLS, COUNT
+        )
+        for u in tl.static_range(COUNT):
+            if (u >= first) & (u < first + count):
+                acc = column_products(acc, x[u].to(ACC), w, u, SHIFT, COLS, TAPS)
+    return acc
+
+
+@triton.jit
+def store(
+    y_ptr, bias_ptr, acc, n0, a0, p0, img, N, P, Q, K, grid_h, grid_w, sy_n, sy_p, sy_q, sy_k, y0,
+    size_h, size_w, step_p, step_q, EPILOGUE: tl.constexpr, ALIGN: tl.constexpr, ACC: tl.constexpr,
+    INT64: tl.constexpr, BLOCK_IMG: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr,
+    BLOCK_N: tl.constexpr, PIXELS: tl.constexpr, COLS: tl.constexpr, FILL_H: tl.constexpr,
+    FILL_W: tl.constexpr,
+):
+    """acc and the epilogue -> y of the box that begins at (n0, a0, p0, img)."""
+    i, p, q, in_lane = box_lanes(
+        img, a0, p0, N, P, Q, grid_h, grid_w, BLOCK_IMG, BLOCK_P, BLOCK_Q, PIXELS, COLS
+    )
+    n = tl.arange(0, BLOCK_N)
+    in_k = below(n0 + n, K, ALIGN)[None, :]
+    if INT64:
+        i, p, q, n = i.to(tl.int64), p.to(tl.int64), q.to(tl.int64), n.to(tl.int64)
+    channels = tl.zeros((PIXELS,), tl.int32)[:, None] + tl.arange(0, BLOCK_N)[None, :]
+    bias = load_bias(bias_ptr + n0, channels, in_k, ACC, EPILOGUE)
+    y_lanes = ((i * sy_n + p * step_p * sy_p + q * step_q * sy_q) * ALIGN)[:, None] + (n * sy_k)[
+        None, :
+    ]
+    y0 += img.to(tl.int64) * sy_n + p0.to(tl.int64) * step_p * sy_p
+    k0 = n0.to(tl.int64) * sy_k
+    for j in tl.static_range(COLS):
+        store_output(
+            y_ptr, epilogue(acc[j], bias, EPILOGUE), y_lanes, y0, k0, p0 + p, q + j * grid_w,
+            j * grid_w * step_q, in_lane & (q + j * grid_w < Q), in_k, sy_p, sy_q.to(tl.int64),
+            size_h, size_w, step_p, step_q, ALIGN, FILL_H, FILL_W
+        )
+
+
 @triton.jit(
     do_not_specialize=[
         "N", "H", "W", "P", "Q", "K", "R", "stride_h", "stride_w", "off_h", "off_w", "dil_h",
@@ -195,106 +308,43 @@ def correlate_depthwise(
     size_w. FILL_H, FILL_W: the steps, where the outputs in between are zeros and stored, too; else
     1.
     """
-    COUNT: tl.constexpr = (COLS - 1) * SHIFT + TAPS  # columns that a lane loads
-    CHUNKS: tl.constexpr = (S + TAPS - 1) // TAPS
-    REP: tl.constexpr = MULT if TRANSPOSED else 1
     n0, a0, p0, img = lane_box(
         tl.program_id(0), P, Q, K, grid_h, grid_w, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_N, COLS
     )
-    # of scalar offsets
-    x_h, x_w, y_q = sx_h.to(tl.int64), sx_w.to(tl.int64), sy_q.to(tl.int64)
-    i, p, q = box_pixels(BLOCK_P, BLOCK_Q, PIXELS)
-    q = grid_points(a0 + q, grid_w, COLS)
-    p = p * grid_h
-    in_lane = (i < tl.minimum(N - img, BLOCK_IMG)) & (p0 + p < P) & (q < Q)
-    p_last = p0 + tl.minimum(BLOCK_P - 1, (P - 1 - p0) // grid_h) * grid_h
-    r_lo, nr = live_taps(p0, p_last, H, off_h, stride_h, dil_h, R)
-    n = tl.arange(0, BLOCK_N)
-    in_k = below(n0 + n, K, ALIGN)[None, :]
-    # lanes: offsets from the box's first pixel, whose own offset is a scalar
-    h = (p0 + p) * stride_h + off_h
-    v = q * stride_w + off_w
-    if INT64:
-        i, p, q, n = i.to(tl.int64), p.to(tl.int64), q.to(tl.int64), n.to(tl.int64)
     if CHANNELS_LAST:
         sx_k = 1
         sy_k = 1
-    channel = n if MULT == 1 else (n0 + n) * MULT if TRANSPOSED else (n0 + n) // MULT
-    x_lanes = (
-        address((i * sx_n + p * stride_h * sx_h + q * stride_w * sx_w) * ALIGN, INT64)[:, None]
-        + address(channel * sx_k, INT64)[None, :]
-    )
-    x0 = img.to(tl.int64) * sx_n + (p0 * stride_h + off_h) * x_h + off_w * x_w
-    c0 = n0.to(tl.int64) * sx_k if MULT == 1 else n0.to(tl.int64) * 0
-    # every lane loads the weights of its channels itself: a layout of their own would be exchanged
-    # through shared memory
-    filters: tl.constexpr = REP * FILTER_R * FILTER_S
-    w_lanes = (
-        tl.zeros((PIXELS,), tl.int64)[:, None]
-        + (n.to(tl.int64) * filters)[None, :]
-        + n0.to(tl.int64) * filters
-    )
     acc = ()
     for _ in tl.static_range(COLS):
         acc = acc + (tl.zeros((PIXELS, BLOCK_N), ACC),)
-    for it in range(nr * REP * CHUNKS):
-        r = r_lo + it // (REP * CHUNKS)
-        m = it // CHUNKS % REP
-        s0 = it % CHUNKS * TAPS
-        # negative is huge
-        in_x = (in_lane & ((h + r * dil_h).to(tl.uint32) < H))[:, None] & in_k
-        xo = x0 + r * dil_h * x_h + s0 * dil_w * x_w
-        co = c0 + m * sx_k if MULT > 1 else c0
-        wo = (tap_r + r * step_r) * FILTER_S + tap_s + s0 * STEP_S + m * (FILTER_R * FILTER_S)
-        x = load_columns(x_ptr, x_lanes, xo, co, x_w, v + s0 * dil_w, dil_w, W, in_x, ALIGN, COUNT)
-        w = ()
-        for s in tl.static_range(TAPS):
-            # not in_k & ...: a scalar's mask is no mask to the interpreter of Triton 3.9
-            some = K if S % TAPS == 0 else tl.where(s0 + s < S, K, 0)
-            in_w = below(n0 + tl.arange(0, BLOCK_N), some, ALIGN)[None, :]
-            w = w + (tl.load(w_ptr + wo + s * STEP_S + w_lanes, mask=in_w, other=0.0).to(ACC),)
-        first, count = live_columns(
-            a0, grid_w, Q, W, off_w + s0 * dil_w, stride_w, dil_w, BLOCK_Q, COLS, COUNT
-        )
-        for u in tl.static_range(COUNT):
-            if (u >= first) & (u < first + count):
-                acc = column_products(acc, x[u].to(ACC), w, u, SHIFT, COLS, TAPS)
-    channels = tl.zeros((PIXELS,), tl.int32)[:, None] + tl.arange(0, BLOCK_N)[None, :]
-    bias = load_bias(bias_ptr + n0, channels, in_k, ACC, EPILOGUE)
-    y_lanes = ((i * sy_n + p * step_p * sy_p + q * step_q * sy_q) * ALIGN)[:, None] + (n * sy_k)[
-        None, :
-    ]
-    y0 += img.to(tl.int64) * sy_n + p0.to(tl.int64) * step_p * sy_p
-    k0 = n0.to(tl.int64) * sy_k
-    for j in tl.static_range(COLS):
-        store_output(
-            y_ptr, epilogue(acc[j], bias, EPILOGUE), y_lanes, y0, k0, p0 + p, q + j * grid_w,
-            j * grid_w * step_q, in_lane & (q + j * grid_w < Q), in_k, sy_p, y_q, size_h, size_w,
-            step_p, step_q, ALIGN, FILL_H, FILL_W
-        )
+    acc = accumulate(
+        acc, x_ptr, w_ptr, n0, a0, p0, img, N, H, W, P, Q, K, R, stride_h, stride_w, off_h, off_w,
+        dil_h, dil_w, grid_h, grid_w, tap_r, tap_s, step_r, sx_n, sx_h, sx_w, sx_k, S, SHIFT,
+        STEP_S, FILTER_R, FILTER_S, MULT, TRANSPOSED, ALIGN, ACC, INT64, BLOCK_IMG, BLOCK_P,
+        BLOCK_Q, BLOCK_N, PIXELS, COLS, TAPS
+    )
+    store(
+        y_ptr, bias_ptr, acc, n0, a0, p0, img, N, P, Q, K, grid_h, grid_w, sy_n, sy_p, sy_q, sy_k,
+        y0, size_h, size_w, step_p, step_q, EPILOGUE, ALIGN, ACC, INT64, BLOCK_IMG, BLOCK_P, BLOCK_Q,
+        BLOCK_N, PIXELS, COLS, FILL_H, FILL_W
+    )
 
 
-@triton.jit(
-    do_not_specialize=[
-        "N", "H", "W", "P", "Q", "K", "R", "stride_h", "stride_w", "off_h", "off_w", "dil_h",
-        "dil_w", "grid_w", "sx_n", "sx_h", "sx_w", "sx_k", "sy_n", "sy_p", "sy_q", "sy_k", "splits"
-    ],
-    launch_metadata=launch_metadata,
-)
-def wgrad_depthwise(
-    x_ptr, dy_ptr, part_ptr, N, H, W, P, Q, K, R, stride_h, stride_w, off_h, off_w, dil_h, dil_w,
-    grid_w, sx_n, sx_h, sx_w, sx_k, sy_n, sy_p, sy_q, sy_k, splits, S: tl.constexpr,
-    SHIFT: tl.constexpr, MULT: tl.constexpr, CHANNELS_LAST: tl.constexpr, ALIGN: tl.constexpr,
-    ACC: tl.constexpr, INT64: tl.constexpr, BLOCK_IMG: tl.constexpr, BLOCK_P: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, PIXELS: tl.constexpr, COLS: tl.constexpr,
-    TAPS: tl.constexpr, ROWS: tl.constexpr,
+@triton.jit
+def reduce(
+    pid, x_ptr, dy_ptr, part_ptr, N, H, W, P, Q, K, R, stride_h, stride_w, off_h, off_w, dil_h,
+    dil_w, grid_w, sx_n, sx_h, sx_w, sx_k, sy_n, sy_p, sy_q, sy_k, splits, S: tl.constexpr,
+    SHIFT: tl.constexpr, MULT: tl.constexpr, ALIGN: tl.constexpr, ACC: tl.constexpr,
+    INT64: tl.constexpr, BLOCK_IMG: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr,
+    BLOCK_N: tl.constexpr, PIXELS: tl.constexpr, COLS: tl.constexpr, TAPS: tl.constexpr,
+    ROWS: tl.constexpr,
 ):
     """part (split, R, S, K): the sums of ROWS x TAPS taps over one of `splits` shares of the boxes
     of dy."""
     COUNT: tl.constexpr = (COLS - 1) * SHIFT + TAPS
     CHUNKS: tl.constexpr = (S + TAPS - 1) // TAPS
     n0, r0, s0, split, p_lo, p_hi, count, img, p0, a0 = tap_share(
-        tl.program_id(0), N, H, P, Q, K, R, stride_h, off_h, dil_h, grid_w, splits, BLOCK_IMG,
+        pid, N, H, P, Q, K, R, stride_h, off_h, dil_h, grid_w, splits, BLOCK_IMG,
         BLOCK_P, BLOCK_Q, BLOCK_N, COLS, TAPS, ROWS, CHUNKS
     )
     # of scalar offsets
@@ -302,9 +352,6 @@ def wgrad_depthwise(
     i, bp, bq = box_pixels(BLOCK_P, BLOCK_Q, PIXELS)
     n = tl.arange(0, BLOCK_N)
     in_k = below(n0 + n, K, ALIGN)[None, :]
-    if CHANNELS_LAST:
-        sx_k = 1
-        sy_k = 1
     if INT64:
         i, bp, bq, n = i.to(tl.int64), bp.to(tl.int64), bq.to(tl.int64), n.to(tl.int64)
     channel = n if MULT == 1 else (n0 + n) // MULT
@@ -364,14 +411,40 @@ def wgrad_depthwise(
             )
 
 
-@triton.jit(do_not_specialize=["K", "total", "splits"])
-def sum_partials(
-    part_ptr, dw_ptr, K, total, splits, TAPS: tl.constexpr, BLOCK: tl.constexpr,
+@triton.jit(
+    do_not_specialize=[
+        "N", "H", "W", "P", "Q", "K", "R", "stride_h", "stride_w", "off_h", "off_w", "dil_h",
+        "dil_w", "grid_w", "sx_n", "sx_h", "sx_w", "sx_k", "sy_n", "sy_p", "sy_q", "sy_k", "splits"
+    ],
+    launch_metadata=launch_metadata,
+)
+def wgrad_depthwise(
+    x_ptr, dy_ptr, part_ptr, N, H, W, P, Q, K, R, stride_h, stride_w, off_h, off_w, dil_h, dil_w,
+    grid_w, sx_n, sx_h, sx_w, sx_k, sy_n, sy_p, sy_q, sy_k, splits, S: tl.constexpr,
+    SHIFT: tl.constexpr, MULT: tl.constexpr, CHANNELS_LAST: tl.constexpr, ALIGN: tl.constexpr,
+    ACC: tl.constexpr, INT64: tl.constexpr, BLOCK_IMG: tl.constexpr, BLOCK_P: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, PIXELS: tl.constexpr, COLS: tl.constexpr,
+    TAPS: tl.constexpr, ROWS: tl.constexpr,
+):
+    """The partial sums of dw."""
+    if CHANNELS_LAST:
+        sx_k = 1
+        sy_k = 1
+    reduce(
+        tl.program_id(0), x_ptr, dy_ptr, part_ptr, N, H, W, P, Q, K, R, stride_h, stride_w, off_h,
+        off_w, dil_h, dil_w, grid_w, sx_n, sx_h, sx_w, sx_k, sy_n, sy_p, sy_q, sy_k, splits, S, SHIFT,
+        MULT, ALIGN, ACC, INT64, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_N, PIXELS, COLS, TAPS, ROWS
+    )
+
+
+@triton.jit
+def sum_taps(
+    block, part_ptr, dw_ptr, K, total, splits, TAPS: tl.constexpr, BLOCK: tl.constexpr,
     BLOCK_Z: tl.constexpr,
 ):
-    """dw (K, TAPS) = the sum over splits of part (splits, TAPS, K), always in the same order,
-    BLOCK_Z of them at a time."""
-    j = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    """BLOCK elements of dw (K, TAPS) = the sum over splits of part (splits, TAPS, K), always in the
+    same order, BLOCK_Z of them at a time."""
+    j = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     z = tl.arange(0, BLOCK_Z)
     part = part_ptr + z.to(tl.int64)[:, None] * total + j[None, :]
     acc = tl.zeros((BLOCK_Z, BLOCK), part_ptr.dtype.element_ty)
@@ -383,3 +456,212 @@ def sum_partials(
         tl.sum(acc, axis=0).to(dw_ptr.dtype.element_ty),
         mask=j < total,
     )
+
+
+@triton.jit(do_not_specialize=["K", "total", "splits"])
+def sum_partials(
+    part_ptr, dw_ptr, K, total, splits, TAPS: tl.constexpr, BLOCK: tl.constexpr,
+    BLOCK_Z: tl.constexpr,
+):
+    """dw (K, TAPS) of its partial sums."""
+    sum_taps(tl.program_id(0), part_ptr, dw_ptr, K, total, splits, TAPS, BLOCK, BLOCK_Z)
+
+
+# ---- several correlations in one launch
+# A program finds its branch by comparisons; each has its own copy of the code, in which its taps are
+# unrolled. BRANCHES: see gather.correlate_branches; GRIDS: of each branch grid_h, grid_w, SHIFT.
+@triton.jit
+def branch_products(
+    acc, x_ptr, w_ptr, n0, a0, p0, img, N, H, W, P, Q, G, stride_h, stride_w, grid_h, grid_w, sx_n,
+    sx_h, sx_w, sx_k, B: tl.constexpr, BRANCHES: tl.constexpr, SHIFT: tl.constexpr,
+    TRANSPOSED: tl.constexpr, ALIGN: tl.constexpr, ACC: tl.constexpr, INT64: tl.constexpr,
+    BLOCK_IMG: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr,
+    PIXELS: tl.constexpr, COLS: tl.constexpr, TAPS: tl.constexpr,
+):
+    """`accumulate` of branch B."""
+    C: tl.constexpr = BRANCHES[10 * B]
+    K: tl.constexpr = BRANCHES[10 * B + 1]
+    R: tl.constexpr = BRANCHES[10 * B + 2]
+    S: tl.constexpr = BRANCHES[10 * B + 3]
+    # dgrad walks the taps from the last to the first
+    STEP: tl.constexpr = -1 if TRANSPOSED else 1
+    return accumulate(
+        acc, x_ptr + BRANCHES[10 * B + 4] * sx_k, w_ptr, n0, a0, p0, img, N, H, W, P, Q, K * G, R,
+        stride_h, stride_w, BRANCHES[10 * B + 6], BRANCHES[10 * B + 7], BRANCHES[10 * B + 8],
+        BRANCHES[10 * B + 9], grid_h, grid_w, R - 1 if TRANSPOSED else 0,
+        S - 1 if TRANSPOSED else 0, STEP, sx_n, sx_h, sx_w, sx_k, S, SHIFT, STEP, R, S,
+        C if TRANSPOSED else K, TRANSPOSED, ALIGN, ACC, INT64, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_N,
+        PIXELS, COLS, TAPS if TAPS < S else S
+    )
+
+
+@triton.jit
+def correlate_branch(
+    pid, x_ptr, w_ptr, bias_ptr, y_ptr, N, H, W, P, Q, G, stride_h, stride_w, sx_n, sx_h, sx_w,
+    sx_k, sy_n, sy_p, sy_q, sy_k, B: tl.constexpr, BRANCHES: tl.constexpr, grid_h: tl.constexpr,
+    grid_w: tl.constexpr, SHIFT: tl.constexpr, TRANSPOSED: tl.constexpr, EPILOGUE: tl.constexpr,
+    ALIGN: tl.constexpr, ACC: tl.constexpr, INT64: tl.constexpr, BLOCK_IMG: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, PIXELS: tl.constexpr,
+    COLS: tl.constexpr, TAPS: tl.constexpr,
+):
+    """Box pid of branch B's own channels."""
+    K = BRANCHES[10 * B + 1] * G
+    n0, a0, p0, img = lane_box(
+        pid, P, Q, K, grid_h, grid_w, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_N, COLS
+    )
+    acc = ()
+    for _ in tl.static_range(COLS):
+        acc = acc + (tl.zeros((PIXELS, BLOCK_N), ACC),)
+    acc = branch_products(
+        acc, x_ptr, w_ptr, n0, a0, p0, img, N, H, W, P, Q, G, stride_h, stride_w, grid_h, grid_w,
+        sx_n, sx_h, sx_w, sx_k, B, BRANCHES, SHIFT, TRANSPOSED, ALIGN, ACC, INT64, BLOCK_IMG,
+        BLOCK_P, BLOCK_Q, BLOCK_N, PIXELS, COLS, TAPS
+    )
+    Y0: tl.constexpr = BRANCHES[10 * B + 5]
+    store(
+        y_ptr + Y0 * sy_k, bias_ptr + Y0, acc, n0, a0, p0, img, N, P, Q, K, grid_h, grid_w, sy_n,
+        sy_p, sy_q, sy_k, 0, P, Q, 1, 1, EPILOGUE, ALIGN, ACC, INT64, BLOCK_IMG, BLOCK_P, BLOCK_Q,
+        BLOCK_N, PIXELS, COLS, 1, 1
+    )
+
+
+@triton.jit(
+    do_not_specialize=[
+        "N", "H", "W", "P", "Q", "G", "stride_h", "stride_w", "sx_n", "sx_h", "sx_w", "sx_k",
+        "sy_n", "sy_p", "sy_q", "sy_k"
+    ],
+    launch_metadata=branches_metadata,
+)
+def correlate_depthwise_branches(
+    x_ptr, w_0, w_1, w_2, w_3, w_4, w_5, w_6, w_7, bias_ptr, y_ptr, N, H, W, P, Q, G, stride_h,
+    stride_w, sx_n, sx_h, sx_w, sx_k, sy_n, sy_p, sy_q, sy_k, BRANCHES: tl.constexpr,
+    GRIDS: tl.constexpr, COUNT: tl.constexpr, SUM: tl.constexpr, TRANSPOSED: tl.constexpr,
+    EPILOGUE: tl.constexpr, CHANNELS_LAST: tl.constexpr, ALIGN: tl.constexpr, ACC: tl.constexpr,
+    INT64: tl.constexpr, BLOCK_IMG: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr,
+    BLOCK_N: tl.constexpr, PIXELS: tl.constexpr, COLS: tl.constexpr, TAPS: tl.constexpr,
+):
+    """`correlate_depthwise` for COUNT branches with a filter each: side by side, or (SUM) added up in
+    one accumulator, whose lanes lie on no grid: they own one output each (COLS = 1)."""
+    filters = (w_0, w_1, w_2, w_3, w_4, w_5, w_6, w_7)
+    pid = tl.program_id(0)
+    if CHANNELS_LAST:
+        sx_k = 1
+        sy_k = 1
+    if SUM:
+        K = BRANCHES[1] * G
+        n0, a0, p0, img = lane_box(
+            pid, P, Q, K, 1, 1, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_N, COLS
+        )
+        acc = (tl.zeros((PIXELS, BLOCK_N), ACC),)
+        for b in tl.static_range(COUNT):
+            acc = branch_products(
+                acc, x_ptr, filters[b], n0, a0, p0, img, N, H, W, P, Q, G, stride_h, stride_w, 1, 1,
+                sx_n, sx_h, sx_w, sx_k, b, BRANCHES, 1, TRANSPOSED, ALIGN, ACC, INT64, BLOCK_IMG,
+                BLOCK_P, BLOCK_Q, BLOCK_N, PIXELS, COLS, TAPS
+            )
+        store(
+            y_ptr, bias_ptr, acc, n0, a0, p0, img, N, P, Q, K, 1, 1, sy_n, sy_p, sy_q, sy_k, 0, P,
+            Q, 1, 1, EPILOGUE, ALIGN, ACC, INT64, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_N, PIXELS,
+            COLS, 1, 1
+        )
+    else:
+        first = pid * 0
+        for b in tl.static_range(COUNT):
+            count = (
+                tl.cdiv(BRANCHES[10 * b + 1] * G, BLOCK_N) * tl.cdiv(N, BLOCK_IMG)
+                * tl.cdiv(anchors(Q, GRIDS[3 * b + 1], COLS), BLOCK_Q)
+                * anchors(P, GRIDS[3 * b], BLOCK_P)
+            )
+            if (pid >= first) & (pid < first + count):
+                correlate_branch(
+                    pid - first, x_ptr, filters[b], bias_ptr, y_ptr, N, H, W, P, Q, G, stride_h,
+                    stride_w, sx_n, sx_h, sx_w, sx_k, sy_n, sy_p, sy_q, sy_k, b, BRANCHES,
+                    GRIDS[3 * b], GRIDS[3 * b + 1], GRIDS[3 * b + 2], TRANSPOSED, EPILOGUE, ALIGN,
+                    ACC, INT64, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_N, PIXELS, COLS, TAPS
+                )
+            first += count
+
+
+@triton.jit
+def branch_weights(G, B: tl.constexpr, BRANCHES: tl.constexpr):
+    """Elements of the filter of branch B."""
+    return BRANCHES[10 * B + 1] * BRANCHES[10 * B + 2] * BRANCHES[10 * B + 3] * G
+
+
+@triton.jit
+def reduce_branch(
+    pid, x_ptr, dy_ptr, part_ptr, N, H, W, P, Q, G, stride_h, stride_w, sx_n, sx_h, sx_w, sx_k,
+    sy_n, sy_p, sy_q, sy_k, splits, B: tl.constexpr, BRANCHES: tl.constexpr, grid_w: tl.constexpr,
+    SHIFT: tl.constexpr, ALIGN: tl.constexpr, ACC: tl.constexpr, INT64: tl.constexpr,
+    BLOCK_IMG: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr,
+    PIXELS: tl.constexpr, COLS: tl.constexpr, TAPS: tl.constexpr, ROWS: tl.constexpr,
+):
+    """`reduce` of branch B."""
+    MULT: tl.constexpr = BRANCHES[10 * B + 1]
+    S: tl.constexpr = BRANCHES[10 * B + 3]
+    reduce(
+        pid, x_ptr + BRANCHES[10 * B + 4] * sx_k, dy_ptr + BRANCHES[10 * B + 5] * sy_k, part_ptr, N,
+        H, W, P, Q, MULT * G, BRANCHES[10 * B + 2], stride_h, stride_w, BRANCHES[10 * B + 6],
+        BRANCHES[10 * B + 7], BRANCHES[10 * B + 8], BRANCHES[10 * B + 9], grid_w, sx_n, sx_h, sx_w,
+        sx_k, sy_n, sy_p, sy_q, sy_k, splits, S, SHIFT, MULT, ALIGN, ACC, INT64, BLOCK_IMG, BLOCK_P,
+        BLOCK_Q, BLOCK_N, PIXELS, COLS, TAPS if TAPS < S else S, ROWS
+    )
+
+
+@triton.jit(
+    do_not_specialize=[
+        "N", "H", "W", "P", "Q", "G", "stride_h", "stride_w", "sx_n", "sx_h", "sx_w", "sx_k",
+        "sy_n", "sy_p", "sy_q", "sy_k", "splits"
+    ],
+    launch_metadata=branches_metadata,
+)
+def wgrad_depthwise_branches(
+    x_ptr, dy_ptr, part_ptr, N, H, W, P, Q, G, stride_h, stride_w, sx_n, sx_h, sx_w, sx_k, sy_n,
+    sy_p, sy_q, sy_k, splits, BRANCHES: tl.constexpr, GRIDS: tl.constexpr, COUNT: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr, ALIGN: tl.constexpr, ACC: tl.constexpr, INT64: tl.constexpr,
+    BLOCK_IMG: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr,
+    PIXELS: tl.constexpr, COLS: tl.constexpr, TAPS: tl.constexpr, ROWS: tl.constexpr,
+):
+    """The partial sums of all dw, one after another."""
+    pid = tl.program_id(0)
+    if CHANNELS_LAST:
+        sx_k = 1
+        sy_k = 1
+    first = pid * 0
+    part = first.to(tl.int64)
+    for b in tl.static_range(COUNT):
+        count = (
+            tl.cdiv(BRANCHES[10 * b + 1] * G, BLOCK_N) * tl.cdiv(BRANCHES[10 * b + 2], ROWS)
+            * tl.cdiv(BRANCHES[10 * b + 3], tl.minimum(TAPS, BRANCHES[10 * b + 3])) * splits
+        )
+        if (pid >= first) & (pid < first + count):
+            reduce_branch(
+                pid - first, x_ptr, dy_ptr, part_ptr + part, N, H, W, P, Q, G, stride_h, stride_w,
+                sx_n, sx_h, sx_w, sx_k, sy_n, sy_p, sy_q, sy_k, splits, b, BRANCHES,
+                GRIDS[3 * b + 1], GRIDS[3 * b + 2], ALIGN, ACC, INT64, BLOCK_IMG, BLOCK_P, BLOCK_Q,
+                BLOCK_N, PIXELS, COLS, TAPS, ROWS
+            )
+        first += count
+        part += splits.to(tl.int64) * branch_weights(G, b, BRANCHES)
+
+
+@triton.jit(do_not_specialize=["G", "splits"])
+def sum_partials_branches(
+    part_ptr, dw_0, dw_1, dw_2, dw_3, dw_4, dw_5, dw_6, dw_7, G, splits, BRANCHES: tl.constexpr,
+    COUNT: tl.constexpr, BLOCK: tl.constexpr, BLOCK_Z: tl.constexpr,
+):
+    """`sum_partials` of the filters of all branches."""
+    filters = (dw_0, dw_1, dw_2, dw_3, dw_4, dw_5, dw_6, dw_7)
+    pid = tl.program_id(0)
+    first = pid * 0
+    part = first.to(tl.int64)
+    for b in tl.static_range(COUNT):
+        total = branch_weights(G, b, BRANCHES)
+        count = tl.cdiv(total, BLOCK)
+        if (pid >= first) & (pid < first + count):
+            sum_taps(
+                pid - first, part_ptr + part, filters[b], BRANCHES[10 * b + 1] * G, total, splits,
+                BRANCHES[10 * b + 2] * BRANCHES[10 * b + 3], BLOCK, BLOCK_Z
+            )
+        first += count
+        part += splits.to(tl.int64) * total
