@@ -100,11 +100,23 @@ def main(argv=None) -> int:
     if min(args.batch, default=0) < 1:
         parser.error(f"--batch takes positive numbers of images, got {args.batch}")
     gpu = tuner.Gpu(torch.device("cuda", torch.cuda.current_device())) if args.measure else None
+    return run(target, args.batch, gpu, args.seconds)
+
+
+def run(
+    target: str,
+    batches,
+    gpu: tuner.Gpu | None,
+    seconds: float | None = None,
+    out: Path | None = None,
+) -> int:
+    """Prints the table of all sets of branches for a target, each with so many images, and keeps it
+    as out/branches.csv; with a GPU, measured until `seconds` are over. The exit status."""
     rows: list = []
     status = 0
-    deadline = time.monotonic() + (float("inf") if args.seconds is None else args.seconds)
+    deadline = time.monotonic() + (float("inf") if seconds is None else seconds)
     for name, found in workloads.branches().items():
-        for n in args.batch:
+        for n in batches:
             some = replace(found, problems=tuple(replace(p, n=n) for p in found.problems))
             for pass_ in PASSES:
                 row, config = row_of(name, some, pass_, target)
@@ -115,6 +127,8 @@ def main(argv=None) -> int:
                         status, deadline = 130, 0.0
                 rows.append(row)
     table = pd.DataFrame(rows)
+    if out:
+        table.to_csv(out / "branches.csv", index=False)
     print(f"predicted and counted for {devices.of_target(target).name}, fp16, channels_last\n")
     print(table.to_string(index=False, float_format=lambda x: f"{x:.4g}", na_rep="-"))
     joined = table.dropna(subset=["predicted_us"])

@@ -7,6 +7,7 @@ Markdown, pictures and an HTML report.
     python perf/sweep.py --shape "n=4 c=256 h=60 w=60 k=256 r=3 d=12" --providers tridil,inductor
     python perf/sweep.py --suite none --models deeplabv3_resnet50,van_b2
     python perf/sweep.py --suite all --validate-model
+    python perf/sweep.py --suite branches
 
 With a GPU it times tridil and cuDNN (as PyTorch calls it, benchmark on), or other providers.
 Without one it reports what is true there: correctness in Triton's interpreter on a reduced copy of
@@ -42,6 +43,7 @@ from rich.progress import (
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "perf")]
+import branches  # noqa: E402
 import layers  # noqa: E402
 import networks  # noqa: E402
 import validate  # noqa: E402
@@ -50,7 +52,7 @@ from providers import DEFAULT, PROVIDERS, Gpu, precision_of, provider, reason_ag
 from report import report  # noqa: E402
 from results import COLUMNS, IDENTITY, is_broken, machine_line, read, triton_version, with_ratio  # noqa: E402
 
-from tridil import cost_model, devices, drivers, workloads  # noqa: E402
+from tridil import cost_model, devices, drivers, tuner, workloads  # noqa: E402
 from tridil.__main__ import parse_shape  # noqa: E402
 from tridil.problem import DTYPE_BYTES, PASSES  # noqa: E402
 
@@ -142,8 +144,8 @@ def arguments(argv, gpu) -> argparse.Namespace:
     parser.add_argument(
         "--suite",
         default=None,
-        choices=[*workloads.SUITES, "none"],
-        help="layers of real models (default: quick)",
+        choices=[*workloads.SUITES, "branches", "none"],
+        help="layers of real models (default: quick); branches: parallel ones in one launch and one by one (branches.csv)",
     )
     parser.add_argument(
         "--shape",
@@ -200,7 +202,19 @@ def arguments(argv, gpu) -> argparse.Namespace:
         "--fresh", action="store_true", help="start over instead of keeping the rows that are there"
     )
     args = parser.parse_args(argv)
+    if args.suite == "branches":
+        taken = {"--suite", "--target", "--out"}
+        given = {
+            f"--{name.replace('_', '-')}"
+            for name, value in vars(args).items()
+            if value != parser.get_default(name)
+        }
+        if given - taken:
+            parser.error(
+                f"--suite branches takes --target and --out, got {', '.join(given - taken)}"
+            )
     suite = args.suite or ("none" if args.shape or args.models else "quick")
+    suite = "none" if suite == "branches" else suite
     args.layers = [
         w
         for dtype in args.dtypes
@@ -215,7 +229,7 @@ def arguments(argv, gpu) -> argparse.Namespace:
         args.layers = [w for w in args.layers if all(_matches(w, text) for text in args.filter)]
     except (re.error, KeyError) as e:
         parser.error(f"--filter: {e.args[0]}")
-    if not args.layers and not args.models:
+    if not args.layers and not args.models and args.suite != "branches":
         parser.error(
             f"no layer of suite {suite!r} matches --filter {' '.join(map(repr, args.filter))}"
         )
@@ -334,6 +348,9 @@ def main(argv=None, gpu: Gpu | None = None) -> int:
     except OSError as e:
         print(f"sweep.py: error: --out {out}: {e.strerror}", file=sys.stderr)
         raise SystemExit(2) from None
+    if args.suite == "branches":
+        clock = tuner.Gpu(torch.device("cuda", local)) if gpu else None
+        return 0 if rank else branches.run(target, (1, 2, 4), clock, out=out)
     device = gpu.spec(target) if gpu else devices.of_target(target)
     if args.validate_model:
         return validate.run(

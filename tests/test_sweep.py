@@ -627,6 +627,10 @@ def test_reduced_layers_keep_what_matters():
         (["--shape", "n=1"], "lacks"),
         (["--filter", "nothing"], "no layer of suite 'quick' matches --filter 'nothing'"),
         (["--suite", "vision"], "invalid choice: 'vision'"),
+        (
+            ["--suite", "branches", "--passes", "fprop"],
+            "--suite branches takes --target and --out, got --passes",
+        ),
         (["--target", "banana"], "unknown target 'banana': use one of cuda:80"),
         (["--target", "cuda:70"], "unknown target 'cuda:70'"),
         (["--out", "/proc/nothing"], "--out /proc/nothing: No such file"),
@@ -638,6 +642,16 @@ def test_arguments_that_make_no_sense(arguments, message, capsys):
         sweep.main(arguments)
     assert e.value.code == 2
     assert message in re.sub(r"\s+", " ", capsys.readouterr().err)
+
+
+def test_the_suite_of_branches(tmp_path, monkeypatch, capsys):
+    found = {name: b for name, b in workloads.branches().items() if "RegSeg" in name}
+    monkeypatch.setattr(workloads, "branches", lambda: found)
+    arguments = ["--suite", "branches", "--target", "cuda:90", "--out", str(tmp_path)]
+    assert sweep.main(arguments) == 0
+    frame = pd.read_csv(tmp_path / "branches.csv")
+    assert len(frame) == 3 * 3 and (frame["predicted_us"] < frame["predicted_apart_us"]).all()
+    assert "predicted and counted for NVIDIA H100" in capsys.readouterr().out
 
 
 def test_results_of_an_older_version_are_read(run):
