@@ -174,18 +174,25 @@ def column_walk(
 def tap_row_walk(axis: Axis, block: int, rows: int) -> tuple[int, int]:
     """(boxes, live (box, filter row) pairs) of wgrad's programs, each of `rows` filter rows, over
     `block` adjacent rows of dy."""
-    boxes = live = 0
+    boxes, live, spans = 0, 0, live_rows(axis)
     for r0 in range(0, axis.taps, rows):
-        group = range(r0, min(r0 + rows, axis.taps))
-        first, length = axis.live_outputs(group[-1])[0], axis.live_out_any(group[0], group[-1])
-        count = -(-length // block)
+        group = spans[r0 : r0 + rows]
+        # larger taps begin and end earlier
+        first, end = group[-1][0], group[0][1]
+        if end <= first:
+            continue
+        count = -(-(end - first) // block)
         boxes += count
-        spans = ((lo - first, hi - 1 - first) for lo, hi in map(axis.live_outputs, group))
-        live += sum(
-            max(min(last // block, count - 1) - max(least, 0) // block + 1, 0)
-            for least, last in spans
-        )
+        for lo, hi in group:
+            last = min((hi - 1 - first) // block, count - 1)
+            live += max(last - max(lo - first, 0) // block + 1, 0)
     return boxes, live
+
+
+@lru_cache(maxsize=16384)
+def live_rows(axis: Axis) -> list[tuple[int, int]]:
+    """Of each tap the outputs that read the image through it, as `Axis.live_outputs` says it."""
+    return [axis.live_outputs(r) for r in range(axis.taps)]
 
 
 class Depthwise(Family):
