@@ -61,6 +61,15 @@ def taps_in_image(
 
 
 @triton.jit
+def source_walk(img, h, w, H, W, channels, first, dil_h, dil_w, ns, walked):
+    """(offset of channel `first` of the source's pixel (img, h, w), and what it gains at the end of a
+    tap, of which `walked` channels were walked, and of a row of ns taps)."""
+    offset = ((img.to(tl.int64) * H + h) * W + w) * channels + first
+    row = (dil_h * W - (ns - 1) * dil_w).to(tl.int64) * channels - walked
+    return offset, dil_w * channels - walked, row
+
+
+@triton.jit
 def filter_rows(
     tap, g, n0, K, C, CW, FILTER_R, FILTER_S, TRANSPOSED: tl.constexpr, ALIGN: tl.constexpr,
     ALIGN_W: tl.constexpr, EVEN_N: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -122,13 +131,10 @@ def accumulate(
     kk = tl.arange(0, BLOCK_K)
     x_rows = address(source_pixels(i, p, q, H, W, cg, stride_h, stride_w, ALIGN, INT64), INT64)[:, None]
     x_rows += address(kk, INT64)[None, :]
-    pixel0 = (
-        (img.to(tl.int64) * H + p0 * stride_h + off_h + (r_lo + r) * dil_h) * W
-        + q0 * stride_w
-        + off_w
-        + (s_lo + s) * dil_w
+    xo, x_tap, x_row = source_walk(
+        img, p0 * stride_h + off_h + (r_lo + r) * dil_h, q0 * stride_w + off_w + (s_lo + s) * dil_w,
+        H, W, cg, x0 + g * C + c * BLOCK_K, dil_h, dil_w, ns, CB * BLOCK_K
     )
-    xo = pixel0 * cg + x0 + g * C + c * BLOCK_K
     tap = (tap_r + (r_lo + r) * step_r) * FILTER_S + tap_s + (s_lo + s) * step_s
     w_rows, wo, w_step, in_n = filter_rows(
         tap, g, n0, K, C, CW, FILTER_R, FILTER_S, TRANSPOSED, ALIGN, ALIGN_W, EVEN_N, BLOCK_N,
@@ -136,9 +142,7 @@ def accumulate(
     )
     if IS_SPLIT:
         wo += c.to(tl.int64) * w_step
-    # what the scalar offsets gain at the end of a tap, and of a row of taps
-    x_tap = dil_w * cg - CB * BLOCK_K
-    x_row = (dil_h * W - (ns - 1) * dil_w).to(tl.int64) * cg - CB * BLOCK_K
+    # what it gains at the end of a tap, and of a row of taps
     w_tap = step_s * CW - CB * w_step
     w_row = (step_r * FILTER_S - (ns - 1) * step_s) * CW - CB * w_step
     bit = 1 << (r * S + s)
@@ -293,6 +297,20 @@ def correlate_flat(
 
 
 @triton.jit
+def box_walk(
+    img, p, q, last_p, last_q, H, W, channels, first, stride_h, stride_w, wide: tl.constexpr,
+    BLOCK_IMG: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr,
+):
+    """(offset of the box at (img, p, q) of an image H x W, from `first` on, and what it gains at the
+    next box, the next row of boxes, which has last_q columns, the next images, which have last_p
+    rows), in units of which a pixel has `channels`: those show what is aligned."""
+    offset = ((img.to(tl.int64) * H + p * stride_h) * W + q * stride_w) * channels + first
+    row = (BLOCK_P * stride_h * W - last_q * stride_w).to(wide) * channels
+    image = (BLOCK_IMG * H - last_p * stride_h).to(wide) * W * channels
+    return offset.to(wide), BLOCK_Q * stride_w * channels, row, image
+
+
+@triton.jit
 def gained(offset, row, at_row, image, at_image):
     """offset, and what it gains at the end of a row of boxes and of the last one of an image."""
     offset = tl.where(row, offset + at_row, offset)
@@ -400,24 +418,18 @@ def reduce(
             address(tl.arange(0, BLOCK_N), INT64), COL
         )
         xt = (shift_h * W + shift_w).to(tl.int64) * cg + x0 + g * C + n0
-    # scalar offsets of a box and what they gain at the next box, the next row of boxes, the next
-    # images: in units of ALIGN_C elements, which shows that they are multiples
-    cg = cg // ALIGN_C
-    kg = kg // ALIGN_K
     # 32 bits where every box begins inside the image, whatever the steps between are
     wide: tl.constexpr = tl.int64 if INT64 or FLAT else tl.int32
-    xo = ((img.to(tl.int64) * H + p * stride_h) * W + q * stride_w) * cg + xt // ALIGN_C
-    dyo = ((img.to(tl.int64) * P + p) * Q + q) * kg + (y0 + g * K + k0) // ALIGN_K
-    xo = xo.to(wide)
-    dyo = dyo.to(wide)
-    last_q = tl.cdiv(q_hi - q_lo, BLOCK_Q) * BLOCK_Q
     last_p = tl.cdiv(p_hi - p_lo, BLOCK_P) * BLOCK_P
-    x_next = BLOCK_Q * stride_w * cg
-    x_row = (BLOCK_P * stride_h * W - last_q * stride_w).to(wide) * cg
-    x_img = (BLOCK_IMG * H - last_p * stride_h).to(wide) * W * cg
-    dy_next = BLOCK_Q * kg
-    dy_row = (BLOCK_P * Q - last_q).to(wide) * kg
-    dy_img = (BLOCK_IMG * P - last_p).to(wide) * Q * kg
+    last_q = tl.cdiv(q_hi - q_lo, BLOCK_Q) * BLOCK_Q
+    xo, x_next, x_row, x_img = box_walk(
+        img, p, q, last_p, last_q, H, W, cg // ALIGN_C, xt // ALIGN_C, stride_h, stride_w, wide,
+        BLOCK_IMG, BLOCK_P, BLOCK_Q
+    )
+    dyo, dy_next, dy_row, dy_img = box_walk(
+        img, p, q, last_p, last_q, P, Q, kg // ALIGN_K, (y0 + g * K + k0) // ALIGN_K, 1, 1, wide,
+        BLOCK_IMG, BLOCK_P, BLOCK_Q
+    )
     acc = tl.zeros((BLOCK_N, BLOCK_M) if ROW else (BLOCK_M, BLOCK_N), ACC)
     for _ in range(count):
         live = (i < tl.minimum(N - img, BLOCK_IMG)) & (bp < p_hi - p) & (bq < q_hi - q)
