@@ -38,8 +38,10 @@ _dispatch_modes = _find("torch._C:_len_torch_dispatch_stack", lambda: 1)
 _function_modes = _find("torch._C:_len_torch_function_stack", lambda: 1)
 _in_transform = _find("torch._C:_are_functorch_transforms_active", lambda: True)
 _tracing_state = _find("torch._C:_get_tracing_state", torch.jit.is_tracing)
-_is_wrapped = _find("torch._C._functorch:is_functorch_wrapped_tensor", lambda t: True)
-_is_batched = _find("torch._C._functorch:is_legacy_batchedtensor", lambda t: True)
+# whether a transform left its wrapper around a tensor
+is_wrapped = _find("torch._C._functorch:is_functorch_wrapped_tensor", lambda t: True)
+# whether a tensor is a batch of torch.autograd.grad(is_grads_batched=True)
+is_batched = _find("torch._C._functorch:is_legacy_batchedtensor", lambda t: True)
 
 
 def is_watched() -> bool:
@@ -57,16 +59,6 @@ def is_watched() -> bool:
 def is_tracing() -> bool:
     """Whether torch.jit.trace, or the exporter to ONNX that is built on it, records this call."""
     return bool(_tracing_state())
-
-
-def is_wrapped(t: torch.Tensor) -> bool:
-    """Whether a transform left its wrapper around t."""
-    return _is_wrapped(t)
-
-
-def is_batched(t: torch.Tensor) -> bool:
-    """Whether t is a batch of torch.autograd.grad(is_grads_batched=True)."""
-    return _is_batched(t)
 
 
 # torch.autograd.Function without its rules under transforms, and without its look at the signature
