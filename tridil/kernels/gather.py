@@ -61,15 +61,6 @@ def taps_in_image(
 
 
 @triton.jit
-def source_walk(img, h, w, H, W, channels, first, dil_h, dil_w, ns, walked):
-    """(offset of channel `first` of the source's pixel (img, h, w), and what it gains at the end of a
-    tap, of which `walked` channels were walked, and of a row of ns taps)."""
-    offset = ((img.to(tl.int64) * H + h) * W + w) * channels + first
-    row = (dil_h * W - (ns - 1) * dil_w).to(tl.int64) * channels - walked
-    return offset, dil_w * channels - walked, row
-
-
-@triton.jit
 def filter_rows(
     tap, g, n0, K, C, CW, FILTER_R, FILTER_S, TRANSPOSED: tl.constexpr, ALIGN: tl.constexpr,
     ALIGN_W: tl.constexpr, EVEN_N: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -131,10 +122,13 @@ def accumulate(
     kk = tl.arange(0, BLOCK_K)
     x_rows = address(source_pixels(i, p, q, H, W, cg, stride_h, stride_w, ALIGN, INT64), INT64)[:, None]
     x_rows += address(kk, INT64)[None, :]
-    xo, x_tap, x_row = source_walk(
-        img, p0 * stride_h + off_h + (r_lo + r) * dil_h, q0 * stride_w + off_w + (s_lo + s) * dil_w,
-        H, W, cg, x0 + g * C + c * BLOCK_K, dil_h, dil_w, ns, CB * BLOCK_K
+    pixel0 = (
+        (img.to(tl.int64) * H + p0 * stride_h + off_h + (r_lo + r) * dil_h) * W
+        + q0 * stride_w
+        + off_w
+        + (s_lo + s) * dil_w
     )
+    xo = pixel0 * cg + x0 + g * C + c * BLOCK_K
     tap = (tap_r + (r_lo + r) * step_r) * FILTER_S + tap_s + (s_lo + s) * step_s
     w_rows, wo, w_step, in_n = filter_rows(
         tap, g, n0, K, C, CW, FILTER_R, FILTER_S, TRANSPOSED, ALIGN, ALIGN_W, EVEN_N, BLOCK_N,
@@ -142,7 +136,9 @@ def accumulate(
     )
     if IS_SPLIT:
         wo += c.to(tl.int64) * w_step
-    # what it gains at the end of a tap, and of a row of taps
+    # what the scalar offsets gain at the end of a tap, and of a row of taps
+    x_tap = dil_w * cg - CB * BLOCK_K
+    x_row = (dil_h * W - (ns - 1) * dil_w).to(tl.int64) * cg - CB * BLOCK_K
     w_tap = step_s * CW - CB * w_step
     w_row = (step_r * FILTER_S - (ns - 1) * step_s) * CW - CB * w_step
     bit = 1 << (r * S + s)
