@@ -3,10 +3,11 @@ FOLDER`.
 
 Steps: what is there, the families hopper and contiguous beside the other kernels, the kernel tests
 natively, the quick sweep against cuDNN, the cost model against the clock, parallel branches in one
-launch, tuning of the deeplab suite, a few launches under compute-sanitizer. Each has its share of the time and is
-stopped at its end; what one leaves over the next ones get. What a step has by then is kept: it is "partial". FOLDER receives at
-most eight files: check.log, verdict.md, results.csv, results.md, report.html, model.csv,
-tuned.json. Exit status 1 when a result was wrong or a step crashed.
+launch, tuning of the deeplab suite, a few launches under compute-sanitizer. Each has its share of
+the time and is stopped at its end; what one leaves over the next ones get. What a step has by then
+is kept: it is "partial". FOLDER receives at most eight files: check.log, verdict.md, results.csv,
+results.md, report.html, model.csv, tuned.json. Exit status 1 when a result was wrong or a step
+crashed.
 """
 
 from __future__ import annotations

@@ -209,10 +209,8 @@ def arguments(argv, gpu) -> argparse.Namespace:
             for name, value in vars(args).items()
             if value != parser.get_default(name)
         }
-        if given - taken:
-            parser.error(
-                f"--suite branches takes --target and --out, got {', '.join(given - taken)}"
-            )
+        if other := ", ".join(sorted(given - taken)):
+            parser.error(f"--suite branches takes --target and --out, got {other}")
     suite = args.suite or ("none" if args.shape or args.models else "quick")
     suite = "none" if suite == "branches" else suite
     args.layers = [
@@ -349,8 +347,10 @@ def main(argv=None, gpu: Gpu | None = None) -> int:
         print(f"sweep.py: error: --out {out}: {e.strerror}", file=sys.stderr)
         raise SystemExit(2) from None
     if args.suite == "branches":
+        if rank:
+            return 0
         clock = tuner.Gpu(torch.device("cuda", local)) if gpu else None
-        return 0 if rank else branches.run(target, (1, 2, 4), clock, out=out)
+        return branches.run(target, (1, 2, 4), clock, out=out)
     device = gpu.spec(target) if gpu else devices.of_target(target)
     if args.validate_model:
         return validate.run(

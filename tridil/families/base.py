@@ -6,7 +6,7 @@ Imports neither torch nor Triton. Sizes in elements, times in seconds, clocks of
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
@@ -276,6 +276,16 @@ class Family:
         family cannot join."""
         return []
 
+    def fitting(
+        self, configs: Iterable[Config], branches: Branches, pass_: str, target: str
+    ) -> list[Config]:
+        """Those of the configs, each once, that are legal for a pass of all branches."""
+        return [
+            config
+            for config in dict.fromkeys(configs)
+            if not self.unfit(config, branches, pass_, target)
+        ]
+
     def unfit(self, config: Config, branches: Branches, pass_: str, target: str) -> str | None:
         """None when `config` is legal for a pass of all branches in one launch, else the reason."""
         return f"kernel {config.kernel!r} does not join branches"
@@ -389,6 +399,13 @@ def heaviest_first(branches: Branches, pass_: str) -> list[int]:
         "wgrad": lambda problem: problem.useful_macs / prod(problem.w_shape),
     }[pass_]
     return sorted(range(len(branches.problems)), key=lambda i: -weight(branches.problems[i]))
+
+
+def branch_sizes(branches: Branches, pass_: str) -> dict[str, int]:
+    """The sizes that all branches have in common, as the kernels name them."""
+    p = branches.first
+    h, w = p.axes(pass_)[0]
+    return dict(N=p.n, H=h.size, W=w.size, P=h.out, Q=w.out, G=p.groups)
 
 
 def branch_geometry(branches: Branches, pass_: str, order: list[int]) -> tuple[int, ...]:

@@ -30,6 +30,7 @@ from .base import (
     aligned,
     bad_maxnreg,
     branch_geometry,
+    branch_sizes,
     columns,
     elements,
     filters,
@@ -600,10 +601,7 @@ class Depthwise(Family):
             INT64=elements(p) >= 2**31,
         )
         source, result = (p.y_shape, p.x_shape) if pass_ == "dgrad" else (p.x_shape, p.y_shape)
-        (x_n, x_k, x_h, x_w), (y_n, y_k, y_p, y_q) = (
-            strides(source, p.layout),
-            strides(result, p.layout),
-        )
+        steps_of = stride_scalars(source, result, p.layout, align)
         found = []
         for h, w in p.axes(pass_):
             scalars = dict(
@@ -616,18 +614,13 @@ class Depthwise(Family):
                 stride_w=w.stride,
                 **steps(h, w),
                 grid_w=grid_step(w),
-                sx_n=x_n // align,
-                sx_h=x_h // align,
-                sx_w=x_w // align,
-                sx_k=x_k,
+                **steps_of,
             )
             sizes = dict(constexprs, S=w.taps, SHIFT=shift_of(w))
             programs = self.programs(p, pass_, config, (h, w))
             if pass_ == "wgrad":
                 split, total = config.SPLIT_K, prod(p.w_shape)
-                scalars |= dict(
-                    sy_n=y_n // align, sy_p=y_p // align, sy_q=y_q // align, sy_k=y_k, splits=split
-                )
+                scalars["splits"] = split
                 tensors = (
                     ("x_ptr", "b", None),
                     ("dy_ptr", "a", None),
@@ -665,11 +658,7 @@ class Depthwise(Family):
                 tap_r=h.tap0,
                 tap_s=w.tap0,
                 step_r=h.tap_step,
-                sy_n=y_n // align,
-                sy_p=y_p // align,
-                sy_q=y_q // align,
-                sy_k=y_k,
-                y0=(h.out0 * y_p + w.out0 * y_q) // align,
+                y0=h.out0 * steps_of["sy_p"] + w.out0 * steps_of["sy_q"],
             )
             sizes |= dict(
                 FILL_H=fill_h,
@@ -711,16 +700,13 @@ class Depthwise(Family):
         ]
         taps = max((config.TAPS for config in found), default=1)
         found = [replace(config, TAPS=taps) for config in found]
-        # alone each branch would have as many parts as fill the machine
-        found += [
-            replace(config, SPLIT_K=max(1, config.SPLIT_K // len(branches.problems)))
-            for config in found
-        ]
-        return [
-            config
-            for config in dict.fromkeys(found)
-            if not self.unfit(config, branches, pass_, target)
-        ]
+        if pass_ == "wgrad":
+            # alone each branch would have as many parts as fill the machine
+            found += [
+                replace(config, SPLIT_K=max(1, config.SPLIT_K // len(branches.problems)))
+                for config in found
+            ]
+        return self.fitting(found, branches, pass_, target)
 
     def unfit(self, config: Config, branches: Branches, pass_: str, target: str) -> str | None:
         if branches.adds(pass_) and config.COLS > 1:
@@ -778,28 +764,8 @@ class Depthwise(Family):
         source, result = branches.x_shape, branches.y_shape
         if pass_ == "dgrad":
             source, result = result, source
-        (x_n, x_k, x_h, x_w), (y_n, y_k, y_p, y_q) = (
-            strides(source, p.layout),
-            strides(result, p.layout),
-        )
-        scalars = dict(
-            N=p.n,
-            H=h.size,
-            W=w.size,
-            P=h.out,
-            Q=w.out,
-            G=p.groups,
-            stride_h=h.stride,
-            stride_w=w.stride,
-            sx_n=x_n // align,
-            sx_h=x_h // align,
-            sx_w=x_w // align,
-            sx_k=x_k,
-            sy_n=y_n // align,
-            sy_p=y_p // align,
-            sy_q=y_q // align,
-            sy_k=y_k,
-        )
+        scalars = branch_sizes(branches, pass_) | dict(stride_h=h.stride, stride_w=w.stride)
+        scalars |= stride_scalars(source, result, p.layout, align)
         axes = [branches.problems[i].axes(pass_)[0] for i in order]
         geometry = dict(BRANCHES=branch_geometry(branches, pass_, order), COUNT=len(order))
         constexprs = (
@@ -849,6 +815,14 @@ class Depthwise(Family):
                 {},
             ),
         ]
+
+
+def stride_scalars(source, result, layout: str, align: int) -> dict[str, int]:
+    """How the kernels name the strides of a pass's source and result, of these shapes: all but those
+    of channels in units of `align`."""
+    (x_n, x_k, x_h, x_w), (y_n, y_k, y_p, y_q) = strides(source, layout), strides(result, layout)
+    units = dict(sx_n=x_n, sx_h=x_h, sx_w=x_w, sy_n=y_n, sy_p=y_p, sy_q=y_q)
+    return {name: value // align for name, value in units.items()} | dict(sx_k=x_k, sy_k=y_k)
 
 
 def share_of(config: Any, problem: Problem, pass_: str) -> Any:

@@ -23,6 +23,7 @@ from .base import (
     accumulator,
     aligned,
     branch_geometry,
+    branch_sizes,
     elements,
     filters,
     heaviest_first,
@@ -487,16 +488,7 @@ class Gather(Gemm):
             aligned(p, *sizes, *begins)
             for sizes, begins in ((c, branches.x_channels), (k, branches.y_channels))
         )
-        scalars = dict(
-            N=p.n,
-            H=h.size,
-            W=w.size,
-            P=h.out,
-            Q=w.out,
-            G=p.groups,
-            stride_h=h.stride,
-            stride_w=w.stride,
-        )
+        scalars = branch_sizes(branches, pass_) | dict(stride_h=h.stride, stride_w=w.stride)
         constexprs = {name: v for name, v in config.constexprs().items() if name != "BUNDLE"}
         constexprs |= dict(
             BRANCHES=branch_geometry(branches, pass_, order),

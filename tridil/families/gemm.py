@@ -790,11 +790,7 @@ class Gemm(Family):
             for problem in branches.problems
             for config in self.branch_tiles(problem, pass_, target, precision)
         )
-        return [
-            config
-            for config in dict.fromkeys(options)
-            if not self.unfit(config, branches, pass_, target)
-        ]
+        return self.fitting(options, branches, pass_, target)
 
     def branch_tiles(
         self, problem: Problem, pass_: str, target: str, precision: str

@@ -20,6 +20,7 @@ from .base import (
     Launch,
     aligned,
     branch_geometry,
+    branch_sizes,
     elements,
     filters,
     heaviest_first,
@@ -626,7 +627,7 @@ class HopperFamily(Gemm):
             )
         p, order = branches.first, heaviest_first(branches, pass_)
         h, w = p.axes(pass_)[0]
-        scalars = dict(N=p.n, H=h.size, W=w.size, P=h.out, Q=w.out, G=p.groups)
+        scalars = branch_sizes(branches, pass_)
         constexprs = self.constants(config) | dict(
             BRANCHES=branch_geometry(branches, pass_, order), COUNT=len(order)
         )
