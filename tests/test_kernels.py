@@ -246,6 +246,21 @@ def test_clamped_addresses_change_nothing(name, pass_):
 
 
 @pytest.mark.unclamped
+def test_boxes_wider_than_the_map_step_to_the_next_images():
+    """The next box of a row would lie 2**31 elements and more ahead; there is none."""
+    p = problem(
+        (2, 5, 1, 1), (8, 5, 1, 3), stride=(1, 2**19), padding=(0, 2**19), dilation=(1, 2**18)
+    )
+    assert p.beyond_int32 is None and 1024 * p.stride[1] * p.c > 2**31
+    for kernel in ("gather", "gather_flat"):
+        wide = [
+            replace(cfg, kernel=kernel, BLOCK_IMG=1, BLOCK_P=1, BLOCK_Q=1024)
+            for cfg in gathered(p, "wgrad")
+        ]
+        cfgs = [c for c in wide if config.fits(c, p, "wgrad", drivers.target()) is None]
+        check(p, ["wgrad"], cfgs[:1])
+
+
 @pytest.mark.parametrize("pass_", PASSES)
 def test_clamping_is_bit_identical(pass_):
     p = GEOMETRIES["aspp"]

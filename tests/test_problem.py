@@ -459,9 +459,12 @@ def _int32_values(launch):
         yield from ((out - 1) * stride + offset + taps * dilation, 2**31 - 2**30 + taps * dilation)
     yield from (n + bi, max(abs(oh), r * dh) * w + max(abs(ow), s * dw))
     if "wgrad" in launch.kernel:
-        yield from (bp * sh * w + (q + bq) * sw, bq * sw * channels, bi * h + (p + bp) * sh)
-        yield from (bq * a["K"] * a.get("G", 1), bp * q + q + bq, bi * p + p + bp)
-    if launch.kernel == "correlate":
+        # of whole boxes, of which some rows may have one that is wider than the map
+        yield from (bq * sw, bp * sh, (q + bq) * sw, bi * h + (p + bp) * sh)
+        yield from (q + bq, bi * p + p + bp)
+    if launch.kernel.endswith("wgrad_depthwise"):
+        yield from (bp * sh * w + (q + bq) * sw, bq * sw * channels, bq * a["K"], bp * q + q + bq)
+    if launch.kernel.endswith(":correlate"):
         yield from (dw * channels, dh * w + s * dw)
     if "COLS" in a:
         grid_h, grid_w = a.get("grid_h", 1), a["grid_w"]

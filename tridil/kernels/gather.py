@@ -301,9 +301,10 @@ def box_walk(
     next box, the next row of boxes, which has last_q columns, the next images, which have last_p
     rows), in units of which a pixel has `channels`: those show what is aligned."""
     offset = ((img.to(tl.int64) * H + p * stride_h) * W + q * stride_w) * channels + first
-    row = (BLOCK_P * stride_h * W - last_q * stride_w).to(wide) * channels
+    box = tl.cast(BLOCK_Q * stride_w, wide) * channels
+    row = (tl.cast(BLOCK_P * stride_h, wide) * W - last_q * stride_w) * channels
     image = (BLOCK_IMG * H - last_p * stride_h).to(wide) * W * channels
-    return offset.to(wide), BLOCK_Q * stride_w * channels, row, image
+    return offset.to(wide), box, row, image
 
 
 @triton.jit
