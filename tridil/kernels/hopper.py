@@ -104,6 +104,22 @@ def correlation_size(
 
 
 @triton.jit
+def correlation_steps(
+    geo, BLOCK_IMG: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):
+    """Steps of all tiles."""
+    (
+        N, H, W, P, Q, C, K, G, R, S, FILTER_S, off_h, off_w, dil_h, dil_w, tap_r, tap_s, step_r,
+        step_s, sum_h, sum_w, GROUP
+    ) = geo
+    blocks, images, tiles_p, tiles_q, tiles_n = correlation_size(
+        geo, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_N, BLOCK_K
+    )
+    return images * tiles_n * blocks * sum_h * sum_w
+
+
+@triton.jit
 def correlation_tile(
     tile, geo, BLOCK_IMG: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STREAM: tl.constexpr,
@@ -177,10 +193,6 @@ def correlation_share(
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STREAM: tl.constexpr,
 ):
     """(first tile, where in it this program begins, its steps at most, tiles)."""
-    (
-        N, H, W, P, Q, C, K, G, R, S, FILTER_S, off_h, off_w, dil_h, dil_w, tap_r, tap_s, step_r,
-        step_s, sum_h, sum_w, GROUP
-    ) = geo
     blocks, images, tiles_p, tiles_q, tiles_n = correlation_size(
         geo, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_N, BLOCK_K
     )
@@ -189,7 +201,7 @@ def correlation_share(
     if not STREAM:
         return pid, 0, 2147483647, tiles
     else:
-        total = images * tiles_n * blocks * sum_h * sum_w
+        total = correlation_steps(geo, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_N, BLOCK_K)
         first = start_of(pid, total, tl.num_programs(0))
         tile, begin = correlation_start(first, geo, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_N, BLOCK_K)
         return tile, begin, start_of(pid + 1, total, tl.num_programs(0)) - first, tiles
@@ -230,6 +242,13 @@ def advance(stage, phase, STAGES: gl.constexpr):
 
 
 @gluon.jit
+def skip(stage, phase, steps, STAGES: gl.constexpr):
+    """`advance` by `steps`."""
+    last = stage + steps
+    return last % STAGES, phase ^ (last // STAGES & 1)
+
+
+@gluon.jit
 def multiply(
     acc, a_bufs, b_bufs, full, empty, steps, stage, phase, prev, ROW: gl.constexpr,
     A_T: gl.constexpr, B_T: gl.constexpr, STAGES: gl.constexpr,
@@ -257,6 +276,25 @@ def multiply(
     acc = warpgroup_mma_wait(0, [acc])
     mbarrier.arrive(empty.index(prev), count=1, pred=steps > 0)
     return acc, stage, phase, prev
+
+
+@gluon.jit
+def multiply_in_turn(
+    acc, a_bufs, b_bufs, full, empty, order, steps, stage, phase, prev, go, ROW: gl.constexpr,
+    A_T: gl.constexpr, B_T: gl.constexpr, PINGPONG: gl.constexpr, STAGES: gl.constexpr,
+    ME: gl.constexpr,
+):
+    """`multiply`, (PINGPONG) after the other consumer's loop: a wait for a parity cannot tell a
+    tile's boxes from those two rounds before."""
+    if PINGPONG:
+        mbarrier.wait(order.index(ME), go)
+        go ^= 1
+    acc, stage, phase, prev = multiply(
+        acc, a_bufs, b_bufs, full, empty, steps, stage, phase, prev, ROW, A_T, B_T, STAGES
+    )
+    if PINGPONG:
+        mbarrier.arrive(order.index(1 - ME), count=1)
+    return acc, stage, phase, prev, go
 
 
 @gluon.jit
@@ -288,9 +326,9 @@ def store_parts(
     EPILOGUE: gl.constexpr, TMA_STORE: gl.constexpr, ROWS_FIRST: gl.constexpr,
     ALIGN_Y: gl.constexpr, FIRST: gl.constexpr, SLOTS: gl.constexpr, SLOT: gl.constexpr,
 ):
-    """t [rows of a box with sides ..., BOX_1, BOX_2, columns] and the epilogue -> y at these coordinates,
-    in parts, through SLOTS buffers from FIRST on: by descriptor, or through y's strides within
-    `sizes`, where rows (ROWS_FIRST) or runs of ALIGN_Y columns are neighbours in memory."""
+    """t [rows of a box with sides ..., BOX_1, BOX_2, columns] and the epilogue -> y at these
+    coordinates, in parts, through SLOTS buffers from FIRST on: by descriptor, or through y's strides
+    within `sizes`, where rows (ROWS_FIRST) or runs of ALIGN_Y columns are neighbours in memory."""
     COLUMNS: gl.constexpr = t.shape[1]
     PART: gl.constexpr = bufs.shape[2]
     if COLUMNS > PART:
@@ -407,18 +445,11 @@ def consume(
             mine = turn == ME
             turn ^= 1
         if mine:
-            # a wait for a parity cannot tell this tile's boxes from those two rounds before: only
-            # after the other's loop
-            if PINGPONG:
-                mbarrier.wait(order.index(ME), go)
-                go ^= 1
             acc = gl.zeros((ROWS, BLOCK_N), gl.float32, layout)
-            acc, stage, phase, prev = multiply(
-                acc, a_bufs, b_bufs, full, empty, count, stage, phase, prev, ROW, WGRAD,
-                WGRAD or TRANSPOSED, STAGES
+            acc, stage, phase, prev, go = multiply_in_turn(
+                acc, a_bufs, b_bufs, full, empty, order, count, stage, phase, prev, go, ROW, WGRAD,
+                WGRAD or TRANSPOSED, PINGPONG, STAGES, ME
             )
-            if PINGPONG:
-                mbarrier.arrive(order.index(1 - ME), count=1)
             if count == steps:
                 store_parts(
                     y, bias_ptr, y_bufs, acc, i0 + ROW // (BOX_1 * BOX_2),
@@ -430,9 +461,7 @@ def consume(
                     part_ptr, acc, 2 * gl.program_id(0) + gl.where(begin == 0, 1, 0), ROW, BLOCK_M
                 )
         else:  # the other consumer's stages
-            last = stage + count
-            stage = last % STAGES
-            phase ^= last // STAGES & 1
+            stage, phase = skip(stage, phase, count, STAGES)
         if STREAM:
             left -= count
             begin = 0
@@ -598,6 +627,13 @@ def reduction_tile(
 
 
 @triton.jit
+def reduction_steps(geo, BLOCK_IMG: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Steps of all tiles."""
+    N, H, W, P, Q, C, K, G, R, S, off_h, off_w, dil_h, dil_w, sum_h, sum_w = geo
+    return tl.cdiv(K, BLOCK_M) * tl.cdiv(C, BLOCK_N) * G * tl.cdiv(N, BLOCK_IMG) * sum_h * sum_w
+
+
+@triton.jit
 def live_boxes(t, size, offset, dilation, out, BLOCK: tl.constexpr):
     """(first live output of tap t, boxes of live outputs, at least one)."""
     lo, hi = live_outputs(t, size, offset, 1, dilation, out)
@@ -650,7 +686,7 @@ def reduction_share(
     if not STREAM:
         return pid, 0, 2147483647, tiles * R * S
     else:
-        total = tiles * tl.cdiv(N, BLOCK_IMG) * sum_h * sum_w
+        total = reduction_steps(geo, BLOCK_IMG, BLOCK_M, BLOCK_N)
         first = start_of(pid, total, tl.num_programs(0))
         tile, begin = reduction_start(first, geo, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_M, BLOCK_N)
         return tile, begin, start_of(pid + 1, total, tl.num_programs(0)) - first, tiles * R * S
@@ -664,8 +700,7 @@ def reduction_turn(
     """The box that this program loads first of its first tile, at whose step `begin` it begins: the
     first program to begin in a tile loads box 0 first. Programs in different tiles so load the same
     boxes at the same time, as long as they are in L2."""
-    N, H, W, P, Q, C, K, G, R, S, off_h, off_w, dil_h, dil_w, sum_h, sum_w = geo
-    total = tl.cdiv(K, BLOCK_M) * tl.cdiv(C, BLOCK_N) * G * tl.cdiv(N, BLOCK_IMG) * sum_h * sum_w
+    total = reduction_steps(geo, BLOCK_IMG, BLOCK_M, BLOCK_N)
     programs = tl.num_programs(0)
     tile = start_of(tl.program_id(0), total, programs) - begin
     program = program_of(tile, total, programs)
@@ -830,10 +865,7 @@ def add_correlate(
         N, H, W, P, Q, C, K, G, R, S, FILTER_S, off_h, off_w, dil_h, dil_w, tap_r, tap_s, step_r,
         step_s, sum_h, sum_w, GROUP
     )
-    blocks, images, tiles_p, tiles_q, tiles_n = correlation_size(
-        geo, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_N, BLOCK_K
-    )
-    total = images * tiles_n * blocks * sum_h * sum_w
+    total = correlation_steps(geo, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_N, BLOCK_K)
     program = tl.program_id(0) // (PIXELS // ROWS) + 1
     row = tl.program_id(0) % (PIXELS // ROWS) * ROWS
     first = start_of(program, total, programs)
@@ -864,7 +896,7 @@ def add_wgrad(
     """The same for `wgrad_hopper`. TMA_STORE: channels of dw are neighbours, 16 bytes of them
     aligned."""
     geo = (N, H, W, P, Q, C, K, G, R, S, off_h, off_w, dil_h, dil_w, sum_h, sum_w)
-    total = tl.cdiv(K, BLOCK_M) * tl.cdiv(C, BLOCK_N) * G * tl.cdiv(N, BLOCK_IMG) * sum_h * sum_w
+    total = reduction_steps(geo, BLOCK_IMG, BLOCK_M, BLOCK_N)
     program = tl.program_id(0) // (BLOCK_M // ROWS) + 1
     row = tl.program_id(0) % (BLOCK_M // ROWS) * ROWS
     first = start_of(program, total, programs)
@@ -980,24 +1012,6 @@ def next_tile(tile, step):
 
 
 @gluon.jit
-def multiply_in_turn(
-    acc, a_bufs, b_bufs, full, empty, order, steps, stage, phase, prev, go, ROW: gl.constexpr,
-    A_T: gl.constexpr, B_T: gl.constexpr, PINGPONG: gl.constexpr, STAGES: gl.constexpr,
-    ME: gl.constexpr,
-):
-    """`multiply`, (PINGPONG) after the other consumer's loop: see `consume`."""
-    if PINGPONG:
-        mbarrier.wait(order.index(ME), go)
-        go ^= 1
-    acc, stage, phase, prev = multiply(
-        acc, a_bufs, b_bufs, full, empty, steps, stage, phase, prev, ROW, A_T, B_T, STAGES
-    )
-    if PINGPONG:
-        mbarrier.arrive(order.index(1 - ME), count=1)
-    return acc, stage, phase, prev, go
-
-
-@gluon.jit
 def consume_branches(
     y, bias_ptr, strides, a_bufs, b_bufs, y_bufs, full, empty, order, sizes,
     BRANCHES: gl.constexpr, COUNT: gl.constexpr, SUM: gl.constexpr, TRANSPOSED: gl.constexpr,
@@ -1045,9 +1059,7 @@ def consume_branches(
                 BLOCK_P, BLOCK_Q, EPILOGUE, TMA_STORE, ROWS_FIRST, ALIGN_Y, SLOTS * ME, SLOTS, 0
             )
         else:  # the other consumer's stages
-            last = stage + steps
-            stage = last % STAGES
-            phase ^= last // STAGES & 1
+            stage, phase = skip(stage, phase, steps, STAGES)
         tile, step = next_tile(tile, step)
     tma.store_wait(0)
 
@@ -1140,10 +1152,10 @@ def correlate_hopper_branches(
 @gluon.jit
 def consume_filters(
     dw_0, dw_1, dw_2, dw_3, dw_4, dw_5, dw_6, dw_7, a_bufs, b_bufs, y_bufs, full, empty, order,
-    sizes, BRANCHES: gl.constexpr, COUNT: gl.constexpr, SEQUENCE: gl.constexpr, TAPS: gl.constexpr, CHANNELS_LAST: gl.constexpr,
-    TMA_STORE: gl.constexpr, PINGPONG: gl.constexpr, BLOCK_IMG: gl.constexpr,
-    BLOCK_P: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
-    STAGES: gl.constexpr, ME: gl.constexpr,
+    sizes, BRANCHES: gl.constexpr, COUNT: gl.constexpr, SEQUENCE: gl.constexpr, TAPS: gl.constexpr,
+    CHANNELS_LAST: gl.constexpr, TMA_STORE: gl.constexpr, PINGPONG: gl.constexpr,
+    BLOCK_IMG: gl.constexpr, BLOCK_P: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_M: gl.constexpr,
+    BLOCK_N: gl.constexpr, STAGES: gl.constexpr, ME: gl.constexpr,
 ):
     """`consume` of wgrad over the tiles of all branches' filters."""
     N, H, W, P, Q, G, GROUP = sizes
@@ -1190,9 +1202,7 @@ def consume_filters(
                         CHANNELS_LAST, TMA_STORE, SLOTS * ME, SLOTS
                     )
         else:  # the other consumer's stages
-            last = stage + steps
-            stage = last % STAGES
-            phase ^= last // STAGES & 1
+            stage, phase = skip(stage, phase, steps, STAGES)
         tile, step = next_tile(tile, step)
     tma.store_wait(0)
 
@@ -1248,9 +1258,9 @@ def find_filter(
 
 @gluon.jit
 def produce_filters(
-    x, dy, a_bufs, b_bufs, full, empty, sizes, BRANCHES: gl.constexpr, COUNT: gl.constexpr, SEQUENCE: gl.constexpr, TAPS: gl.constexpr,
-    BLOCK_IMG: gl.constexpr, BLOCK_P: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_M: gl.constexpr,
-    BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+    x, dy, a_bufs, b_bufs, full, empty, sizes, BRANCHES: gl.constexpr, COUNT: gl.constexpr,
+    SEQUENCE: gl.constexpr, TAPS: gl.constexpr, BLOCK_IMG: gl.constexpr, BLOCK_P: gl.constexpr,
+    BLOCK_Q: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
 ):
     stage = 0
     phase = 1
@@ -1273,9 +1283,10 @@ def produce_filters(
 @gluon.jit(do_not_specialize=RUNTIME, launch_metadata=branches_metadata)
 def wgrad_hopper_branches(
     x, dy, dw_0, dw_1, dw_2, dw_3, dw_4, dw_5, dw_6, dw_7, N, H, W, P, Q, G, BRANCHES: gl.constexpr,
-    COUNT: gl.constexpr, SEQUENCE: gl.constexpr, TAPS: gl.constexpr, CHANNELS_LAST: gl.constexpr, TMA_STORE: gl.constexpr,
-    PINGPONG: gl.constexpr, BLOCK_IMG: gl.constexpr, BLOCK_P: gl.constexpr, BLOCK_Q: gl.constexpr,
-    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+    COUNT: gl.constexpr, SEQUENCE: gl.constexpr, TAPS: gl.constexpr, CHANNELS_LAST: gl.constexpr,
+    TMA_STORE: gl.constexpr, PINGPONG: gl.constexpr, BLOCK_IMG: gl.constexpr,
+    BLOCK_P: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
+    STAGES: gl.constexpr,
 ):
     """`gather.wgrad_branches` by persistent programs."""
     a_bufs, b_bufs, y_bufs, full, empty, order = ring(dy, x, BLOCK_M, BLOCK_N, PINGPONG, STAGES)
@@ -1286,23 +1297,23 @@ def wgrad_hopper_branches(
                 consume_filters,
                 (
                     dw_0, dw_1, dw_2, dw_3, dw_4, dw_5, dw_6, dw_7, a_bufs, b_bufs, y_bufs, full,
-                    empty, order, sizes, BRANCHES, COUNT, SEQUENCE, TAPS, CHANNELS_LAST, TMA_STORE, PINGPONG,
-                    BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_M, BLOCK_N, STAGES, 0
+                    empty, order, sizes, BRANCHES, COUNT, SEQUENCE, TAPS, CHANNELS_LAST, TMA_STORE,
+                    PINGPONG, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_M, BLOCK_N, STAGES, 0
                 ),
             ),
             (
                 consume_filters,
                 (
                     dw_0, dw_1, dw_2, dw_3, dw_4, dw_5, dw_6, dw_7, a_bufs, b_bufs, y_bufs, full,
-                    empty, order, sizes, BRANCHES, COUNT, SEQUENCE, TAPS, CHANNELS_LAST, TMA_STORE, PINGPONG,
-                    BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_M, BLOCK_N, STAGES, 1
+                    empty, order, sizes, BRANCHES, COUNT, SEQUENCE, TAPS, CHANNELS_LAST, TMA_STORE,
+                    PINGPONG, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_M, BLOCK_N, STAGES, 1
                 ),
             ),
             (
                 produce_filters,
                 (
-                    x, dy, a_bufs, b_bufs, full, empty, sizes, BRANCHES, COUNT, SEQUENCE, TAPS, BLOCK_IMG, BLOCK_P,
-                    BLOCK_Q, BLOCK_M, BLOCK_N, STAGES
+                    x, dy, a_bufs, b_bufs, full, empty, sizes, BRANCHES, COUNT, SEQUENCE, TAPS,
+                    BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_M, BLOCK_N, STAGES
                 ),
             ),
         ],
