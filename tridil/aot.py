@@ -11,19 +11,23 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 from threading import TIMEOUT_MAX
+from typing import TYPE_CHECKING, Any
 
 from . import config as cfg
 from . import cost_model, devices, drivers, families, sass
 from .branches import Branches
-from .families import Config
+from .families import Config, Launch
 from .families.base import triton_version
 from .problem import DTYPE_BYTES, Problem
+
+if TYPE_CHECKING:
+    from triton.compiler import ASTSource, CompiledKernel
 
 # overhead of CUTLASS 4.2's implicit GEMM convolution (BSD-3, compiled with nvcc; 3x3, fp16, C =
 # 256), best of its tiles, counted the same way
@@ -56,7 +60,7 @@ def sources(
     target: str,
     precision: str = "tf32",
     epilogue: str = "",
-) -> list:
+) -> list[tuple[Launch, ASTSource]]:
     """[(Launch, triton's ASTSource)] of one pass, of all branches in one launch, specialised as the
     JIT specialises it; pointers are taken as 16-byte aligned.
 
@@ -138,7 +142,9 @@ def gluon_source() -> type:
     return GluonASTSource
 
 
-def compile_source(source, options, target: str):
+def compile_source(
+    source: ASTSource, options: Iterable[tuple[str, int]], target: str
+) -> CompiledKernel:
     """triton's CompiledKernel of an ASTSource for `target`, like "cuda:90" or "hip:gfx942"; from
     Triton's cache when it was compiled before."""
     import triton
@@ -155,7 +161,7 @@ def compile_source(source, options, target: str):
 
 def compile_pass(
     problem: Problem | Branches, pass_: str, config: Config, target: str, precision: str = "tf32"
-) -> list:
+) -> list[tuple[Launch, CompiledKernel]]:
     """[(Launch, triton's CompiledKernel)] of one pass, fprop with a bias. Errors as in `sources`."""
     found = sources(
         problem, pass_, config, target, precision, epilogue="bias" if pass_ == "fprop" else ""
@@ -169,9 +175,9 @@ def resources(
     config: Config | None = None,
     target: str = "cuda:90",
     precision: str = "tf32",
-    save: Path | None = None,
+    save: str | Path | None = None,
     name: str = "",
-) -> list[dict]:
+) -> list[dict[str, Any]]:
     """One row per compiled kernel of a pass.
 
     kernel, target, config; registers per thread, spills (instructions; on AMD counted by the
@@ -218,18 +224,22 @@ def resources(
     return rows
 
 
-def report(jobs, target: str, save: Path | None = None) -> list[dict]:
+def report(
+    jobs: Iterable[tuple[str, Problem | Branches, str]],
+    target: str,
+    save: str | Path | None = None,
+) -> list[dict[str, Any]]:
     """Rows of `resources` of the default kernels of (name, problem, pass) jobs, with layer, pass
     and MACs; many are compiled on all cores.
 
     A kernel that does not compile has a row with `failure`.
     """
-    jobs = [(*job, target, save) for job in jobs]
-    workers = _workers(jobs)
-    if workers < 2 or len(jobs) < 9:  # a worker takes seconds to start
-        return [row for job in jobs for row in _rows(job)]
+    given = [(*job, target, save) for job in jobs]
+    workers = _workers(given)
+    if workers < 2 or len(given) < 9:  # a worker takes seconds to start
+        return [row for job in given for row in _rows(job)]
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-        return [row for rows in pool.map(_rows, jobs) for row in rows]
+        return [row for rows in pool.map(_rows, given) for row in rows]
 
 
 @contextmanager
@@ -364,7 +374,7 @@ def _read_cubin(kernel, arch: int, tile, warps: int, nbytes: int) -> dict:
         )
     # warps of their own for loads and products included
     threads = re.search(r"\.reqntid (\d+)", kernel.asm["ptx"])
-    row = dict.fromkeys(LOOP) | sass.measure(text, arch, tile, warps, nbytes)
+    row: dict[str, Any] = dict.fromkeys(LOOP) | sass.measure(text, arch, tile, warps, nbytes)
     row["registers"] = int(re.findall(r"REG:(\d+)", usage)[0])
     row["ctas_per_sm"] = sass.programs_per_sm(
         arch, row["registers"], int(threads[1]) if threads else 32 * warps, kernel.metadata.shared

@@ -3,7 +3,7 @@ fitted to measurements of time."""
 
 # warp instructions of one step that are not products: (fixed, per 16-byte copy of a thread); least
 # squares over the machine code of all tiles (sm_80, sm_90, sm_100; 3x3, 256 channels), within 30%
-LOOP = {
+LOOP: dict[tuple[str, str], tuple[float, float]] = {
     ("gather", "fprop"): (50, 8),
     ("gather", "dgrad"): (50, 9),
     ("gather", "wgrad"): (68, 11.5),
@@ -40,12 +40,12 @@ CUDNN_UNEVEN = {"nhwc": 0.035, "nchw": 0.06}
 # times their fprop)
 CUDNN_1D_WGRAD = 1.6
 # compulsory bytes at peak bandwidth, times this (published: 55, 67, 69; nhwc: 1 / DRAM)
-CUDNN_TRAFFIC = {"nhwc": 1.2, "nchw": 2}
+CUDNN_TRAFFIC: dict[str, float] = {"nhwc": 1.2, "nchw": 2}
 # the same of at most 32 channels that are no multiple of 16 bytes (measured: 12, 25)
 CUDNN_NARROW = {"fprop": 13, "dgrad": 13, "wgrad": 18}
 # of a depthwise layer: (for a pixel of y or, in dgrad, dx; for each of its taps) (measured: 3x3,
 # 2048 channels, d=24; 7x7, 320 channels, d=3)
-DEPTHWISE_INSTRUCTIONS = {
+DEPTHWISE_INSTRUCTIONS: dict[tuple[str, str], tuple[float, float]] = {
     ("nchw", "fprop"): (155, 13.5),
     ("nchw", "dgrad"): (500, 3),
     ("nchw", "wgrad"): (0, 46),

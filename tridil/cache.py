@@ -24,15 +24,17 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from .branches import Branches
 from .families import Launch
 from .problem import Problem
 
 FORMAT = 1
-log = logging.getLogger("tridil")
-_memory: dict[str, dict] = {}  # target -> entries of this process that no file took
-_read_files: dict = {}  # path -> (mtime, size, entries)
+Entries = dict[str, dict[str, dict[str, Any]]]  # key -> name of the GPU -> record
+log: logging.Logger = logging.getLogger("tridil")
+_memory: dict[str, Entries] = {}  # target -> entries of this process that no file took
+_read_files: dict[Path, tuple[int, int, Entries]] = {}  # path -> (mtime, size, entries)
 
 
 def folder() -> Path:
@@ -80,12 +82,12 @@ def triton() -> str:
         return "unknown"
 
 
-def is_fresh(record: dict) -> bool:
+def is_fresh(record: dict[str, Any]) -> bool:
     """Whether a record was measured with this Triton."""
     return record.get("triton") == triton()
 
 
-def read(file: Path, locked: bool = False) -> dict:
+def read(file: Path, locked: bool = False) -> Entries:
     """Entries of one file; {} where there is none. A file that cannot be read as one is set aside
     with a warning, never overwritten.
 
@@ -131,7 +133,7 @@ def _lock(file: Path):
     return FileLock(f"{file}.lock", timeout=60)
 
 
-def load(file: Path) -> tuple[str, dict]:
+def load(file: Path) -> tuple[str, Entries]:
     """(target, entries) of a table. Raises ValueError when it is none."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
@@ -152,9 +154,9 @@ def load(file: Path) -> tuple[str, dict]:
         ) from None
 
 
-def merge(*tables: dict) -> dict:
+def merge(*tables: Entries) -> Entries:
     """One table of entries: of the records of one key and device a fresh one wins, then the latest."""
-    out: dict[str, dict] = {}
+    out: Entries = {}
     for table in tables:
         for name, records in table.items():
             for device, record in records.items():
@@ -167,21 +169,21 @@ def merge(*tables: dict) -> dict:
     return out
 
 
-def user(target: str) -> dict:
+def user(target: str) -> Entries:
     """Entries of the user's cache, with those of this process that could not be written."""
     stored = read(path(target))
     return merge(stored, _memory[target]) if target in _memory else stored
 
 
 @lru_cache(maxsize=64)
-def shipped(target: str) -> dict:
+def shipped(target: str) -> Entries:
     """Entries that come with the package."""
     return read(
         Path(str(files(__package__).joinpath("configs", target.replace(":", "-") + ".json")))
     )
 
 
-def add(target: str, entries: dict) -> bool:
+def add(target: str, entries: Entries) -> bool:
     """Merges entries into the user's file; False (with one warning) where it cannot be written:
     then this process keeps them."""
     file = path(target)
@@ -202,7 +204,7 @@ def add(target: str, entries: dict) -> bool:
         return False
 
 
-def write(file: Path, target: str, entries: dict) -> None:
+def write(file: Path, target: str, entries: Entries) -> None:
     """Replaces `file` atomically."""
     content = {"format": FORMAT, "target": target, "entries": dict(sorted(entries.items()))}
     handle, temporary = tempfile.mkstemp(prefix=file.name, suffix=".part", dir=file.parent)

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -22,10 +23,10 @@ from .branches import Branches
 from .families import Config
 from .problem import PASSES, Problem
 
-log = logging.getLogger("tridil")
+log: logging.Logger = logging.getLogger("tridil")
 # called with no arguments whenever an answer of `resolve` may have changed: those who keep answers
 # forget them
-listeners: list = []
+listeners: list[Callable[[], object]] = []
 # measures one pass of a problem, (problem, pass, precision, torch.device) -> whether there is an
 # answer now: what climbs from a convolution to the tuner, which sets it
 first_use: Callable[[Problem, str, str, torch.device], bool] | None = None
@@ -33,14 +34,14 @@ _overrides: dict[str, Config] = {}
 _told: set[tuple] = set()
 
 
-def changed():
+def changed() -> None:
     """Tells the listeners."""
     for listener in listeners:
         listener()
 
 
 @contextmanager
-def override(**configs: Config | Mapping):
+def override(**configs: Config | Mapping[str, Any]) -> Iterator[None]:
     """Within the context the passes named (fprop=, dgrad=, wgrad=) run the given configs, as
     objects or as they are written in files, whatever was measured; for tests and experiments."""
     global _overrides
@@ -73,12 +74,12 @@ class Choice:
     source: str
     backend: str
     why: str
-    record: dict | None
+    record: dict[str, Any] | None
     prediction: cost_model.Prediction
     cudnn: float
 
 
-def device_spec(target: str, device=None) -> tuple[devices.Device, str]:
+def device_spec(target: str, device: torch.device | None = None) -> tuple[devices.Device, str]:
     """(spec, name) of a torch.device, as its driver describes it, or of the GPU that stands for the
     target where there is no such device."""
     if (
@@ -94,7 +95,7 @@ def device_spec(target: str, device=None) -> tuple[devices.Device, str]:
 
 def lookup(
     problem: Problem, pass_: str, target: str, precision: str, spec: devices.Device, name: str
-) -> tuple[Config, str, dict | None]:
+) -> tuple[Config, str, dict[str, Any] | None]:
     """(config, source, record): the record only of a fresh measurement of this very problem on this
     GPU."""
 
@@ -111,7 +112,7 @@ def lookup(
     tables = [("user's cache", cache.user(target)), ("shipped table", cache.shipped(target))]
     key = cache.key(problem, pass_, precision)
     for table, entries in tables:
-        record = entries.get(key, {}).get(name)
+        record: Any = entries.get(key, {}).get(name)
         config = legal(record) if record and cache.is_fresh(record) else None
         if config and record.get("code") == code_of(problem, pass_, config, precision):
             return config, f"{table}: measured {record['date'][:10]}", record
@@ -158,7 +159,11 @@ def library(target: str) -> str:
 
 
 def decide(
-    problem: Problem, pass_: str, target: str, precision: str = "tf32", device=None
+    problem: Problem,
+    pass_: str,
+    target: str,
+    precision: str = "tf32",
+    device: torch.device | None = None,
 ) -> Choice:
     """The config of a pass and the backend that "auto" runs: of two measured times the shorter;
     else the kernels where they are predicted to be `assumed.MARGIN` times as fast as the estimate
@@ -190,7 +195,7 @@ def decide(
 ATEN = {"aten_ms": False, "aten_benchmark_ms": True}
 
 
-def aten_ms(record: dict) -> tuple[float, str] | None:
+def aten_ms(record: dict[str, Any]) -> tuple[float, str] | None:
     """(milliseconds, how) of ATen in a record of the cache: as it runs under the present
     torch.backends.cudnn.benchmark, else as it was measured."""
     for name in sorted(ATEN, key=lambda name: ATEN[name] != torch.backends.cudnn.benchmark):
@@ -200,7 +205,12 @@ def aten_ms(record: dict) -> tuple[float, str] | None:
 
 
 def resolve(
-    problem: Problem, pass_: str, target: str, precision: str, device=None, allow_aten: bool = False
+    problem: Problem,
+    pass_: str,
+    target: str,
+    precision: str,
+    device: torch.device | None = None,
+    allow_aten: bool = False,
 ) -> Config | None:
     """The config that runs one pass, or None where ATen is known to be faster (only with
     allow_aten).
@@ -265,7 +275,11 @@ def _tunes_on_first_use() -> bool:
 
 
 def decide_branches(
-    branches: Branches, pass_: str, target: str, precision: str = "tf32", device=None
+    branches: Branches,
+    pass_: str,
+    target: str,
+    precision: str = "tf32",
+    device: torch.device | None = None,
 ) -> tuple[Config | None, float, float]:
     """(config of the launch that runs a pass of all branches, its seconds, seconds of the branches
     one by one as "auto" runs each, with what is around them). The config is None where no launch can
@@ -285,7 +299,7 @@ def decide_branches(
 
 def measured_branches(
     branches: Branches, pass_: str, target: str, precision: str, name: str
-) -> tuple[Config, dict] | None:
+) -> tuple[Config, dict[str, Any]] | None:
     """(config, record) of the fresh measurement of a pass of all branches on the GPU of that name."""
     key = cache.key(branches, pass_, precision)
     for entries in (cache.user(target), cache.shipped(target)):
@@ -305,7 +319,12 @@ def measured_branches(
 
 
 def resolve_branches(
-    branches: Branches, pass_: str, target: str, precision: str, device=None, auto: bool = False
+    branches: Branches,
+    pass_: str,
+    target: str,
+    precision: str,
+    device: torch.device | None = None,
+    auto: bool = False,
 ) -> Config | None:
     """The config that runs a pass of all branches in one launch, or None: where no launch can, and
     (auto) where they are predicted to be faster one by one."""

@@ -17,7 +17,7 @@ def turns(nbytes: int, l2_bytes: int) -> int:
     return max(1, min(-(-2 * l2_bytes // max(nbytes, 1)), TURNS))
 
 
-def eager(calls: Sequence[Callable], rep: float = 50) -> tuple[float, float, float]:
+def eager(calls: Sequence[Callable[[], object]], rep: float = 50) -> tuple[float, float, float]:
     """Milliseconds of a call: first quartile, median, third quartile. Calls take turns, each with
     tensors of its own.
 
@@ -33,7 +33,7 @@ def eager(calls: Sequence[Callable], rep: float = 50) -> tuple[float, float, flo
     )
 
 
-def graph(calls: Sequence[Callable], rep: float = 50) -> tuple[float, float, float]:
+def graph(calls: Sequence[Callable[[], object]], rep: float = 50) -> tuple[float, float, float]:
     """The same by replays of one CUDA graph of all calls: the device's time alone, since the graph
     itself holds the events and a host that is slow to launch it, as while other threads compile,
     changes nothing. Raises RuntimeError where that cannot be captured."""
@@ -65,7 +65,9 @@ def graph(calls: Sequence[Callable], rep: float = 50) -> tuple[float, float, flo
     return tuple(np.quantile(replays(rep), (0.25, 0.5, 0.75)) / len(calls))
 
 
-def device(calls: Sequence[Callable], rep: float = 50) -> tuple[tuple[float, float, float], str]:
+def device(
+    calls: Sequence[Callable[[], object]], rep: float = 50
+) -> tuple[tuple[float, float, float], str]:
     """(quartiles, "graph"), or by events, "events", where the calls cannot be captured."""
     try:
         return graph(calls, rep), "graph"

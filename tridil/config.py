@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict
 from math import prod
+from typing import Any
 
 from . import families
 from .branches import Branches
@@ -116,12 +117,12 @@ def describe(config: Config) -> str:
     return f"{f'box {box} ' if box else ''}{sizes} warps{config.num_warps} stages{config.num_stages}{switches}"
 
 
-def to_json(config: Config) -> dict:
+def to_json(config: Config) -> dict[str, Any]:
     """A config as it is written in files."""
     return asdict(config)
 
 
-def from_json(values: Mapping, pass_: str) -> Config:
+def from_json(values: Mapping[str, Any], pass_: str) -> Config:
     """The config of a pass that `to_json` wrote. Raises ValueError when it is none."""
     wanted = families.of(values.get("kernel")).config_class(pass_)  # type: ignore[arg-type]
     if set(values) != set(wanted.names()):

@@ -6,6 +6,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -273,7 +274,7 @@ def of_name(name: str, target: str) -> Device:
     return found[0] if found else of_target(target)
 
 
-def of_properties(properties, target: str) -> Device:
+def of_properties(properties: Any, target: str) -> Device:
     """The device that `torch.cuda.get_device_properties` describes: SMs, L2 and DRAM bandwidth
     (twice the memory's clock times the width of its bus) are its own, the other figures those of
     `of_name`. The slices of a GPU (MIG) share its memory as they share its L2."""

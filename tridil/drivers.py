@@ -93,7 +93,7 @@ def is_assumed() -> bool:
     return not (os.environ.get("TRIDIL_TARGET") or interpreted() or not isinstance(_driver(), str))
 
 
-def can_run(problem: Problem, device) -> str | None:
+def can_run(problem: Problem, device: torch.device) -> str | None:
     """None when the Triton kernels can run `problem` on tensors of `device` (a torch.device), else
     the reason."""
     return unfit(problem) or _serves(device.type)
@@ -143,7 +143,7 @@ def _serves(device_type: str) -> str | None:
 setattr(_serves, "_dynamo_marked_constant", True)  # noqa: B010
 
 
-def choose(problem: Problem, device, backend: str = "auto") -> str:
+def choose(problem: Problem, device: torch.device, backend: str = "auto") -> str:
     """ "triton" or "aten". "auto" (TRIDIL_BACKEND overrides it) is ATen on CPU tensors and wherever
     Triton cannot run. On meta tensors ATen says the shapes, whatever is asked for.
 

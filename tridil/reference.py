@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch.nn.functional import pad
 
 from .problem import Problem
 
 
-def _taps(problem: Problem):
+def _taps(problem: Problem) -> Iterator[tuple[int, int, tuple[slice, ...]]]:
     """(r, s, slices of the padded input that tap (r, s) reads): rows and columns of every output
     pixel."""
     for r in range(problem.r):
@@ -25,16 +27,18 @@ def _taps(problem: Problem):
             )
 
 
-def _padded(problem: Problem, x):
+def _padded(problem: Problem, x: torch.Tensor) -> torch.Tensor:
     (top, bottom), (left, right) = problem.padding
     return pad(x.double(), (left, right, top, bottom))
 
 
-def _grouped(t, groups: int, dim: int):
+def _grouped(t: torch.Tensor, groups: int, dim: int) -> torch.Tensor:
     return t.double().unflatten(dim, (groups, t.shape[dim] // groups))
 
 
-def fprop(problem: Problem, x, w, bias=None) -> torch.Tensor:
+def fprop(
+    problem: Problem, x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None = None
+) -> torch.Tensor:
     """y (N, K, P, Q) float64 of x (N, C, H, W), w (K, C/G, R, S), bias (K,) or None."""
     x, w = _grouped(_padded(problem, x), problem.groups, 1), _grouped(w, problem.groups, 0)
     y = x.new_zeros(problem.n, problem.groups, problem.k // problem.groups, problem.p, problem.q)
@@ -44,7 +48,7 @@ def fprop(problem: Problem, x, w, bias=None) -> torch.Tensor:
     return y if bias is None else y + bias.double().view(-1, 1, 1)
 
 
-def dgrad(problem: Problem, dy, w) -> torch.Tensor:
+def dgrad(problem: Problem, dy: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
     """dx (N, C, H, W) float64 of dy (N, K, P, Q) and w (K, C/G, R, S): the adjoint of fprop in x."""
     dy, w = _grouped(dy, problem.groups, 1), _grouped(w, problem.groups, 0)
     (top, bottom), (left, right) = problem.padding
@@ -60,7 +64,7 @@ def dgrad(problem: Problem, dy, w) -> torch.Tensor:
     return dx.flatten(1, 2)[..., top : top + problem.h, left : left + problem.w]
 
 
-def wgrad(problem: Problem, dy, x) -> torch.Tensor:
+def wgrad(problem: Problem, dy: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """dw (K, C/G, R, S) float64 of dy (N, K, P, Q) and x (N, C, H, W): the adjoint of fprop in w."""
     dy, x = _grouped(dy, problem.groups, 1), _grouped(_padded(problem, x), problem.groups, 1)
     dw = dy.new_zeros(

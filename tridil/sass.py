@@ -141,7 +141,9 @@ def per_fma(code: list[Instruction]) -> float | None:
     return round(len(best) / products(best), 2) if products(best) else None
 
 
-def measure(text: str, target: int, tile: tuple[int, int, int], warps: int, nbytes: int) -> dict:
+def measure(
+    text: str, target: int, tile: tuple[int, int, int], warps: int, nbytes: int
+) -> dict[str, Any]:
     """What a kernel's loop costs, from `cuobjdump -sass` output; tile is (M, N, K) of one
     iteration's product, nbytes the operands' element size.
 

@@ -85,7 +85,9 @@ def check(
     return error.flatten()[worst].item(), allowed.flatten()[worst].item()
 
 
-def random_tensors(problem: Problem, device="cpu", seed: int = 0):
+def random_tensors(
+    problem: Problem, device: torch.device | str = "cpu", seed: int = 0
+) -> tuple[torch.Tensor, ...]:
     """(x, w, bias, dy) of a problem, normally distributed, the weights scaled so that results are
     of order 1. Drawn on the device."""
     g = torch.Generator(device).manual_seed(seed)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import csv
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib.resources import files
 
@@ -144,7 +145,7 @@ _TRANSPOSED = (
     ),
 )  # fmt: skip
 DILATIONS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64)
-SUITES = {
+SUITES: dict[str, Callable[[Workload], object]] = {
     "quick": lambda w: (w.model, w.layer) in QUICK,
     "aspp": _is_aspp,
     "deeplab": lambda w: "deeplab" in w.model.lower(),

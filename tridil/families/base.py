@@ -6,7 +6,7 @@ Imports neither torch nor Triton. Sizes in elements, times in seconds, clocks of
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
@@ -115,10 +115,10 @@ class Launch:
 def launch(
     kernel: str,
     programs: int,
-    tensors,
-    scalars: dict,
-    constexprs: dict,
-    options: dict,
+    tensors: tuple[tuple[str, str, Box | None], ...],
+    scalars: Mapping[str, int],
+    constexprs: Mapping[str, object],
+    options: Mapping[str, int],
     workspace: int = 0,
 ) -> Launch:
     """The Launch of a kernel of this package, "module:function" in tridil.kernels."""
@@ -142,7 +142,7 @@ class Prediction:
     limiter: str
     parts: dict[str, float]
 
-    def __str__(self):
+    def __str__(self) -> str:
         parts = ", ".join(f"{name} {1e6 * seconds:.3g}" for name, seconds in self.parts.items())
         return f"{1e6 * self.seconds:.4g} us predicted, limited by {self.limiter} (alone, in us: {parts})"
 
@@ -324,7 +324,7 @@ def up(x: int) -> int:
     return 1 << max(x - 1, 0).bit_length()
 
 
-def pixels(config) -> int:
+def pixels(config: Config) -> int:
     """Rows of a tile that hold its pixel box, a power of two; of a direct kernel its lanes."""
     return up(config.BLOCK_IMG * config.BLOCK_P * config.BLOCK_Q)
 
@@ -338,7 +338,7 @@ def elements(problem: Problem) -> int:
     return max(map(prod, (problem.x_shape, problem.w_shape, problem.y_shape)))
 
 
-def strides(shape, layout: str) -> tuple[int, int, int, int]:
+def strides(shape: Sequence[int], layout: str) -> tuple[int, int, int, int]:
     """Strides, in PyTorch's order (N, C, H, W), of a tensor of that order's shape in memory format
     `layout`."""
     _, c, h, w = shape
@@ -433,6 +433,6 @@ def branch_geometry(branches: Branches, pass_: str, order: list[int]) -> tuple[i
     return tuple(found)
 
 
-def filters(name: str, role: str, order: list[int]) -> tuple:
+def filters(name: str, role: str, order: list[int]) -> tuple[tuple[str, str, None], ...]:
     """Tensors of a launch: the filters of the branches in this order."""
     return tuple((f"{name}_{place}", f"{role}{i}", None) for place, i in enumerate(order))

@@ -21,7 +21,7 @@ TILES = [(m, n) for m, n, _ in TMA_TILES if m >= 64]
 
 
 class Contiguous(Tma):
-    kernels = ("contiguous",)
+    kernels: tuple[str, ...] = ("contiguous",)
     experimental = True
     joins = False
     planes = True
@@ -101,7 +101,9 @@ class Contiguous(Tma):
     def dy_box(self, p: Problem, config: Config) -> Box:
         return Box((p.n * p.k, p.q), (p.q, 1), (config.BLOCK_M, config.BLOCK_Q))
 
-    def result_box(self, config: Config, h: Axis, w: Axis, size: int, scalars: dict) -> Box:
+    def result_box(
+        self, config: Config, h: Axis, w: Axis, size: int, scalars: dict[str, int]
+    ) -> Box:
         if config.SPLIT_K > 1:  # partial sums, channels last
             return super().result_box(config, h, w, size, scalars)
         return Box(

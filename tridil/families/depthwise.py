@@ -108,7 +108,7 @@ def anchors(axis: Axis, cols: int) -> int:
     return axis.out // run * grid_step(axis) + min(axis.out % run, grid_step(axis))
 
 
-def anchors_until(axis: Axis, cols: int, output):
+def anchors_until(axis: Axis, cols: int, output: np.ndarray) -> np.ndarray:
     """Lanes whose first output is at most `output` (an array)."""
     step, run = grid_step(axis), grid_step(axis) * cols
     return np.where(output < 0, 0, output // run * step + np.minimum(output % run, step - 1) + 1)
@@ -197,7 +197,7 @@ def live_rows(axis: Axis) -> list[tuple[int, int]]:
 
 
 class Depthwise(Family):
-    kernels = ("depthwise",)
+    kernels: tuple[str, ...] = ("depthwise",)
 
     def config_class(self, pass_: str) -> type[Any]:
         return Reduction if pass_ == "wgrad" else Correlation
@@ -817,7 +817,9 @@ class Depthwise(Family):
         ]
 
 
-def stride_scalars(source, result, layout: str, align: int) -> dict[str, int]:
+def stride_scalars(
+    source: Sequence[int], result: Sequence[int], layout: str, align: int
+) -> dict[str, int]:
     """How the kernels name the strides of a pass's source and result, of these shapes: all but those
     of channels in units of `align`."""
     (x_n, x_k, x_h, x_w), (y_n, y_k, y_p, y_q) = strides(source, layout), strides(result, layout)
@@ -845,12 +847,14 @@ def distinct(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.flatnonzero(found), (np.cumsum(found) - 1)[values]
 
 
-def lanes_of(c: dict) -> np.ndarray:
+def lanes_of(c: dict[str, np.ndarray]) -> np.ndarray:
     """`pixels` of many configs."""
     return 1 << np.ceil(np.log2(c["BLOCK_IMG"] * c["BLOCK_P"] * c["BLOCK_Q"])).astype(np.int64)
 
 
-def registers(c: dict, lanes, problem: Problem, shift: int, target: str):
+def registers(
+    c: dict[str, Any], lanes: np.ndarray | int, problem: Problem, shift: int, target: str
+) -> np.ndarray | np.int64:
     """Registers of a thread that hold sums, weights and columns; c: fields of a config, or columns
     of many."""
     nbytes = DTYPE_BYTES[problem.dtype]

@@ -129,7 +129,7 @@ def bundle_of(config: Config) -> int:
     return getattr(config, "BUNDLE", 1)
 
 
-def bundled_in(problem: Problem, c: dict) -> Problem:
+def bundled_in(problem: Problem, c: dict[str, np.ndarray]) -> Problem:
     """`bundled`, as in configs of one BUNDLE (c: fields, arrays)."""
     return bundled(problem, int(c["BUNDLE"][0])) if len(c.get("BUNDLE", ())) else problem
 
@@ -153,7 +153,7 @@ def least_channels(target: str) -> int:
 @lru_cache(maxsize=1024)
 def tiles(
     pass_: str, target: str, nbytes: int, mma: bool, c: int, k: int, taps: int, flat: bool
-) -> tuple[list, dict[str, np.ndarray]]:
+) -> tuple[list[tuple[Any, ...]], dict[str, np.ndarray]]:
     """(boxes, fields) of the tiles for so many channels of a group: gemm.as_fields."""
     rows, cols, reduced = channels_of(pass_, c, k, taps)
     clamp = target.startswith("cuda") and int(target[5:]) >= 100
@@ -197,7 +197,7 @@ def tiles(
 
 
 class Gather(Gemm):
-    kernels = ("gather", FLAT)
+    kernels: tuple[str, ...] = ("gather", FLAT)
     joins = True
 
     def config_class(self, pass_: str) -> type[Any]:
@@ -288,8 +288,8 @@ class Gather(Gemm):
         self,
         problem: Problem,
         pass_: str,
-        c: dict,
-        tile,
+        c: dict[str, np.ndarray],
+        tile: tuple[np.ndarray, np.ndarray, np.ndarray],
         device: Device,
         precision: str,
         flat: bool,
@@ -349,10 +349,12 @@ class Gather(Gemm):
     def _executed(self, problem, pass_, c, kernel):
         return super()._executed(bundled_in(problem, c), pass_, c, kernel)
 
-    def programs(self, problem, pass_, config, axes):
+    def programs(
+        self, problem: Problem, pass_: str, config: Config, axes: tuple[Axis, Axis]
+    ) -> int:
         return super().programs(bundled(problem, bundle_of(config)), pass_, config, axes)
 
-    def requested_bytes(self, problem, pass_, config):
+    def requested_bytes(self, problem: Problem, pass_: str, config: Config) -> int:
         return super().requested_bytes(bundled(problem, bundle_of(config)), pass_, config)
 
     # ---- launches

@@ -45,6 +45,8 @@ from .base import (
     up,
 )
 
+Figure = np.ndarray | float  # of many configs, or of one
+
 
 @dataclass(frozen=True)
 class GemmConfig(Config):
@@ -88,7 +90,9 @@ class Options:
         return Options(self.kind, self.fixed, self.c | changes)
 
 
-def as_fields(tiles: Sequence[tuple[tuple, dict]]) -> tuple[list[tuple], dict[str, np.ndarray]]:
+def as_fields(
+    tiles: Sequence[tuple[tuple[Any, ...], dict[str, int]]],
+) -> tuple[list[tuple[Any, ...]], dict[str, np.ndarray]]:
     """(arguments of `Search.box` of each tile, the other fields as arrays), of pairs of both."""
     names = tiles[0][1] if tiles else {}
     fields = {name: np.array([tile[name] for _, tile in tiles]) for name in names}
@@ -197,7 +201,12 @@ class Search:
     """Pixel boxes for the tiles of a pass: of all that hold a tile's rows the first that executes
     the fewest multiply-accumulates."""
 
-    def __init__(self, problem: Problem, pass_: str):
+    problem: Problem
+    pass_: str
+    sides: tuple[int, int, int]
+    axes: list[list[Axis]]
+
+    def __init__(self, problem: Problem, pass_: str) -> None:
         self.problem, self.pass_ = problem, pass_
         axes = problem.axes(pass_)
         self.sides = (
@@ -207,7 +216,7 @@ class Search:
         )
         # residue classes of a strided dgrad
         self.axes = [list(dict.fromkeys(axis)) for axis in zip(*axes)] or [[], []]
-        self._found: dict = {}
+        self._found: dict[tuple[Any, ...], tuple[int, int, int]] = {}
 
     @cached_property
     def steps(self) -> list[np.ndarray]:
@@ -221,7 +230,7 @@ class Search:
             found.append(total)
         return found
 
-    def sides_of(self, tiles: Iterable[tuple]) -> dict[str, np.ndarray]:
+    def sides_of(self, tiles: Iterable[tuple[Any, ...]]) -> dict[str, np.ndarray]:
         """The `box` of each, as fields of configs."""
         sides = np.array([self.box(*tile) for tile in tiles], np.int64).reshape(-1, 3).T
         return dict(zip(("BLOCK_IMG", "BLOCK_P", "BLOCK_Q"), sides))
@@ -329,7 +338,11 @@ class Gemm(Family):
         raise NotImplementedError
 
     def whole(
-        self, problem: Problem, pass_: str, tiles: tuple[list, dict], **fixed: Any
+        self,
+        problem: Problem,
+        pass_: str,
+        tiles: tuple[list[tuple[Any, ...]], dict[str, np.ndarray]],
+        **fixed: Any,
     ) -> Options | None:
         """The configs of `tiles` (see `as_fields`), each with the best pixel box; None of none."""
         boxes, c = tiles
@@ -350,8 +363,8 @@ class Gemm(Family):
         self,
         problem: Problem,
         pass_: str,
-        c: dict,
-        tile,
+        c: dict[str, np.ndarray],
+        tile: tuple[np.ndarray, np.ndarray, np.ndarray],
         device: Device,
         precision: str,
         flat: bool,
@@ -360,7 +373,7 @@ class Gemm(Family):
         configs of one kernel."""
         raise NotImplementedError
 
-    def alone(self, c: dict) -> np.ndarray:
+    def alone(self, c: dict[str, np.ndarray]) -> np.ndarray:
         """Share of its units that one program on an SM keeps busy, of what enough programs do."""
         return np.minimum(1.0, assumed.ALONE * (c["num_warps"] / 4) ** 0.5)
 
@@ -452,7 +465,14 @@ class Gemm(Family):
 
         return seconds[0] if len(seconds) == 1 else np.concatenate([[], *seconds]), config
 
-    def resident(self, problem: Problem, pass_: str, c: dict, tile, device: Device) -> np.ndarray:
+    def resident(
+        self,
+        problem: Problem,
+        pass_: str,
+        c: dict[str, np.ndarray],
+        tile: tuple[np.ndarray, np.ndarray, np.ndarray],
+        device: Device,
+    ) -> np.ndarray:
         """Programs that one SM holds, by shared memory, registers (accumulator and some more a
         thread) and threads."""
         (m, n, _), threads = tile, 32 * c["num_warps"]
@@ -491,7 +511,14 @@ class Gemm(Family):
             else (box, c["BLOCK_N"], c["BLOCK_K"])
         )
 
-    def shared_bytes(self, problem: Problem, pass_: str, c: dict, tile, target: str) -> np.ndarray:
+    def shared_bytes(
+        self,
+        problem: Problem,
+        pass_: str,
+        c: dict[str, Any],
+        tile: tuple[Any, Any, Any],
+        target: str,
+    ) -> np.ndarray:
         """Shared memory of the pipelined operand tiles; below sm_90 the last stage waits in
         registers."""
         m, n, k = tile
@@ -501,7 +528,7 @@ class Gemm(Family):
         # the epilogue's layout change
         return np.maximum(stages * (m + n) * k * nbytes, m * n * wide)
 
-    def writes_partials(self, c: dict, pass_: str) -> np.ndarray:
+    def writes_partials(self, c: dict[str, Any], pass_: str) -> np.ndarray:
         return c["SPLIT_K"] > 1
 
     def splits(self, whole: Options, search: Search, target: str, may: Any = True) -> Options:
@@ -717,20 +744,26 @@ class Gemm(Family):
         self,
         problem: Problem,
         pass_: str,
-        c: dict,
-        axes,
-        count,
-        total,
-        most,
-        fit,
-        alone,
+        c: dict[str, np.ndarray],
+        axes: tuple[Axis, Axis],
+        count: np.ndarray,
+        total: np.ndarray,
+        most: np.ndarray,
+        fit: np.ndarray,
+        alone: np.ndarray,
         device: Device,
     ) -> np.ndarray:
         """Clocks of one launch of each config: `count` programs whose steps take `total` clocks in
         sum and `most` in the longest."""
         return waves_of(count, total, most, device.sms, fit, alone)
 
-    def sums(self, problem: Problem, pass_: str, c: dict, tile) -> np.ndarray:
+    def sums(
+        self,
+        problem: Problem,
+        pass_: str,
+        c: dict[str, np.ndarray],
+        tile: tuple[np.ndarray, np.ndarray, np.ndarray],
+    ) -> np.ndarray:
         """Bytes that partial results and their sum move."""
         return np.where(
             c["SPLIT_K"] > 1, 4 * prod(result_shape(problem, pass_)) * (2 * c["SPLIT_K"] + 1), 0
@@ -871,7 +904,15 @@ class Gemm(Family):
         )
 
     def branch_waves(
-        self, branches: Branches, pass_: str, configs, step, rows, fit, alone, device: Device
+        self,
+        branches: Branches,
+        pass_: str,
+        configs: Sequence[Config],
+        step: np.ndarray,
+        rows: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]],
+        fit: np.ndarray,
+        alone: np.ndarray,
+        device: Device,
     ) -> np.ndarray:
         """`waves` of all branches, of which those with the longest programs come first, and of their
         tiles those in the middle. rows: of each branch (programs, clocks in sum, of the longest, of
@@ -892,7 +933,15 @@ def partial_seconds(sums: np.ndarray, device: Device) -> np.ndarray:
     return sums / np.where(sums < device.l2 * 2**19, l2, device.dram * 1e9 * assumed.DRAM)
 
 
-def waves_of(programs, total, most, sms: int, fit, alone, latest=None):
+def waves_of(
+    programs: Figure,
+    total: Figure,
+    most: Figure,
+    sms: int,
+    fit: Figure,
+    alone: Figure,
+    latest: Figure | None = None,
+) -> np.ndarray:
     """Clocks of launches of `programs` whose steps take `total` clocks in sum and `most` in the
     longest, `fit` of them at a time on an SM; latest: in the one that begins last, where the order is
     chosen."""
@@ -922,7 +971,9 @@ def waves_of(programs, total, most, sms: int, fit, alone, latest=None):
 
 
 # ---- results of launches, whole or split
-def correlation_result(p: Problem, pass_: str, h: Axis, w: Axis, config: Config, epilogue: str):
+def correlation_result(
+    p: Problem, pass_: str, h: Axis, w: Axis, config: Config, epilogue: str
+) -> tuple[dict[str, int], dict[str, object], str, int, list[Launch]]:
     """(scalars, constexprs, role of the result, elements of partial sums, launches that sum them)
     of fprop or of one residue class of dgrad.
 
@@ -960,7 +1011,9 @@ def correlation_result(p: Problem, pass_: str, h: Axis, w: Axis, config: Config,
     return scalars, constexprs, "partials" if split > 1 else "out", split * total, sums
 
 
-def wgrad_result(p: Problem, config: Config, partial: bool):
+def wgrad_result(
+    p: Problem, config: Config, partial: bool
+) -> tuple[dict[str, int], tuple[int, int, int, int], str, int, list[Launch]]:
     """(scalars, strides (k, c, r, s) of what is written, its role, elements of partial sums,
     launches that sum them) of wgrad; partial: whether fp32 sums (SPLIT_K, K, R, S, C) are written
     and added by a second launch."""
@@ -981,7 +1034,9 @@ def wgrad_result(p: Problem, config: Config, partial: bool):
     return scalars, (p.r * p.s * c, 1, p.s * c, c), "partials", split * total, sums
 
 
-def sum_splits(split: int, total: int, to: dict, sizes: dict, epilogue: str) -> Launch:
+def sum_splits(
+    split: int, total: int, to: dict[str, int], sizes: dict[str, int], epilogue: str
+) -> Launch:
     """The launch that adds partial results in a fixed order."""
     tensors = (("part_ptr", "partials", None), ("bias_ptr", "bias", None), ("y_ptr", "out", None))
     scalars = dict(total=total, SPLIT_K=split, **sizes, **to)
@@ -1004,7 +1059,7 @@ def least_steps(axis: Axis, sizes: np.ndarray) -> np.ndarray:
 
 
 def sum_branches(
-    branches: Branches, order: list[int], split: int, constexprs: dict
+    branches: Branches, order: list[int], split: int, constexprs: dict[str, object]
 ) -> list[Launch]:
     """The launch that adds the partial sums (SPLIT_K, K, R, S, C) of all filters, which lie one
     after another."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib import import_module
@@ -83,7 +84,7 @@ class Reduction(Hopper):
 @lru_cache(maxsize=1024)
 def tiles(
     nbytes: int, rows: int | None, cols: int, reduced: int | None
-) -> tuple[list, dict[str, np.ndarray]]:
+) -> tuple[list[tuple[Any, ...]], dict[str, np.ndarray]]:
     """(boxes, fields) of the tiles for so many channels: gemm.as_fields."""
     device, found = devices.of_target(TARGET), []
     for m, n, pingpong in TILES:
@@ -132,7 +133,7 @@ def unavailable(target: str) -> str | None:
 
 
 class HopperFamily(Gemm):
-    kernels = ("hopper",)
+    kernels: tuple[str, ...] = ("hopper",)
     least = 1
     joins = True
 
@@ -282,19 +283,33 @@ class HopperFamily(Gemm):
         return options.but(PROGRAMS=np.minimum(options.c["PROGRAMS"], device.sms))
 
     # ---- time
-    def shared_bytes(self, problem: Problem, pass_: str, c: dict, tile, target: str) -> np.ndarray:
+    def shared_bytes(
+        self,
+        problem: Problem,
+        pass_: str,
+        c: dict[str, Any],
+        tile: tuple[Any, Any, Any],
+        target: str,
+    ) -> np.ndarray:
         m, n, k = tile
         return c["num_stages"] * (m + n) * k * DTYPE_BYTES[problem.dtype] + EXTRA
 
-    def resident(self, problem: Problem, pass_: str, c: dict, tile, device: Device) -> np.ndarray:
+    def resident(
+        self,
+        problem: Problem,
+        pass_: str,
+        c: dict[str, np.ndarray],
+        tile: tuple[np.ndarray, np.ndarray, np.ndarray],
+        device: Device,
+    ) -> np.ndarray:
         return np.ones_like(c["PROGRAMS"])
 
     def step_clocks(
         self,
         problem: Problem,
         pass_: str,
-        c: dict,
-        tile,
+        c: dict[str, np.ndarray],
+        tile: tuple[np.ndarray, np.ndarray, np.ndarray],
         device: Device,
         precision: str,
         flat: bool,
@@ -312,13 +327,13 @@ class HopperFamily(Gemm):
         self,
         problem: Problem,
         pass_: str,
-        c: dict,
-        axes,
-        count,
-        total,
-        most,
-        fit,
-        alone,
+        c: dict[str, np.ndarray],
+        axes: tuple[Axis, Axis],
+        count: np.ndarray,
+        total: np.ndarray,
+        most: np.ndarray,
+        fit: np.ndarray,
+        alone: np.ndarray,
         device: Device,
     ) -> np.ndarray:
         rows = zip(*(values.tolist() for values in c.values()))
@@ -337,7 +352,12 @@ class HopperFamily(Gemm):
         return np.array(found)
 
     def busiest(
-        self, problem: Problem, pass_: str, c: dict, axes: tuple[Axis, Axis], tiles: int
+        self,
+        problem: Problem,
+        pass_: str,
+        c: dict[str, Any],
+        axes: tuple[Axis, Axis],
+        tiles: int,
     ) -> tuple[float, int]:
         """(share of all steps, tiles) of the program with the most steps, when programs take every
         PROGRAMS-th of `tiles`; c: fields of a config."""
@@ -358,7 +378,13 @@ class HopperFamily(Gemm):
         loads = np.bincount(np.arange(tiles) % c["PROGRAMS"], walked)
         return loads.max() / total, -(-tiles // c["PROGRAMS"])
 
-    def sums(self, problem: Problem, pass_: str, c: dict, tile) -> np.ndarray:
+    def sums(
+        self,
+        problem: Problem,
+        pass_: str,
+        c: dict[str, np.ndarray],
+        tile: tuple[np.ndarray, np.ndarray, np.ndarray],
+    ) -> np.ndarray:
         m, n, _ = tile
         shared = np.where(c["STREAM"], c["PROGRAMS"] - 1, 0) * m * n
         # two fp32 parts of each, of which one is written before the end; the result
@@ -492,9 +518,9 @@ class HopperFamily(Gemm):
         self,
         name: str,
         programs: int,
-        tensors,
-        scalars: dict,
-        constexprs: dict,
+        tensors: tuple[tuple[str, str, Box | None], ...],
+        scalars: dict[str, int],
+        constexprs: dict[str, object],
         config: Config,
         pass_: str,
     ) -> list[Launch]:
@@ -514,7 +540,7 @@ class HopperFamily(Gemm):
         ]
         if config.STREAM and programs > 1:
             rows = min(m, SUMMED // n)
-            sums = (
+            sums: tuple[tuple[str, str, Box | None], ...] = (
                 ("part_ptr", "partials", None),
                 ("dw_ptr" if pass_ == "wgrad" else "y_ptr", "out", None),
             )
@@ -538,7 +564,7 @@ class HopperFamily(Gemm):
             )
         return found
 
-    def constants(self, config: Config) -> dict:
+    def constants(self, config: Config) -> dict[str, object]:
         values = config.constexprs()
         return {name: values[name] for name in values if name not in ("PROGRAMS", "GROUP")} | {
             "STAGES": config.num_stages
@@ -586,7 +612,15 @@ class HopperFamily(Gemm):
         return min(config.PROGRAMS, counts[0] if branches.adds(pass_) else sum(counts))
 
     def branch_waves(
-        self, branches: Branches, pass_: str, configs, step, rows, fit, alone, device: Device
+        self,
+        branches: Branches,
+        pass_: str,
+        configs: Sequence[Config],
+        step: np.ndarray,
+        rows: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]],
+        fit: np.ndarray,
+        alone: np.ndarray,
+        device: Device,
     ) -> np.ndarray:
         """Programs take the tiles to and fro, in the kernel's order."""
         found = []
@@ -760,7 +794,7 @@ def steps_in_order(axis: Axis, side: int, by_tap: bool) -> np.ndarray:
     return live[(len(blocks) - 1) // 2 + np.where(blocks % 2, blocks // 2 + 1, -(blocks // 2))]
 
 
-def grouped(steps: np.ndarray, problem: Problem, pass_: str, c: dict) -> np.ndarray:
+def grouped(steps: np.ndarray, problem: Problem, pass_: str, c: dict[str, Any]) -> np.ndarray:
     """The steps of all tiles in their order, of those of all pixel boxes of an image; c: fields of a
     config."""
     tiles_n = -(-channels(problem, pass_)[1] // c["BLOCK_N"])

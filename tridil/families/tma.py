@@ -93,7 +93,7 @@ def tiles(
     cols: int,
     reduced: int | None,
     version: tuple[int, ...],
-) -> tuple[list, dict[str, np.ndarray]]:
+) -> tuple[list[tuple[Any, ...]], dict[str, np.ndarray]]:
     """(boxes, fields) of the tiles for so many channels, by Triton's version: gemm.as_fields."""
     specialize = architecture(target) // 10 == 10 and not (pass_ == "wgrad" and nbytes == 4)
     found = []
@@ -123,7 +123,7 @@ def tiles(
 class Tma(Gemm):
     """planes: whether fprop and dgrad read and write contiguous tensors (contiguous.py)."""
 
-    kernels = ("tma",)
+    kernels: tuple[str, ...] = ("tma",)
     joins = True
     planes = False
 
@@ -211,14 +211,21 @@ class Tma(Gemm):
         )
 
     # ---- time
-    def writes_partials(self, c: dict, pass_: str) -> np.ndarray:
+    def writes_partials(self, c: dict[str, Any], pass_: str) -> np.ndarray:
         # the epilogue of wgrad is as wide
         return (c["SPLIT_K"] > 1) | (pass_ == "wgrad")
 
-    def alone(self, c: dict) -> np.ndarray:
+    def alone(self, c: dict[str, np.ndarray]) -> np.ndarray:
         return np.where(c["WARP_SPECIALIZE"], assumed.ALONE_SPECIALIZED, super().alone(c))
 
-    def resident(self, problem: Problem, pass_: str, c: dict, tile, device: Device) -> np.ndarray:
+    def resident(
+        self,
+        problem: Problem,
+        pass_: str,
+        c: dict[str, np.ndarray],
+        tile: tuple[np.ndarray, np.ndarray, np.ndarray],
+        device: Device,
+    ) -> np.ndarray:
         # its warps take all registers
         return np.where(c["WARP_SPECIALIZE"], 1, super().resident(problem, pass_, c, tile, device))
 
@@ -226,8 +233,8 @@ class Tma(Gemm):
         self,
         problem: Problem,
         pass_: str,
-        c: dict,
-        tile,
+        c: dict[str, np.ndarray],
+        tile: tuple[np.ndarray, np.ndarray, np.ndarray],
         device: Device,
         precision: str,
         flat: bool,
@@ -317,7 +324,9 @@ class Tma(Gemm):
         sizes = p.n, p.p, p.q, p.k
         return Box(sizes, nhwc_strides(*sizes[1:]), box_of(config, config.BLOCK_M))
 
-    def result_box(self, config: Config, h: Axis, w: Axis, size: int, scalars: dict) -> Box:
+    def result_box(
+        self, config: Config, h: Axis, w: Axis, size: int, scalars: dict[str, int]
+    ) -> Box:
         """The descriptor of the result of fprop or dgrad, of `size` channels: through the strides that
         the kernel is given, or of partial sums."""
         sizes = config.SPLIT_K, scalars["N"], h.out, w.out, size
@@ -522,7 +531,7 @@ def outdoes_pointers(problem: Problem, pass_: str, target: str) -> bool:
     )
 
 
-def stores_boxes(c: dict, problem: Problem, pass_: str) -> Any:
+def stores_boxes(c: dict[str, Any], problem: Problem, pass_: str) -> Any:
     """Whether fprop or dgrad stores its result by descriptor: fp32 partial sums, or NHWC, in
     multiples of 16 bytes per pixel. c: fields of a config, or of many."""
     _, out, _ = channels(problem, pass_)
