@@ -9,8 +9,10 @@ import json
 import os
 import platform
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -22,7 +24,7 @@ from .problem import PASSES, Problem, problem_of
 from .workloads import SUITES
 
 
-def info(args) -> int:
+def info(args: argparse.Namespace) -> int:
     """Versions, devices, target and backends."""
     try:
         import triton
@@ -128,7 +130,7 @@ def parse_shape(text: str, dtype: str = "float16", layout: str = "nhwc") -> Prob
     return replace(problem, h=one["h"], w=one["w"], padding=sides) if four else problem
 
 
-def explain(args) -> int:
+def explain(args: argparse.Namespace) -> int:
     """What runs for one layer, or for a model, and why; what a model gains."""
     if (args.shape is None) == (args.model is None):
         raise ValueError("explain takes --shape for one layer, or --model for a network")
@@ -174,7 +176,7 @@ def passes_of(text: str) -> list[str]:
     return names
 
 
-def model_and_input(args) -> tuple[torch.nn.Module, tuple]:
+def model_and_input(args: argparse.Namespace) -> tuple[torch.nn.Module, tuple[Any, ...]]:
     """(model, inputs) of --model, with --input on the meta device: neither weights nor results take
     memory or time. Raises ValueError that says what is wrong."""
     if args.input is None:
@@ -208,7 +210,7 @@ def model_and_input(args) -> tuple[torch.nn.Module, tuple]:
     return model, (x,)
 
 
-def made(text: str, usage: str):
+def made(text: str, usage: str) -> Any:
     """What the factory of "package.module:factory" returns."""
     module, _, name = text.partition(":")
     sys.path.insert(0, os.getcwd())
@@ -223,7 +225,7 @@ def made(text: str, usage: str):
     return subject
 
 
-def model_of(text: str) -> tuple:
+def model_of(text: str) -> tuple[Any, ...]:
     """(module, *inputs) of "package.module:factory". Raises ValueError that says what is wrong."""
     subject = made(text, "a function that returns (module, inputs)")
     if not isinstance(subject, tuple) or len(subject) != 2:
@@ -243,7 +245,7 @@ def writable(path: str | None) -> None:
         raise ValueError(f"{path} cannot be written: {parent} is no folder that may be written to")
 
 
-def tune(args) -> int:
+def tune(args: argparse.Namespace) -> int:
     """Measures the fastest configs of a suite, a layer or a model on this GPU and keeps them; under
     torchrun each rank measures its part."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and torch.cuda.is_available():
@@ -282,7 +284,7 @@ def tune(args) -> int:
     return int(any(row["config"] is None for row in rows))
 
 
-def show_cache(args) -> int:
+def show_cache(args: argparse.Namespace) -> int:
     """Shows the measured configs, merges tables from other machines, exports them."""
     if args.action == "merge":
         if not args.files:
@@ -317,7 +319,7 @@ def show_cache(args) -> int:
     return 0
 
 
-def written(config: dict) -> str:
+def written(config: dict[str, Any]) -> str:
     """`config.describe` of a config as files have it."""
     try:
         return cfg.describe(
@@ -339,7 +341,7 @@ def seconds(text: str) -> float:
     return value
 
 
-def aot(args) -> int:
+def aot(args: argparse.Namespace) -> int:
     """Compiles the default kernels of a suite or a shape for a target and reads the machine code;
     status 1 when one spills or exceeds a limit."""
     try:
@@ -444,7 +446,7 @@ def aot(args) -> int:
     return int(len(bad) > 0)
 
 
-def main(argv=None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="tridil", description="Triton kernels for dilated convolution"
     )

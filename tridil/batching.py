@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
 from .problem import ROLES
+
+if TYPE_CHECKING:
+    import torch
 
 # The operand that has no vmap batch, if any -> the axis of each other tensor that takes the batch,
 # so that one convolution computes all: images of x and y, output channels of each group, input
@@ -16,19 +22,19 @@ _PLACES = {
 
 
 def rule(
-    function,
-    info,
-    in_dims,
-    a,
-    b,
-    third,
-    stride,
-    padding,
-    dilation,
-    groups,
-    channels_last,
-    auto=False,
-):
+    function: Any,
+    info: Any,
+    in_dims: tuple[Any, ...],
+    a: torch.Tensor,
+    b: torch.Tensor,
+    third: Any,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    channels_last: bool,
+    auto: bool = False,
+) -> tuple[torch.Tensor, int]:
     """(result, its batch axis) of an operator under vmap."""
     size, roles, bias, bias_dim = info.batch_size, ROLES[function.pass_], None, in_dims[2]
     unbatched = "".join(role for role, dim in zip(roles, in_dims[:2]) if dim is None)

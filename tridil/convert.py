@@ -20,13 +20,21 @@ from .module import DilatedConv1d, DilatedConv2d, _Dilated, mark_leaf, run
 from .problem import DTYPE_BYTES, Problem, pair, single, to_int
 from .transposed import DilatedConvTranspose1d, DilatedConvTranspose2d
 
-LAYERS = {nn.Conv2d: DilatedConv2d, nn.Conv1d: DilatedConv1d}
+LAYERS: dict[type[nn.Conv2d | nn.Conv1d], type[DilatedConv2d | DilatedConv1d]] = {
+    nn.Conv2d: DilatedConv2d,
+    nn.Conv1d: DilatedConv1d,
+}
 # on request
-TRANSPOSED = {
+TRANSPOSED: dict[
+    type[nn.ConvTranspose2d | nn.ConvTranspose1d],
+    type[DilatedConvTranspose2d | DilatedConvTranspose1d],
+] = {
     nn.ConvTranspose2d: DilatedConvTranspose2d,
     nn.ConvTranspose1d: DilatedConvTranspose1d,
 }
-FUNCTIONS = {
+FUNCTIONS: dict[
+    type[nn.Conv2d | nn.Conv1d], tuple[Callable[..., torch.Tensor], Callable[..., torch.Tensor]]
+] = {
     nn.Conv2d: (functional.dilated_conv2d, torch.conv2d),
     nn.Conv1d: (functional.dilated_conv1d, torch.conv1d),
 }

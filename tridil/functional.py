@@ -5,10 +5,11 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch.nn import functional as F
@@ -244,11 +245,26 @@ class Reroute(TorchFunctionMode):
     """Calls `function` for `plain`, with kwargs beside: what `convert` puts around layers whose own
     code calls F.conv2d or F.conv1d."""
 
-    def __init__(self, function, plain, kwargs):
+    function: Callable[..., Any]
+    plain: Callable[..., Any]
+    kwargs: Mapping[str, Any]
+
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        plain: Callable[..., Any],
+        kwargs: Mapping[str, Any],
+    ) -> None:
         super().__init__()
         self.function, self.plain, self.kwargs = function, plain, kwargs
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Collection[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
         return (
             self.function(*args, **(kwargs or {}), **self.kwargs)
             if func is self.plain

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import lru_cache
 from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 import torch
 import triton.language as tl
@@ -21,17 +22,22 @@ from .families import Box, Config, Launch
 from .families.base import accumulator, result_shape
 from .problem import ROLES, Problem
 
+if TYPE_CHECKING:
+    from triton.experimental.gluon.language import NVMMASharedLayout
+    from triton.runtime import JITFunction
+    from triton.runtime.interpreter import InterpretedFunction
+
 _interpreted = interpreted()  # decided when the kernels are imported
 
 
-def kernel_of(launch: Launch):
+def kernel_of(launch: Launch) -> JITFunction[Any] | InterpretedFunction[Any]:
     """The @triton.jit function of a launch."""
     module, _, name = launch.kernel.partition(":")
     return getattr(import_module(module), name)
 
 
 @lru_cache(maxsize=4096)
-def constexprs(items: tuple) -> dict:
+def constexprs(items: tuple[tuple[str, Any], ...]) -> dict[str, Any]:
     """Constexprs of a launch, as its kernel takes them."""
     return {
         name: {"float32": tl.float32, "float64": tl.float64}[value] if name == "ACC" else value
@@ -39,7 +45,9 @@ def constexprs(items: tuple) -> dict:
     }
 
 
-def describe(box: Box, tensor: torch.Tensor, known: dict) -> TensorDescriptor:
+def describe(
+    box: Box, tensor: torch.Tensor, known: dict[Box, tuple[type[Any], dict[str, Any]]]
+) -> TensorDescriptor:
     """The TensorDescriptor of a tensor; Triton checks sizes and strides once, `known` keeps them.
     The base's alignment is `_operand`'s concern."""
     base = (
@@ -73,7 +81,7 @@ def gluon_descriptor() -> type:
     return TensorDescriptor
 
 
-def shared_layout(box: Box, bits: int):
+def shared_layout(box: Box, bits: int) -> NVMMASharedLayout:
     """Gluon's layout of a box of elements of so many bits in shared memory."""
     from triton.experimental.gluon.language import NVMMASharedLayout
 
@@ -83,7 +91,12 @@ def shared_layout(box: Box, bits: int):
 class Ready:
     """A launch whose kernel and arguments are at hand."""
 
-    def __init__(self, launch: Launch):
+    launch: Launch
+    fn: JITFunction[Any] | InterpretedFunction[Any]
+    grid: tuple[int, int, int]
+    workspace: int
+
+    def __init__(self, launch: Launch) -> None:
         self.launch, self.fn, self.grid, self.workspace = (
             launch,
             kernel_of(launch),
@@ -93,22 +106,24 @@ class Ready:
         values = dict(launch.scalars) | constexprs(launch.constexprs)
         names = self.fn.arg_names
         # of all arguments in their order, None for tensors
-        self.values = [values.get(name) for name in names]
-        self.places = [(names.index(name), role, box) for name, role, box in launch.tensors]
-        self.options = dict(launch.options)
-        self.boxes: dict = {}
+        self.values: list[Any] = [values.get(name) for name in names]
+        self.places: list[tuple[int, str, Box | None]] = [
+            (names.index(name), role, box) for name, role, box in launch.tensors
+        ]
+        self.options: dict[str, int] = dict(launch.options)
+        self.boxes: dict[Box, tuple[type[Any], dict[str, Any]]] = {}
         # (device, which pointers are 16-byte aligned) -> the kernel that Triton's JIT compiled:
         # what it specialises on beyond this launch
-        self.compiled: dict = {}
+        self.compiled: dict[tuple[int | None, int], CompiledKernel] = {}
 
-    def arguments(self, tensors: dict) -> list:
+    def arguments(self, tensors: dict[str, torch.Tensor]) -> list[Any]:
         """The kernel's arguments, in order."""
         values = self.values.copy()
         for i, role, box in self.places:
             values[i] = tensors[role] if box is None else describe(box, tensors[role], self.boxes)
         return values
 
-    def __call__(self, tensors: dict):
+    def __call__(self, tensors: dict[str, torch.Tensor]) -> None:
         """Launch on the current device and stream: through the JIT once, afterwards through its
         compiled kernel, which binds no arguments."""
         arguments, aligned = self.arguments(tensors), 0
@@ -125,7 +140,7 @@ class Ready:
                 self.compiled[key] = kernel
 
 
-def device():
+def device() -> int | None:
     """The device of Triton's active driver that is current; None in the interpreter."""
     return None if _interpreted else driver.active.get_current_device()
 
@@ -163,19 +178,30 @@ def _operand(layout: str, alignment: int) -> Callable[[torch.Tensor], torch.Tens
     return operand
 
 
-def fprop(problem: Problem, x, w, bias, config: Config, precision: str = "ieee") -> torch.Tensor:
+def fprop(
+    problem: Problem,
+    x: torch.Tensor,
+    w: torch.Tensor,
+    bias: torch.Tensor | None,
+    config: Config,
+    precision: str = "ieee",
+) -> torch.Tensor:
     """y (N, K, P, Q) of x (N, C, H, W), w (K, C/G, R, S) and bias (K,) or None, in problem.layout.
     Raises ValueError when config does not fit."""
     return prepare(problem, "fprop", config, precision, "" if bias is None else "bias")(x, w, bias)
 
 
-def dgrad(problem: Problem, dy, w, config: Config, precision: str = "ieee") -> torch.Tensor:
+def dgrad(
+    problem: Problem, dy: torch.Tensor, w: torch.Tensor, config: Config, precision: str = "ieee"
+) -> torch.Tensor:
     """dx (N, C, H, W) of dy (N, K, P, Q) and w (K, C/G, R, S), in problem.layout. Raises ValueError
     when config does not fit."""
     return prepare(problem, "dgrad", config, precision)(dy, w)
 
 
-def wgrad(problem: Problem, dy, x, config: Config, precision: str = "ieee") -> torch.Tensor:
+def wgrad(
+    problem: Problem, dy: torch.Tensor, x: torch.Tensor, config: Config, precision: str = "ieee"
+) -> torch.Tensor:
     """dw (K, C/G, R, S) of dy (N, K, P, Q) and x (N, C, H, W), in problem.layout. Raises ValueError
     when config does not fit."""
     return prepare(problem, "wgrad", config, precision)(dy, x)

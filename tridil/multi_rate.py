@@ -8,7 +8,7 @@ all, the branches run one by one, through `dilated_conv2d`.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import lru_cache, partial, reduce
@@ -225,7 +225,7 @@ _GEOMETRY = (
 )
 _IS_DEFINED = hasattr(torch.ops.tridil, "branches_fprop")
 if not _IS_DEFINED:
-    lib = torch.library.Library("tridil", "FRAGMENT")
+    lib: torch.library.Library = torch.library.Library("tridil", "FRAGMENT")
     lib.define(f"branches_fprop(Tensor x, Tensor[] w, Tensor? bias, {_GEOMETRY}) -> Tensor")
     lib.define(f"branches_dgrad(Tensor dy, Tensor[] w, SymInt[] x_shape, {_GEOMETRY}) -> Tensor")
     lib.define(f"branches_wgrad(Tensor dy, Tensor x, SymInt[] w_shapes, {_GEOMETRY}) -> Tensor[]")
@@ -274,7 +274,15 @@ def _branches(
     return Branches(tuple(problems), shared, "sum" if summed else "cat")
 
 
-def run(pass_, a, b, bias, x_shape, w_shapes, geometry):
+def run(
+    pass_: str,
+    a: torch.Tensor,
+    b: torch.Tensor | Sequence[torch.Tensor],
+    bias: torch.Tensor | None,
+    x_shape: Sequence[int],
+    w_shapes: Sequence[Sequence[int]],
+    geometry: tuple[Sequence[int], Sequence[int], Sequence[int], int, bool, bool, bool, bool],
+) -> torch.Tensor | list[torch.Tensor]:
     """One pass of all branches: y of (x, filters), dx of (dy, filters), the list of dw of (dy, x)."""
     stride, padding, dilation, groups, shared, summed, nhwc, auto = geometry
     branches = _branches(
@@ -335,7 +343,14 @@ def _of_branch(pass_, auto, p: Problem, a, b, bias):
     return passes.run(pass_, a, b, bias, p.x_shape, p.w_shape, geometry, nhwc, auto)
 
 
-def one_by_one(branches: Branches, pass_, a, b, bias, one):
+def one_by_one(
+    branches: Branches,
+    pass_: str,
+    a: torch.Tensor,
+    b: torch.Tensor | Sequence[torch.Tensor],
+    bias: torch.Tensor | None,
+    one: Callable[[Problem, torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor],
+) -> torch.Tensor | list[torch.Tensor]:
     """The same by one(problem, a, b, bias), the pass of a branch."""
     count, problems = len(branches.problems), branches.problems
 
@@ -349,7 +364,7 @@ def one_by_one(branches: Branches, pass_, a, b, bias, one):
     adds = branches.adds("fprop")
     if pass_ == "fprop":
         xs = cut(a, branches.x_channels, branches.shared_input)
-        biases = [None] * count
+        biases: Sequence[torch.Tensor | None] = [None] * count
         if bias is not None:
             biases = [bias, *biases[1:]] if adds else bias.split([p.k for p in problems])
         return join([one(p, *rest) for p, *rest in zip(problems, xs, b, biases)], adds)

@@ -3,15 +3,16 @@ call each other. Imports no Triton."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from functools import partial, reduce
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch.autograd import forward_ad
 from torch.autograd.function import BackwardCFunction
 
 from . import batching, late, passes, private
-from .passes import empty, has_channels_last, map_shape
+from .passes import Geometry, empty, has_channels_last, map_shape
 from .problem import ROLES, Problem
 
 # tensors are 4D (N, C, H, W), or 3D (N, C, L): maps of height 1, whose results are 3D, too, and no
@@ -20,13 +21,13 @@ _GEOMETRY = "SymInt[2] stride, SymInt[4] padding, SymInt[2] dilation, SymInt gro
 # the module runs again (importlib.reload): a process defines operators once
 _IS_DEFINED = hasattr(torch.ops.tridil, "fprop")
 if not _IS_DEFINED:
-    lib = torch.library.Library("tridil", "DEF")
+    lib: torch.library.Library = torch.library.Library("tridil", "DEF")
     lib.define(f"fprop(Tensor x, Tensor w, Tensor? bias, {_GEOMETRY}) -> Tensor")
     lib.define(f"dgrad(Tensor dy, Tensor w, SymInt[] x_shape, {_GEOMETRY}) -> Tensor")
     lib.define(f"wgrad(Tensor dy, Tensor x, SymInt[] w_shape, {_GEOMETRY}) -> Tensor")
 
 
-def is_plain(a, b, bias=None) -> bool:
+def is_plain(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None = None) -> bool:
     """Whether nothing but autograd may watch an eager call on these tensors, so that no operator
     needs to be dispatched: no compiler, tracer, transform, mode, profiler or dual level is active,
     and the tensors are ordinary."""
@@ -97,14 +98,28 @@ class _Pass(private.Function):
     result, auto whether ATen may run it, plain whether nobody watches. `op` is the operator, for whoever watches: its autograd kernel applies the
     Function, which is the only one that knows derivatives."""
 
+    pass_: ClassVar[str]
+    op: ClassVar[Any]
+    run: ClassVar[Callable[..., torch.Tensor]]
+    apply: ClassVar[Callable[..., torch.Tensor]]
+
     @classmethod
-    def forward(cls, a, b, third, geometry, channels_last, auto, plain):
+    def forward(
+        cls,
+        a: torch.Tensor,
+        b: torch.Tensor,
+        third: torch.Tensor | tuple[int, ...] | None,
+        geometry: Geometry,
+        channels_last: bool,
+        auto: bool,
+        plain: bool,
+    ) -> torch.Tensor:
         return (cls.run if plain else partial(_below, cls.pass_))(
             a, b, third, geometry, channels_last, auto
         )
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
         a, b, _, ctx.geometry, ctx.channels_last, ctx.auto, _ = inputs
         ctx.save_for_backward(a, b)
         ctx.save_for_forward(a, b)
@@ -116,7 +131,14 @@ class _Pass(private.Function):
         return (ctx._autograd_function_id,)
 
     @classmethod
-    def jvp(cls, ctx, da, db, dbias, *_):
+    def jvp(
+        cls,
+        ctx: Any,
+        da: torch.Tensor | None,
+        db: torch.Tensor | None,
+        dbias: torch.Tensor | None,
+        *_: Any,
+    ) -> torch.Tensor:
         shape, rest = (
             None if cls is Fprop else ctx.shape,
             (*ctx.geometry, ctx.channels_last, ctx.auto),
@@ -175,11 +197,21 @@ class Fprop(_Pass):
     pass_ = "fprop"
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         return _backward("fprop", ctx, grad)
 
     @staticmethod
-    def fake(x, w, bias, stride, padding, dilation, groups, channels_last, auto=False):
+    def fake(
+        x: torch.Tensor,
+        w: torch.Tensor,
+        bias: torch.Tensor | None,
+        stride: Sequence[int],
+        padding: Sequence[int],
+        dilation: Sequence[int],
+        groups: int,
+        channels_last: bool,
+        auto: bool = False,
+    ) -> torch.Tensor:
         sizes = [
             (size + padding[2 * i] + padding[2 * i + 1] - dilation[i] * (taps - 1) - 1) // stride[i]
             + 1
@@ -188,7 +220,14 @@ class Fprop(_Pass):
         return empty(x, (x.shape[0], w.shape[0], *sizes[4 - x.dim() :]), channels_last)
 
     @staticmethod
-    def run(x, w, bias, geometry, channels_last, auto):
+    def run(
+        x: torch.Tensor,
+        w: torch.Tensor,
+        bias: torch.Tensor | None,
+        geometry: Geometry,
+        channels_last: bool,
+        auto: bool,
+    ) -> torch.Tensor:
         return passes.run("fprop", x, w, bias, x.shape, w.shape, geometry, channels_last, auto)
 
 
@@ -198,15 +237,32 @@ class Dgrad(_Pass):
     pass_ = "dgrad"
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         return _backward("dgrad", ctx, grad)
 
     @staticmethod
-    def fake(dy, w, x_shape, stride, padding, dilation, groups, channels_last, auto=False):
+    def fake(
+        dy: torch.Tensor,
+        w: torch.Tensor,
+        x_shape: Sequence[int],
+        stride: Sequence[int],
+        padding: Sequence[int],
+        dilation: Sequence[int],
+        groups: int,
+        channels_last: bool,
+        auto: bool = False,
+    ) -> torch.Tensor:
         return empty(dy, (dy.shape[0], *x_shape[1:]), channels_last)
 
     @staticmethod
-    def run(dy, w, x_shape, geometry, channels_last, auto):
+    def run(
+        dy: torch.Tensor,
+        w: torch.Tensor,
+        x_shape: tuple[int, ...],
+        geometry: Geometry,
+        channels_last: bool,
+        auto: bool,
+    ) -> torch.Tensor:
         return passes.run("dgrad", dy, w, None, x_shape, w.shape, geometry, channels_last, auto)
 
 
@@ -216,15 +272,32 @@ class Wgrad(_Pass):
     pass_ = "wgrad"
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         return _backward("wgrad", ctx, grad)
 
     @staticmethod
-    def fake(dy, x, w_shape, stride, padding, dilation, groups, channels_last, auto=False):
+    def fake(
+        dy: torch.Tensor,
+        x: torch.Tensor,
+        w_shape: Sequence[int],
+        stride: Sequence[int],
+        padding: Sequence[int],
+        dilation: Sequence[int],
+        groups: int,
+        channels_last: bool,
+        auto: bool = False,
+    ) -> torch.Tensor:
         return empty(x, w_shape, channels_last)
 
     @staticmethod
-    def run(dy, x, w_shape, geometry, channels_last, auto):
+    def run(
+        dy: torch.Tensor,
+        x: torch.Tensor,
+        w_shape: tuple[int, ...],
+        geometry: Geometry,
+        channels_last: bool,
+        auto: bool,
+    ) -> torch.Tensor:
         if w_shape[1] > 1:
             return passes.run("wgrad", dy, x, None, x.shape, w_shape, geometry, channels_last, auto)
         # with one channel per group both formats of dw are one memory: that of x says how x and dy
@@ -277,7 +350,13 @@ for _name, _function in FUNCTIONS.items():
 late.install()
 
 
-def convolve(x, w, bias, problem: Problem, auto: bool = False) -> torch.Tensor:
+def convolve(
+    x: torch.Tensor,
+    w: torch.Tensor,
+    bias: torch.Tensor | None,
+    problem: Problem,
+    auto: bool = False,
+) -> torch.Tensor:
     """y (N, K, P, Q) or (N, K, L) of 4D or 3D tensors that `problem` describes, differentiable
     twice: through the Triton kernels, with auto also through ATen."""
     geometry, nhwc = (
@@ -312,7 +391,13 @@ def convolve(x, w, bias, problem: Problem, auto: bool = False) -> torch.Tensor:
     return torch.ops.tridil.fprop(x, w, bias, *geometry, nhwc, auto)
 
 
-def transpose(dy, w, bias, problem: Problem, auto: bool = False) -> torch.Tensor:
+def transpose(
+    dy: torch.Tensor,
+    w: torch.Tensor,
+    bias: torch.Tensor | None,
+    problem: Problem,
+    auto: bool = False,
+) -> torch.Tensor:
     """x (N, C, H, W) or (N, C, L) of the convolution that `problem` describes, from its y and w: the
     transposed convolution, + bias (C,) or None; differentiable twice."""
     geometry = (

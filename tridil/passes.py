@@ -4,16 +4,21 @@ Imports no Triton until kernels run."""
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import lru_cache, partial
+from typing import Any
 
 import torch
 
 from . import choice, drivers, private
 from .problem import Problem
 
+# stride, padding (h_lo, h_hi, w_lo, w_hi), dilation, groups
+Geometry = tuple[tuple[int, int], tuple[int, int, int, int], tuple[int, int], int]
 
-def is_channels_last(shape, strides) -> bool:
+
+def is_channels_last(shape: Sequence[int], strides: Sequence[int]) -> bool:
     """Whether ATen takes 4D strides for channels_last (c10's `is_channels_last_strides_2d`);
     ambiguous ones are contiguous."""
     (_, c, h, w), (s_n, s_c, s_h, s_w) = shape, strides
@@ -27,7 +32,7 @@ def is_channels_last(shape, strides) -> bool:
     )
 
 
-def has_channels_last(t) -> bool:
+def has_channels_last(t: torch.Tensor) -> bool:
     """`is_channels_last` of a tensor, 4D or 3D."""
     shape, strides = t.shape, t.stride()
     return is_channels_last(
@@ -36,14 +41,14 @@ def has_channels_last(t) -> bool:
     )
 
 
-def map_shape(shape):
+def map_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
     """The 4D shape of a tensor, 4D or 3D."""
     return shape if len(shape) == 4 else (*shape[:2], 1, shape[2])
 
 
 # what runs a pass: (pass, shapes, geometry, dtype, device, switches) -> function of (a, b, bias);
 # forgotten when a config may have changed
-_runs: dict = {}
+_runs: dict[tuple[Any, ...], Callable[..., torch.Tensor]] = {}
 choice.listeners.append(_runs.clear)
 
 
@@ -54,13 +59,23 @@ def _launch():  # imports Triton
     return launch
 
 
-def driver_device(device):
+def driver_device(device: torch.device) -> int | None:
     """The device of Triton's driver, where tensors are not on a GPU that says it. Raises where
     Triton is missing or has no driver."""
     return None if device.type == "cuda" else _launch().device()
 
 
-def run(pass_, a, b, bias, x_shape, w_shape, geometry, channels_last, auto):
+def run(
+    pass_: str,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    bias: torch.Tensor | None,
+    x_shape: tuple[int, ...],
+    w_shape: tuple[int, ...],
+    geometry: Geometry,
+    channels_last: bool,
+    auto: bool,
+) -> torch.Tensor:
     """One pass on its two tensors, under their device; channels_last is the format of the result,
     auto whether ATen may run it."""
     if len(x_shape) == 3:
@@ -84,7 +99,7 @@ def run(pass_, a, b, bias, x_shape, w_shape, geometry, channels_last, auto):
     return prepared(a, b, bias)
 
 
-def has_other_format(t, channels_last) -> bool:
+def has_other_format(t: torch.Tensor, channels_last: bool) -> bool:
     """Whether a 4D tensor has not that memory format, but the other one."""
     wanted, other = torch.contiguous_format, torch.channels_last
     if channels_last:
@@ -168,7 +183,13 @@ def _prepare(
     return _launch().prepare(problem, pass_, config, precision, "bias" if has_bias else "")
 
 
-def is_all_aten(x, w, bias, geometry, channels_last) -> bool:
+def is_all_aten(
+    x: torch.Tensor,
+    w: torch.Tensor,
+    bias: torch.Tensor | None,
+    geometry: Geometry,
+    channels_last: bool,
+) -> bool:
     """Whether ATen runs every pass that a call on these tensors may need."""
     wgrad_last = has_channels_last(x if w.shape[1] == 1 else w)
     needed = (
@@ -204,7 +225,7 @@ def _without_products(shape, channels_last, a, b, bias=None):
     return out if bias is None else out.add_(bias.view(1, -1, 1, 1))
 
 
-def formatted(t, channels_last):
+def formatted(t: torch.Tensor, channels_last: bool) -> torch.Tensor:
     """t in a memory format, strides of sides of length 1 included: ATen reads the format off them."""
     wanted = _strides(t.shape, channels_last)
     if t.stride() == wanted:
@@ -223,7 +244,13 @@ def _strides(shape, channels_last):
     return strides if len(shape) == 4 else (*strides[:2], strides[3])
 
 
-def aten(problem: Problem, pass_: str, a, b, bias=None) -> torch.Tensor:
+def aten(
+    problem: Problem,
+    pass_: str,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    bias: torch.Tensor | None = None,
+) -> torch.Tensor:
     """One pass through ATen, in problem.layout. Raises NotImplementedError for padding that differs
     on both sides, which ATen does not have."""
     if any(lo != hi for lo, hi in problem.padding):
@@ -254,7 +281,7 @@ def aten(problem: Problem, pass_: str, a, b, bias=None) -> torch.Tensor:
         )
 
 
-def empty(like, shape, channels_last):
+def empty(like: torch.Tensor, shape: Sequence[int], channels_last: bool) -> torch.Tensor:
     """A tensor of like's dtype and device, of 4 or 3 dimensions, in a memory format."""
     if len(shape) == 3 and channels_last:
         return torch.empty_strided(

@@ -4,12 +4,21 @@ to themselves stands in late.py, which registers nothing without it.)"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from importlib import import_module
 from operator import attrgetter
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch.autograd import forward_ad, profiler
+
+if TYPE_CHECKING:
+    from torch.autograd.function import _SingleLevelFunction as Function
+    from torch.autograd.graph import Node
+    from torch.overrides import TorchFunctionMode
+
+_F = TypeVar("_F", bound=Callable[..., Any])
 
 # "module:name" -> whether something stands for it
 NAMES: dict[str, bool] = {}
@@ -39,9 +48,13 @@ _function_modes = _find("torch._C:_len_torch_function_stack", lambda: 1)
 _in_transform = _find("torch._C:_are_functorch_transforms_active", lambda: True)
 _tracing_state = _find("torch._C:_get_tracing_state", torch.jit.is_tracing)
 # whether a transform left its wrapper around a tensor
-is_wrapped = _find("torch._C._functorch:is_functorch_wrapped_tensor", lambda t: True)
+is_wrapped: Callable[[torch.Tensor], bool] = _find(
+    "torch._C._functorch:is_functorch_wrapped_tensor", lambda t: True
+)
 # whether a tensor is a batch of torch.autograd.grad(is_grads_batched=True)
-is_batched = _find("torch._C._functorch:is_legacy_batchedtensor", lambda t: True)
+is_batched: Callable[[torch.Tensor], bool] = _find(
+    "torch._C._functorch:is_legacy_batchedtensor", lambda t: True
+)
 
 
 def is_watched() -> bool:
@@ -63,23 +76,30 @@ def is_tracing() -> bool:
 
 # torch.autograd.Function without its rules under transforms, and without its look at the signature
 # of forward, which takes longer than a launch; within `single_level` a transform takes its derivative
-Function = _find("torch.autograd.function:_SingleLevelFunction")
-single_level = _find("torch._functorch.utils:enable_single_level_autograd_function")
+if not TYPE_CHECKING:
+    Function = _find("torch.autograd.function:_SingleLevelFunction")
+single_level: Callable[[], AbstractContextManager[object]] = _find(
+    "torch._functorch.utils:enable_single_level_autograd_function"
+)
 # guards
-below_autograd = _find("torch._C:_AutoDispatchBelowAutograd")
-forward_mode = _find("torch.autograd.forward_ad:_set_fwd_grad_enabled")
+below_autograd: Callable[[], AbstractContextManager[object]] = _find(
+    "torch._C:_AutoDispatchBelowAutograd"
+)
+forward_mode: Callable[[bool], AbstractContextManager[object]] = _find(
+    "torch.autograd.forward_ad:_set_fwd_grad_enabled"
+)
 _without_keys = _find("torch._C:_ExcludeDispatchKeyGuard")
 _VIEWS = _find("torch._C:DispatchKeySet")(_find("torch._C:DispatchKey").ADInplaceOrView)
 _DisableAutocast = _find("torch._C:_DisableAutocast", None)
 
 
-def without_views():
+def without_views() -> AbstractContextManager[object]:
     """Where another shape or other strides of a tensor make a tensor that autograd does not take
     for a view."""
     return _without_keys(_VIEWS)
 
 
-def without_autocast(device_type: str):
+def without_autocast(device_type: str) -> AbstractContextManager[object]:
     """torch.autocast(enabled=False), by a guard that costs less where it is there and Dynamo does
     not look on."""
     if _DisableAutocast is None or torch.compiler.is_compiling():
@@ -90,7 +110,7 @@ def without_autocast(device_type: str):
 _will_run = _find("torch._C:_will_engine_execute_node", lambda node: True)
 
 
-def will_run(node) -> bool:
+def will_run(node: Node | None) -> bool:
     """Whether the running backward asks for what a node of the graph computes. Without the name:
     True, and gradients are computed that nobody asked for."""
     try:
@@ -100,15 +120,21 @@ def will_run(node) -> bool:
 
 
 # modes and subclasses that watch torch functions
-function_modes = _find("torch.overrides:_get_current_function_mode_stack")
-overloaded_args = _find("torch.overrides:_get_overloaded_args")
-push_mode = _find("torch.overrides:_push_mode")
-pop_mode = _find("torch.overrides:_pop_mode")
+function_modes: Callable[[], list[TorchFunctionMode]] = _find(
+    "torch.overrides:_get_current_function_mode_stack"
+)
+overloaded_args: Callable[[Iterable[Any]], list[Any]] = _find(
+    "torch.overrides:_get_overloaded_args"
+)
+push_mode: Callable[[TorchFunctionMode], None] = _find("torch.overrides:_push_mode")
+pop_mode: Callable[[], TorchFunctionMode] = _find("torch.overrides:_pop_mode")
 # torch.set_default_device's mode; without the name it counts among the modes that watch
-DeviceContext = _find("torch.utils._device:DeviceContext", ())
+DeviceContext: type[TorchFunctionMode] | tuple[()] = _find("torch.utils._device:DeviceContext", ())
 # tensors of PyTorch's own tracers; without the names they run through ATen, as foreign classes do
-FakeTensor = _find("torch._subclasses:FakeTensor", ())
-FunctionalTensor = _find("torch._subclasses.functional_tensor:FunctionalTensor", ())
+FakeTensor: type[torch.Tensor] | tuple[()] = _find("torch._subclasses:FakeTensor", ())
+FunctionalTensor: type[torch.Tensor] | tuple[()] = _find(
+    "torch._subclasses.functional_tensor:FunctionalTensor", ()
+)
 
 _keeps_saved = _find("torch._C:_autograd._saved_tensors_hooks_is_enabled", lambda: False)
 _proxy_mode = _find("torch.fx.experimental.proxy_tensor:get_proxy_mode", lambda: True)
@@ -138,11 +164,11 @@ def autocast_copy(t: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:
     return getattr(y.grad_fn, "_saved_weight", None)
 
 
-def mark_constant(function):
+def mark_constant(function: _F) -> _F:
     """Dynamo calls the function once and keeps what it returns: torch.compiler's
     assume_constant_result, which imports all of Dynamo. Without it Dynamo looks into the function."""
-    function._dynamo_marked_constant = True
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
 
 
-tree_map = _find("torch.utils._pytree:tree_map")
+tree_map: Callable[..., Any] = _find("torch.utils._pytree:tree_map")

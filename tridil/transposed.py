@@ -101,7 +101,16 @@ def _run(dims, input, weight, bias, stride, padding, output_padding, groups, dil
 
 
 def problem_of(
-    dims, input, weight, bias, stride, padding, output_padding, groups, dilation, dtype
+    dims: int,
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    stride: Any,
+    padding: Any,
+    output_padding: Any,
+    groups: Any,
+    dilation: Any,
+    dtype: torch.dtype,
 ) -> Problem | None:
     """The convolution that is transposed: its x is the result, its y the input; None where
     output_padding reaches the stride, for there is no such convolution. Raises ValueError and

@@ -40,7 +40,7 @@ from .families import Config
 from .problem import PASSES, Problem
 from .testing import budget, random_tensors, reduction_depth
 
-log = logging.getLogger("tridil")
+log: logging.Logger = logging.getLogger("tridil")
 
 
 class Gpu:
@@ -348,7 +348,7 @@ def _first_use(problem: Problem, pass_: str, precision: str, device: torch.devic
 choice.first_use = _first_use
 
 
-def rows_of_all_ranks(rows: list[dict]) -> list[dict]:
+def rows_of_all_ranks(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The rows of all ranks of a torchrun, which one rank of every host also merges into its user's
     cache; without torchrun, rows."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:

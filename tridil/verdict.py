@@ -19,8 +19,11 @@ from .problem import PASSES, Problem
 
 
 def rows_of(
-    problem: Problem, device, backend: str = "auto", target: str | None = None
-) -> list[dict]:
+    problem: Problem,
+    device: torch.device | None,
+    backend: str = "auto",
+    target: str | None = None,
+) -> list[dict[str, Any]]:
     """What runs for each pass, and why: rows with pass, backend, why, kernel, kernel_why, config,
     source of the config, dense/useful/executed MACs, ms (measured, or None), predicted_ms, copies_ms
     (of contiguous tensors, in it) and limiter of the cost model, cudnn_ms (estimated; measured where there is a measurement of ATen).
@@ -32,7 +35,7 @@ def rows_of(
         # of the GPU that stands for the target
         aim, device, chosen = target, None, "aten" if drivers.unfit(problem) else "triton"
     else:
-        aim, chosen = drivers.target(), drivers.choose(problem, device, backend)
+        aim, chosen = drivers.target(), drivers.choose(problem, device, backend)  # type: ignore[arg-type]
     variable = os.environ.get("TRIDIL_BACKEND", "auto") if backend == "auto" else backend
     spec, _ = choice.device_spec(aim, device)
     rows = []
@@ -49,8 +52,8 @@ def rows_of(
         elif chosen == "aten":
             runs, why = (
                 "aten",
-                drivers.can_run(problem, device)
-                or drivers.too_old(device.type, device.index)
+                drivers.can_run(problem, device)  # type: ignore[arg-type]
+                or drivers.too_old(device.type, device.index)  # type: ignore[union-attr]
                 or "CPU tensors run through ATen",
             )
         else:
@@ -81,10 +84,10 @@ def rows_of(
 
 def text_of(
     problem: Problem,
-    device,
+    device: torch.device | None,
     backend: str = "auto",
     target: str | None = None,
-    rows: list[dict] | None = None,
+    rows: list[dict[str, Any]] | None = None,
 ) -> str:
     """`rows_of`, or the rows that it gave, as people read them."""
     rows = rows_of(problem, device, backend, target) if rows is None else rows
@@ -146,7 +149,9 @@ def counts_of(model: nn.Module, *inputs: Any, **kwargs: Any) -> Counter[Problem]
 
 
 def verdict_of(
-    counts: Mapping[Problem, int], device=None, target: str | None = None
+    counts: Mapping[Problem, int],
+    device: torch.device | None = None,
+    target: str | None = None,
 ) -> dict[str, Any]:
     """What a model gains whose convolutions are these, each so often in a step.
 
@@ -297,7 +302,9 @@ def geometry(problem: Problem) -> str:
 
 
 # ---- parallel branches
-def branch_rows(branches: Branches, device=None, target: str | None = None) -> list[dict[str, Any]]:
+def branch_rows(
+    branches: Branches, device: torch.device | None = None, target: str | None = None
+) -> list[dict[str, Any]]:
     """What "auto" does with parallel branches: rows with pass, together (whether one launch runs
     them), why, kernel and config (None where no launch can), ms and apart_ms (measured, or None),
     predicted_ms and predicted_apart_ms."""
