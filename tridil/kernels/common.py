@@ -1,5 +1,7 @@
 """Pieces that the convolution kernels share: pixel boxes, live taps, addresses, epilogue."""
 
+from typing import Any
+
 import triton
 import triton.language as tl
 
@@ -13,7 +15,7 @@ RUNTIME = (
 STEP_1 = "G stride_h stride_w step_s sy_k sw_c".split()
 
 
-def launch_metadata(grid, kernel, args):
+def launch_metadata(grid: object, kernel: object, args: dict[str, Any]) -> dict[str, Any]:
     """What Triton's launch hooks (Proton) show of a launch: the convolution in its name, dense
     FLOPs by the width of the type, compulsory bytes."""
     x = args.get("x_ptr", args.get("x"))
@@ -43,7 +45,7 @@ def launch_metadata(grid, kernel, args):
     }
 
 
-def branches_metadata(grid, kernel, args):
+def branches_metadata(grid: object, kernel: object, args: dict[str, Any]) -> dict[str, Any]:
     """The same of a launch of several convolutions."""
     x = args.get("x_ptr", args.get("x"))
     nbytes = getattr(x, "base", x).element_size()

@@ -11,9 +11,10 @@ fp32 parts, which `add_correlate` and `add_wgrad` sum in a fixed order. Within a
 innermost, so that a block of channels is read while it is in L2.
 """
 
+from typing import TYPE_CHECKING, Any
+
 import triton
 import triton.language as tl
-from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
@@ -35,9 +36,14 @@ from .common import (
     store_tile,
 )
 
+if TYPE_CHECKING:
+    import triton as gluon  # its `jit` has overloads, Gluon's has none
+else:
+    from triton.experimental import gluon
+
 # names that moved: async_copy_* until 3.7, both in 3.8, async_load and async_store from 3.9 on
-tma_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
-tma_store = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
+tma_load: Any = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
+tma_store: Any = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
 RUNTIME = RUNTIME + "C G R S FILTER_S step_s sy_k sw_c sum_h sum_w GROUP programs".split()
 
 
