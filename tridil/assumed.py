@@ -1,6 +1,8 @@
 """Everything that the cost model assumes about machines, one table. Only the figures of ATen were
 fitted to measurements of time."""
 
+from __future__ import annotations
+
 # warp instructions of one step that are not products: (fixed, per 16-byte copy of a thread); least
 # squares over the machine code of all tiles (sm_80, sm_90, sm_100; 3x3, 256 channels), within 30%
 LOOP: dict[tuple[str, str], tuple[float, float]] = {

@@ -1002,7 +1002,7 @@ def correlation_result(
     )
     scalars |= dict(tap_r=h.tap0, tap_s=w.tap0, step_r=h.tap_step, step_s=w.tap_step)
     align_y = aligned(p, out) if split > 1 or p.layout == "nhwc" else 1
-    constexprs = dict(
+    constexprs: dict[str, object] = dict(
         TRANSPOSED=pass_ == "dgrad",
         EPILOGUE=epilogue if split == 1 else "",
         IS_SPLIT=split > 1,
