@@ -7,6 +7,7 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 import tridil
 from tridil import aspp
@@ -129,6 +130,23 @@ def test_compiled_autocast_and_copies(device, backend):
     plain = build("torchvision head", device, torch.float32)
     model.load_state_dict(plain.state_dict())
     plain.load_state_dict(model.state_dict())
+
+
+def test_what_was_added_to_branches_since_is_run(device, backend):
+    model = build("torchvision head", device).eval()
+    tridil.convert(model, branches=True, backend=backend)
+    x = torch.randn(1, 3, 16, 16, device=device, dtype=torch.float64)
+    before, calls = model(x), []
+    branch = model[1].convs[1]
+    for module in (branch, branch[0]):
+        handle = module.register_forward_hook(lambda *_: calls.append(1))
+        torch.testing.assert_close(model(x), before)
+        handle.remove()
+    assert calls == [1, 1]
+    prune.l1_unstructured(branch[0], "weight", 0.5)
+    pruned = model(x)
+    branch[0].weight_orig.data.zero_()
+    assert not torch.equal(model(x), pruned)
 
 
 def test_what_stays_apart(device):

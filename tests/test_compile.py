@@ -8,9 +8,18 @@ from functools import partial
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.nn import functional as F
 
-from tridil import DilatedConv2d, dilated_conv1d, dilated_conv2d
+from tridil import (
+    DilatedConv2d,
+    dilated_conv1d,
+    dilated_conv2d,
+    dilated_conv_transpose2d,
+    multi_rate_conv2d,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -156,6 +165,59 @@ def test_compiled_autograd_over_an_eager_forward(dim, how, backend, device, seed
             assert (a is None) == (b is None)
             if a is not None:
                 torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-2)
+
+
+CALLS = {
+    "2d": (partial(dilated_conv2d, dilation=2), 2),
+    "1d": (partial(dilated_conv1d, dilation=2), 1),
+    "transposed": (lambda x, w, **k: dilated_conv_transpose2d(x, w.transpose(0, 1), **k), 2),
+    "branches": (
+        lambda x, w, **k: multi_rate_conv2d(x, [w, w], padding=[1, 2], dilation=[1, 2], **k),
+        2,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_symbolic_sizes_outside_dynamo(name, backend, device):
+    """make_fx and fake tensors: sizes are symbols, which have no hash, though nothing compiles."""
+    call, dims = CALLS[name]
+    x = torch.randn(2, 3, *[9] * dims, device=device, requires_grad=True)
+    w = torch.randn(4, 3, *[3] * dims, device=device, requires_grad=True)
+
+    def gradients(x, w):
+        return torch.autograd.grad(call(x, w, backend=backend).square().sum(), (x, w))
+
+    traced = make_fx(gradients, tracing_mode="symbolic")(x, w)
+    for got, expected in zip(traced(x, w), gradients(x, w)):
+        torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-3)
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+    fakes = [mode.from_tensor(t.detach()) for t in (x, w)]
+    with mode:
+        assert call(*fakes, backend=backend).dim() == dims + 2
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("name", CALLS)
+def test_a_batch_size_that_only_data_tell(name, layout, backend, device):
+    """Nothing asks whether there are images: export and fullgraph take u0 of them."""
+    call, dims = CALLS[name]
+    x, w = (torch.randn(n, 3, *[s] * dims, device=device) for n, s in ((2, 9), (4, 3)))
+    if dims == 2:
+        x, w = x.to(memory_format=layout), w.to(memory_format=layout)
+
+    class Chosen(torch.nn.Module):
+        def forward(self, x, keep, w):
+            return call(x[keep], w, backend=backend)
+
+    keep = torch.tensor([True, False], device=device)
+    exported = torch.export.export(Chosen(), (x, keep, w)).module()
+    torch.testing.assert_close(exported(x, ~keep, w), Chosen()(x, ~keep, w), rtol=1e-3, atol=1e-3)
+    assert exported(x, keep & ~keep, w).shape == call(x[:0], w, backend="aten").shape
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        compiled = torch.compile(Chosen(), fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(x, keep, w), exported(x, keep, w))
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")

@@ -1158,3 +1158,57 @@ def test_scan_of_a_deeplab_is_its_layers(seed):
         24: 1,
         36: 1,
     }
+
+
+class Asks(nn.Conv2d):
+    """Those that derive from it give a tag, each its own."""
+
+    tags: list = []
+
+    def __init_subclass__(cls, *, tag, **kwargs):
+        super().__init_subclass__(**kwargs)
+        assert tag not in Asks.tags
+        Asks.tags.append(tag)
+
+
+class Answers(Asks, tag="answers"):
+    pass
+
+
+def test_classes_that_ask_those_that_derive_from_them(backend):
+    model = nn.Sequential(nn.Conv2d(3, 3, 3, dilation=2), Answers(3, 3, 3, dilation=2))
+    x = torch.randn(1, 3, 9, 9)
+    expected = model(x)
+    assert convert(model, backend=backend).replaced == ["0", "1"] and Asks.tags == ["answers"]
+    torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(copy.deepcopy(model)(x), expected, rtol=1e-4, atol=1e-4)
+    assert revert(model) == ["0", "1"] and type(model[1]) is Answers
+
+
+class Remade(nn.Conv2d):
+    """Says itself how it is copied."""
+
+    def __reduce__(self):
+        return Remade.make, (self.state_dict(),)
+
+    @staticmethod
+    def make(state):
+        layer = Remade(3, 3, 3, dilation=2)
+        layer.load_state_dict(state)
+        return layer
+
+
+def test_copies_of_a_layer_that_says_how_it_is_made(backend):
+    layer, x = Remade(3, 3, 3, dilation=2), torch.randn(1, 3, 9, 9)
+    expected = layer(x)
+    convert(layer, backend=backend)
+    for same in (copy.copy(layer), copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert isinstance(same, DilatedConv2d) and same.backend == backend
+        torch.testing.assert_close(same(x), expected, rtol=1e-4, atol=1e-4)
+        assert revert(same) == [""] and type(same) is Remade
+
+
+def test_explain_says_which_dtypes_it_knows():
+    x, w = torch.ones(1, 3, 9, 9, dtype=torch.int32), torch.ones(4, 3, 3, 3, dtype=torch.int32)
+    with pytest.raises(ValueError, match="int32 .* run through ATen"):
+        tridil.explain(x, w)

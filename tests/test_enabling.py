@@ -1,5 +1,9 @@
 """enable: models as they are run through tridil."""
 
+import enum
+import pickle
+
+import numpy as np
 import pytest
 import torch
 from test_pytorch_suite import close, gradients, module_db, op_db
@@ -170,3 +174,61 @@ def test_models_as_they_are(calls, backend, device, seed):
             compiled = torch.compile(model, backend="aot_eager")(x)
         for a, b in zip((y, compiled, *grads), (expected, expected, *wanted)):
             torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_torchscript_compiles_pytorchs_own(device):
+    """Those who script while it is enabled get aten's operators, as before."""
+    x = torch.randn(2, 3, 9, 9, device=device)
+
+    def function(x: torch.Tensor, w: torch.Tensor):
+        return F.conv2d(x, w, dilation=2)
+
+    with tridil.enabled(transposed=True):
+        for layer, given in (
+            (nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), x),
+            (nn.Conv2d(3, 4, 3, dilation=2, padding="same"), x),
+            (nn.Conv1d(3, 4, 3, dilation=2), x[..., 0]),
+            (nn.ConvTranspose2d(3, 4, 3, dilation=2), x),
+            (nn.ConvTranspose1d(3, 4, 3, dilation=2), x[..., 0]),
+        ):
+            layer.to(device)
+            torch.testing.assert_close(torch.jit.script(layer)(given), layer(given))
+        w = torch.randn(4, 3, 3, 3, device=device)
+        torch.testing.assert_close(torch.jit.script(function)(x, w), function(x, w))
+        assert pickle.loads(pickle.dumps(F.conv2d)) is F.conv2d
+
+
+class Two(enum.IntEnum):
+    TWO = 2
+
+
+def test_dilations_are_what_pytorch_takes(device):
+    x, w = torch.randn(2, 3, 9, 9, device=device), torch.randn(4, 3, 3, 3, device=device)
+    for dilation in (2, (2,), [2, 1], np.int64(2), np.int64(1), torch.tensor(2), Two.TWO):
+        with tridil.enabled(backend="aten"):
+            y = F.conv2d(x, w, dilation=dilation)
+        rate = dilation.item() if isinstance(dilation, torch.Tensor) else dilation
+        torch.testing.assert_close(y, torch.conv2d(x, w, dilation=rate))
+    for dilation in (2.0, "2", (), None, (2.5, 1)):
+        with tridil.enabled(), pytest.raises((TypeError, RuntimeError), match="conv2d|dilation"):
+            F.conv2d(x, w, dilation=dilation)
+    for tensors in ((x, [1]), ([1], w)):
+        with tridil.enabled(), pytest.raises(TypeError):
+            F.conv2d(*tensors, dilation=2)
+
+
+@pytest.mark.parametrize("predicate", [None, lambda problem: True])
+def test_fx_traces_calls_of_the_function(predicate, device):
+    class Calls(nn.Conv2d):
+        def forward(self, x):
+            return F.conv2d(x, self.weight, self.bias, dilation=2)
+
+    x = torch.randn(2, 3, 9, 9, device=device)
+    layer = Calls(3, 4, 3).to(device)
+    with tridil.enabled(predicate=predicate):
+        traced = torch.fx.symbolic_trace(layer)
+        torch.testing.assert_close(traced(x), layer(x))
+    # without sizes a predicate cannot be asked
+    targets = {node.target for node in traced.graph.nodes}
+    assert (tridil.dilated_conv2d in targets) == (predicate is None)

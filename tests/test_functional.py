@@ -1,5 +1,6 @@
 """dilated_conv2d is F.conv2d: what it accepts, refuses and returns, with both backends."""
 
+import enum
 import itertools
 import subprocess
 import sys
@@ -1114,3 +1115,18 @@ def test_the_environment_chooses_the_backend(monkeypatch, device, seed):
         assert len(ran) == count
         dilated_conv2d(x, w, backend="aten")
         assert len(ran) == count
+
+
+class Padding(str, enum.Enum):
+    SAME = "same"
+
+
+@pytest.mark.parametrize("padding", [Padding.SAME, np.str_("same")])
+def test_names_of_padding_may_be_strings_of_any_class(padding, backend, device):
+    x, w = draw(1, 3, 7, 7).to(device), draw(4, 3, 3, 3).to(device)
+    y = dilated_conv2d(x, w, None, 1, padding, 2, backend=backend)
+    torch.testing.assert_close(y, F.conv2d(x, w, None, 1, "same", 2), rtol=1e-4, atol=1e-4)
+    layer = nn.Conv2d(3, 4, 3, padding=padding, dilation=2).to(device)
+    expected = layer(x)
+    convert(layer, backend=backend)
+    torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-4)

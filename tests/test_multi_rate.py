@@ -3,10 +3,12 @@
 import random
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils import parametrizations, prune
 
 import tridil
 from tridil import cost_model, devices, families, multi_rate_conv1d, multi_rate_conv2d
@@ -578,3 +580,52 @@ def test_large_branches_that_descriptors_cannot_take_are_joined(pass_):
         for config in family.branch_options(found, pass_, "cuda:90", "ieee")
     }
     assert "gather" in kernels
+
+
+def _replace(layer):
+    layer[0] = nn.Conv2d(3, 4, 3, padding=1, padding_mode="reflect").to(layer[1].weight)
+
+
+CHANGES = {
+    "pruned": lambda layer: prune.l1_unstructured(layer[0], "weight", 0.5),
+    "weight_norm": lambda layer: parametrizations.weight_norm(layer[0]),
+    "old weight_norm": lambda layer: nn.utils.weight_norm(layer[0]),
+    "another layer": _replace,
+    "hook": lambda layer: layer[0].register_forward_hook(lambda *args: 2 * args[-1]),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_the_layer_is_its_layers_whatever_became_of_them(name, backend, device):
+    """Hooks, which old weight_norm and pruning are, are called, in every step."""
+    layer = tridil.MultiRateConv2d(3, 4, 3, [1, 2], backend=backend).to(device)
+    x = torch.randn(2, 3, 7, 7, device=device)
+    layer(x)
+    CHANGES[name](layer)
+    for _ in range(2):
+        y = layer(x)
+        torch.testing.assert_close(
+            y, torch.cat([conv(x) for conv in layer], 1), rtol=1e-3, atol=1e-4
+        )
+        torch.testing.assert_close(layer(x[0]), y[0], rtol=1e-3, atol=1e-4)
+        y.sum().backward()
+        with torch.no_grad():
+            for p in layer.parameters():
+                p += 0.1
+
+
+def test_arguments_of_the_layer_that_are_no_python_ints(device):
+    layer = tridil.MultiRateConv2d(np.int64(3), np.int64(4), np.int64(3), [1, 2], device=device)
+    assert layer(torch.randn(1, 3, 5, 5, device=device)).shape == (1, 8, 5, 5)
+    assert type(layer[:1]) is nn.ModuleList and layer[:1][0] is layer[0]
+
+
+def test_the_format_is_that_of_a_concatenation(backend, device):
+    """channels_last where every branch's result is."""
+    x, w = torch.randn(1, 3, 6, 6, device=device), torch.randn(4, 3, 3, 3, device=device)
+    last = w.to(memory_format=torch.channels_last)
+    for filters in ([w, last], [last, w], [last, last], [w, w]):
+        y = multi_rate_conv2d(x, filters, padding=[1, 2], dilation=[1, 2], backend=backend)
+        parts = [F.conv2d(x, f, padding=d, dilation=d) for d, f in enumerate(filters, 1)]
+        assert y.stride() == torch.cat(parts, 1).stride()

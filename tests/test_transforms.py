@@ -17,7 +17,17 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
-from tridil import DilatedConv2d, dilated_conv1d, dilated_conv2d, launch, passes, reference, testing
+from tridil import (
+    DilatedConv2d,
+    dilated_conv1d,
+    dilated_conv2d,
+    dilated_conv_transpose2d,
+    launch,
+    multi_rate_conv2d,
+    passes,
+    reference,
+    testing,
+)
 from tridil.problem import PASSES, Problem
 
 conv2d = partial(dilated_conv2d, backend="triton")
@@ -331,3 +341,31 @@ def test_checkpointing_runs_forward_again(use_reentrant, launches, device, seed)
     assert launches == {"fprop": 6, "dgrad": 4, "wgrad": 4}
     for t, g in zip((x, w, bias), expected):
         assert torch.equal(t.grad, g)
+
+
+def test_a_batch_of_no_items(device):
+    """vmap over nothing: shapes of one item behind a 0."""
+    x, w = torch.randn(2, 3, 9, 9, device=device), torch.randn(4, 3, 3, 3, device=device)
+    conv = partial(dilated_conv2d, dilation=2, backend="triton")
+    none, no_filters = x[:0, None], w[None][:0]
+    assert vmap(partial(conv, weight=w))(none).shape == (0, 1, 4, 5, 5)
+    assert vmap(lambda w: conv(x, w))(no_filters).shape == (0, 2, 4, 5, 5)
+    assert vmap(conv)(none, no_filters).shape == (0, 1, 4, 5, 5)
+    assert vmap(lambda b: conv(x, w, b))(torch.randn(0, 4, device=device)).shape == (0, 2, 4, 5, 5)
+    assert vmap(grad(lambda w: conv(x, w).sum()))(no_filters).shape == (0, 4, 3, 3, 3)
+    up = partial(dilated_conv_transpose2d, weight=w.transpose(0, 1), backend="triton")
+    assert vmap(up)(none).shape == (0, 1, 4, 11, 11)
+    assert vmap(lambda b: up(x, bias=b))(torch.randn(0, 4, device=device)).shape == (
+        0,
+        2,
+        4,
+        11,
+        11,
+    )
+
+    def branches(w):
+        args = dict(padding=[1, 2], dilation=[1, 2], backend="triton")
+        return multi_rate_conv2d(x, [w, w], **args)
+
+    assert vmap(branches)(no_filters).shape == (0, 2, 8, 9, 9)
+    assert vmap(grad(lambda w: branches(w).sum()))(no_filters).shape == (0, 4, 3, 3, 3)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from .module import DilatedConv2d
-from .multi_rate import multi_rate_conv2d
+from .multi_rate import HOOKS, multi_rate_conv2d, runs_plainly
 
 # module and name of classes with `convs`, whose results `forward` puts side by side and gives to
 # `project`
@@ -18,12 +18,6 @@ KNOWN = {
     ("torchvision.models.segmentation.deeplabv3", "ASPP"),
     ("segmentation_models_pytorch.decoders.deeplabv3.decoder", "ASPP"),
 }
-_HOOKS = (
-    "_forward_hooks",
-    "_forward_pre_hooks",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-)
 
 
 def is_known(module: nn.Module) -> bool:
@@ -55,16 +49,14 @@ def reason(module: nn.Module) -> str | None:
     if len(branches) < 2:
         return "its branches are not dense convolutions"
     convs: list[Any] = [branch[0] for branch in branches]
-    if any(getattr(m, name) for m in (*branches, *convs) for name in _HOOKS):
+    if any(getattr(m, name) for m in (*branches, *convs) for name in HOOKS):
         return "its branches have hooks, which would not be called"
-    if any(
-        {"forward", "_conv_forward"} & m.__dict__.keys() or m.padding_mode != "zeros" for m in convs
-    ):
-        return "its branches do not run plain convolutions with zero padding"
     for name in ("stride", "groups", "in_channels"):
         values = [getattr(conv, name) for conv in convs]
-        if len(set(values)) > 1:
+        if any(value != values[0] for value in values):
             return f"its branches have no one {name}: {values}"
+    if not runs_plainly(convs):
+        return "its branches do not run plain convolutions with zero padding"
     return None
 
 
@@ -85,8 +77,12 @@ def part(module: Any) -> None:
 
 
 @cache
-def _joined_class(cls: type) -> type:
+def _joined_class(cls: Any) -> type:
+    plain_forward = cls.forward
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if reason(self):  # what was added since: hooks, say
+            return plain_forward(self, x)
         branches = dense(self)
         convs: list[Any] = [branch[0] for branch in branches]
         y = multi_rate_conv2d(

@@ -37,6 +37,11 @@ def rule(
 ) -> tuple[torch.Tensor, int]:
     """(result, its batch axis) of an operator under vmap."""
     size, roles, bias, bias_dim = info.batch_size, ROLES[function.pass_], None, in_dims[2]
+    if size == 0:  # nothing says how large its items are: the shape of one
+        a, b, third = one_each(in_dims, (a, b, third))
+        settings: Any = stride, padding, dilation, groups, channels_last, auto
+        out, at = rule(function, info._replace(batch_size=1), in_dims, a, b, third, *settings)
+        return out.narrow(at, 0, 0), at
     unbatched = "".join(role for role, dim in zip(roles, in_dims[:2]) if dim is None)
     places = _PLACES.get(unbatched, {})
 
@@ -74,6 +79,16 @@ def rule(
             ]
         )
     return out, at
+
+
+def one_each(in_dims: Sequence[Any], operands: Sequence[Any]) -> list[Any]:
+    """Operands of an empty batch -> of a batch of one, of zeros; what is no tensor stays."""
+    return [
+        t.new_zeros([1 if i == dim else n for i, n in enumerate(t.shape)])
+        if isinstance(dim, int) and hasattr(t, "new_zeros")
+        else t
+        for dim, t in zip(in_dims, operands)
+    ]
 
 
 def _fold(t, dim, at, groups):

@@ -30,7 +30,7 @@ class Branches:
             raise ValueError(f"reduce must be 'cat' or 'sum', got {self.reduce!r}")
         # of cached properties Dynamo takes none before Python 3.12
         sizes = [(problem.out_size(0), problem.out_size(1)) for problem in self.problems]
-        if len(set(sizes)) > 1:
+        if any(size != sizes[0] for size in sizes[1:]):
             raise ValueError(f"all branches must have one output size, got {sizes}")
         names = {name: name for name in ("n", "h", "w", "stride", "groups", "dtype", "layout")}
         if self.shared_input:
@@ -39,7 +39,7 @@ class Branches:
             names["k"] = "number of output channels"
         for name, words in names.items():
             values = [getattr(problem, name) for problem in self.problems]
-            if len(set(values)) > 1:
+            if any(value != values[0] for value in values[1:]):  # no set: symbols have no hash
                 raise ValueError(f"all branches must have one {words}, got {values}")
 
     @property

@@ -143,10 +143,9 @@ def convert(
                 report.skipped[name] = reason
     for module in chosen:
         if "_converted" not in module.__dict__:
-            _become(module, _tridil_class(_plain_class(module)))
-            module._converted = True
-            mark_leaf(module)
-        module.backend = backend
+            _tridil_class(_plain_class(module))  # raises before any layer has changed
+    for module in chosen:
+        _turn(module, backend)
     if branches:
         for name, module in model.named_modules():
             if aspp.is_known(module):
@@ -393,6 +392,14 @@ def _tridil_class(cls) -> type:
     def conv_forward(self, input, weight, bias):
         return run(function, self, input, weight, bias)
 
+    has_reduce = (
+        cls.__reduce__ is not object.__reduce__ or cls.__reduce_ex__ is not object.__reduce_ex__
+    )
+
+    def reduce_ex(self, protocol):
+        make, args, *rest = cls.__reduce_ex__(self, protocol)
+        return (_make, (make, args, self.backend), *rest) if has_reduce else (_new, (cls,), *rest)
+
     own = (
         {"_conv_forward": conv_forward}
         if _comes_to_nn_conv(cls)
@@ -408,13 +415,25 @@ def _tridil_class(cls) -> type:
             "__doc__": cls.__doc__,
             "__init__": cls.__init__,
             "extra_repr": _Dilated.extra_repr,
-            "__reduce_ex__": lambda self, protocol: (
-                _new,
-                (cls,),
-                *super(LAYERS[base], self).__reduce_ex__(protocol)[2:],  # type: ignore[arg-type,operator]
-            ),
+            "__reduce_ex__": reduce_ex,
         },
     )
+
+
+def _turn(layer, backend):
+    """Makes a layer one of tridil's."""
+    if "_converted" not in layer.__dict__:
+        _become(layer, _tridil_class(_plain_class(layer)))
+        layer._converted = True
+        mark_leaf(layer)
+    layer.backend = backend
+
+
+def _make(make, args, backend):
+    """A converted layer whose class says itself how it is made, for pickle and copy."""
+    layer = make(*args)
+    _turn(layer, backend)
+    return layer
 
 
 def _new(cls):

@@ -12,12 +12,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
+from operator import index
 from typing import Any
 
 import torch
 from torch.nn import functional as F
 
-from . import functional, transposed
+from . import functional, private, transposed
 from .drivers import BACKENDS
 from .problem import Problem, to_int
 
@@ -101,20 +102,41 @@ def _replacement(function, plain, place, min_dilation, predicate, backend):
     def conv(input, weight, *args, **kwargs):
         # input and weight are not among args
         dilation = args[place - 2] if len(args) > place - 2 else kwargs.get("dilation", 1)
-        reach = dilation if type(dilation) is int else max(dilation)
-        if reach < min_dilation or not _takes(weight, dilation, min_dilation):
+        rates = (dilation,) if type(dilation) is int else _rates(dilation)
+        if max(rates) < min_dilation or not _takes(weight, rates, min_dilation):
             return plain(input, weight, *args, **kwargs)
-        if predicate is not None and not predicate(_problem(plain, input, weight, *args, **kwargs)):
-            return plain(input, weight, *args, **kwargs)
+        if predicate is not None:
+            # a tracer's stand-ins have no sizes
+            if isinstance(input, torch.fx.Proxy) or isinstance(weight, torch.fx.Proxy):
+                return plain(input, weight, *args, **kwargs)
+            if not predicate(_problem(plain, input, weight, *args, **kwargs)):
+                return plain(input, weight, *args, **kwargs)
         return function(input, weight, *args, **kwargs, backend=backend)
 
+    # pickle finds it by name; inspect takes it for itself, TorchScript for PyTorch's
+    conv.__module__, conv.__qualname__ = F.__name__, conv.__name__
+    del conv.__wrapped__
+    private.script_as(conv, f"aten::{plain.__name__}")
     return conv
 
 
-def _takes(weight, dilation, min_dilation) -> bool:
-    """Whether the dilation reaches the least one along an axis with more than one tap."""
-    taps = weight.shape[2:]
-    rates = [dilation] * len(taps) if type(dilation) is int else list(dilation) * len(taps)
+def _rates(dilation) -> tuple[int, ...]:
+    """The dilation of each axis; of what PyTorch refuses 0, so that it says why."""
+    values = dilation if isinstance(dilation, (tuple, list)) else (dilation,)
+    try:
+        return tuple(map(index, values)) or (0,)
+    except TypeError:
+        return (0,)
+
+
+def _takes(weight, rates, min_dilation) -> bool:
+    """Whether the dilation reaches the least one along an axis with more than one tap, as far as a
+    tracer tells."""
+    if isinstance(weight, torch.fx.Proxy):
+        return True
+    taps = weight.shape[2:] if isinstance(weight, torch.Tensor) else ()
+    if len(rates) == 1:
+        rates *= len(taps)
     return any(tap > 1 and rate >= min_dilation for tap, rate in zip(taps, rates))
 
 

@@ -61,11 +61,11 @@ def dilated_conv2d(
         _check_layout(input, weight, backend)
         return torch.conv2d(input, weight, bias, stride, padding, dilation, groups)
     stride = stride if type(stride) is int else pair(stride, "stride")
-    padding = padding if type(padding) in (int, str) else pair(padding, "padding")
+    if not (type(padding) is int or isinstance(padding, str)):
+        padding = pair(padding, "padding")
     dilation = dilation if type(dilation) is int else pair(dilation, "dilation")
     groups = to_int(groups, "groups")
-    lookup = _problem.__wrapped__ if compiling else _problem
-    problem = lookup(
+    problem = _looked_up(
         input.shape,
         input.stride(),
         weight.shape,
@@ -81,7 +81,7 @@ def dilated_conv2d(
     chosen, auto = _choose(problem, input, backend)
     if (
         chosen == "aten"
-        or problem.is_empty
+        or (not compiling and problem.is_empty)  # compiled, the operator asks
         or (compiling or private.is_tracing())
         and _to_onnx()
         or auto
@@ -174,7 +174,7 @@ def dilated_conv1d(
     chosen, auto = _choose(problem, input, backend)
     if (
         chosen == "aten"
-        or problem.is_empty
+        or (not compiling and problem.is_empty)  # compiled, the operator asks
         or (compiling or private.is_tracing())
         and _to_onnx()
         or auto
@@ -413,8 +413,7 @@ def _problem_1d(input, weight, bias, stride, padding, dilation, groups, causal, 
         padding = (0, 0), (dilation * (taps - 1) if causal else padding, 0 if causal else padding)
     # F.conv1d makes the input contiguous first: the result's memory format depends on the weight
     # only
-    lookup = _problem.__wrapped__ if torch.compiler.is_compiling() else _problem
-    return lookup(
+    return _looked_up(
         (*input.shape[:-1], 1, length),
         (channels * length, length, length, 1)[-1 - input.dim() :],
         (k, c, 1, taps),
@@ -468,6 +467,16 @@ def _choose(problem, input, backend) -> tuple[str, bool]:
     if key and is_there:
         _chosen[key] = chosen
     return chosen, auto
+
+
+def _looked_up(*arguments) -> Problem:
+    """`_problem`, known from earlier calls where the sizes have a hash: symbolic ones have none."""
+    if not torch.compiler.is_compiling():
+        try:
+            return _problem(*arguments)
+        except TypeError:
+            pass
+    return _problem.__wrapped__(*arguments)
 
 
 @lru_cache(maxsize=4096)

@@ -21,6 +21,11 @@ class _Dilated:
 
     backend: str = "auto"  # of objects pickled without one
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        # what a user's class does with those that derive from it is not for `convert`'s
+        if "_plain" not in cls.__dict__:
+            super().__init_subclass__(**kwargs)
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[misc]
         mark_leaf(self)

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from torch.overrides import handle_torch_function, has_torch_function
 
-from . import choice, drivers, functional, ops, passes, private
+from . import batching, choice, drivers, functional, ops, passes, private
 from .branches import Branches
 from .functional import dilated_conv1d, dilated_conv2d
 from .module import DilatedConv2d
@@ -111,7 +111,7 @@ def _run(
         _problem(dims, x, w, b, stride, pad, rate, groups)
         for x, w, b, pad, rate in zip(parts, weights, biases, padding, dilation)
     ]
-    layout = max(problem.layout for problem in problems)  # nhwc where one of them is
+    layout = min(problem.layout for problem in problems)  # nhwc where all are, as torch.cat has it
     branches = Branches(
         tuple(replace(problem, layout=layout) for problem in problems), bool(shared_input), how
     )
@@ -212,9 +212,11 @@ def _can_join(input, weights, biases, branches: Branches, backend) -> bool:
     if not compiling and not all(ops.is_plain(input, w, b) for w, b in zip(weights, biases)):
         return False
     chosen = {functional._choose(problem, input, backend)[0] for problem in branches.problems}
-    if chosen != {"triton"} or branches.first.is_empty:
+    if chosen != {"triton"}:
         return False
-    return compiling or not branches.apart("fprop")
+    if compiling or branches.first.is_symbolic:  # the operator asks
+        return True
+    return not (branches.first.is_empty or branches.apart("fprop"))
 
 
 # ---- operators: x (N, C, H, W); padding (h_lo, h_hi, w_lo, w_hi) and dilation (h, w) of all
@@ -298,7 +300,7 @@ def run(
         a.dtype,
     )
     with torch.cuda.device(a.device) if a.is_cuda else nullcontext():
-        config = _config(branches, pass_, a, auto)
+        config = None if branches.first.is_empty else _config(branches, pass_, a, auto)
         if config is None:
             return one_by_one(branches, pass_, a, b, bias, partial(_of_branch, pass_, auto))
         from . import launch  # imports Triton
@@ -483,6 +485,10 @@ def _vmap(op, info, in_dims, *args):
             return [at(v, d, i) for v, d in zip(value, dims)]
         return value if dim is None or not isinstance(value, torch.Tensor) else value.select(dim, i)
 
+    if info.batch_size == 0:  # nothing says how large its items are: the shape of one
+        out, dims = _vmap(op, info._replace(batch_size=1), in_dims, *_one_each(in_dims, args))
+        is_list = isinstance(out, list)
+        return [t[:0] for t in out] if is_list else out[:0], dims
     results = [
         op(*(at(value, dim, i) for value, dim in zip(args, in_dims)))
         for i in range(info.batch_size)
@@ -492,13 +498,43 @@ def _vmap(op, info, in_dims, *args):
     return torch.stack(results), 0
 
 
+def _one_each(in_dims, args) -> list:
+    """`batching.one_each`, of lists of tensors, too."""
+    return [
+        _one_each(dim if isinstance(dim, (list, tuple)) else [dim] * len(value), value)
+        if isinstance(value, (list, tuple))
+        else batching.one_each([dim], [value])[0]
+        for dim, value in zip(in_dims, args)
+    ]
+
+
 if not _IS_DEFINED:
     _register("branches_fprop", _fprop, _fake_fprop, _back_fprop)
     _register("branches_dgrad", _dgrad, _fake_dgrad, _back_dgrad)
     _register("branches_wgrad", _wgrad, _fake_wgrad, _back_wgrad)
 
 
-# ---- the layer
+# ---- layers
+HOOKS = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
+
+
+def runs_plainly(layers: Sequence[nn.Module]) -> bool:
+    """Whether to call these layers is to convolve with their weights: they are nn.Conv2d or
+    DilatedConv2d (or parametrised) with zero padding and one stride and groups; no hooks, which
+    would have to be called, and no forward of their own."""
+    convs: list[Any] = list(layers)
+    return all(
+        isinstance(conv, nn.Conv2d)
+        and type(conv).forward is nn.Conv2d.forward
+        and type(conv)._conv_forward in (nn.Conv2d._conv_forward, DilatedConv2d._conv_forward)
+        and not {"forward", "_conv_forward"} & conv.__dict__.keys()
+        and not any(conv.__dict__[name] for name in HOOKS)
+        and conv.padding_mode == "zeros"
+        and (conv.stride, conv.groups) == (convs[0].stride, convs[0].groups)
+        for conv in convs
+    )
+
+
 class MultiRateConv2d(nn.ModuleList):
     """Parallel dilated convolutions of one input in one launch a pass, their results side by side:
     a ModuleList of `DilatedConv2d`, of which it has the state_dict.
@@ -530,18 +566,16 @@ class MultiRateConv2d(nn.ModuleList):
     ) -> None:
         rates = _sequence(rates, "rates", "a dilation")
 
-        def each(value, name, alone):
-            return (
-                [value] * len(rates)
-                if isinstance(value, alone)
-                else _sequence(value, name, "a value", len(rates))
-            )
+        def each(value, name, of_pairs=False):
+            is_one = hasattr(value, "__index__") or of_pairs and isinstance(value, tuple)
+            values = [value] * len(rates) if is_one else value
+            return _sequence(values, name, "a value", len(rates))
 
-        sizes = each(kernel_size, "kernel_size", (int, tuple))
+        sizes = each(kernel_size, "kernel_size", of_pairs=True)
         layers = []
         for c, k, size, rate in zip(
-            each(in_channels, "in_channels", int),
-            each(out_channels, "out_channels", int),
+            (to_int(c, "in_channels") for c in each(in_channels, "in_channels")),
+            (to_int(k, "out_channels") for k in each(out_channels, "out_channels")),
             (pair(size, "kernel_size") for size in sizes),
             (pair(rate, "rates") for rate in rates),
         ):
@@ -571,8 +605,19 @@ class MultiRateConv2d(nn.ModuleList):
         self.reduce: str = reduce
         self.backend: str = backend
 
+    def __getitem__(self, index: Any) -> Any:
+        """Of a slice a ModuleList: its layers have no launch of their own."""
+        if isinstance(index, slice):
+            return nn.ModuleList(list(self)[index])
+        return super().__getitem__(index)
+
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         first: Any = self[0]
+        if not runs_plainly(list(self)):
+            sizes = [layer.in_channels for layer in self]  # type: ignore[misc]
+            parts = [input] * len(self) if self.shared_input else input.split(sizes, -3)
+            results = [layer(part) for layer, part in zip(self, parts)]
+            return reduce(torch.add, results) if self.reduce == "sum" else torch.cat(results, -3)
         return multi_rate_conv2d(
             input,
             [layer.weight for layer in self],  # type: ignore[misc]

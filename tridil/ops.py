@@ -409,4 +409,4 @@ def transpose(
     nhwc = problem.layout == "nhwc"
     shape = problem.x_shape if dy.dim() == 4 else (problem.n, problem.c, problem.w)
     x = _apply(is_plain(dy, w, bias), "dgrad", dy, w, shape, geometry, nhwc, auto)
-    return x if bias is None else x + bias.view(-1, *[1] * (x.dim() - 2))
+    return x if bias is None else x + bias[(..., *[None] * (x.dim() - 2))]

@@ -21,14 +21,16 @@ Geometry = tuple[tuple[int, int], tuple[int, int, int, int], tuple[int, int], in
 def is_channels_last(shape: Sequence[int], strides: Sequence[int]) -> bool:
     """Whether ATen takes 4D strides for channels_last (c10's `is_channels_last_strides_2d`);
     ambiguous ones are contiguous."""
-    (_, c, h, w), (s_n, s_c, s_h, s_w) = shape, strides
+    (n, c, h, w), (s_n, s_c, s_h, s_w) = shape, strides
     return (
         s_c != 0
-        and 0 not in shape
+        and 0 not in shape[1:]
         and c * s_c <= s_w
         and w * s_w <= s_h
         and h * s_h <= s_n
         and h * s_h != s_c
+        # compilers may not know it
+        and (torch.compiler.is_compiling() or type(n) is not int or n != 0)
     )
 
 

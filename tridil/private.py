@@ -4,6 +4,7 @@ to themselves stands in late.py, which registers nothing without it.)"""
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from importlib import import_module
@@ -169,6 +170,18 @@ def mark_constant(function: _F) -> _F:
     assume_constant_result, which imports all of Dynamo. Without it Dynamo looks into the function."""
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
+
+
+_builtin_table = _find("torch.jit._builtins:_get_builtin_table", None)
+
+
+def script_as(function: Callable[..., Any], operator: str) -> None:
+    """TorchScript compiles calls of a Python function, as long as it lives, as those of an operator.
+    Without the name it cannot compile them."""
+    if _builtin_table is not None:
+        table = _builtin_table()
+        table[id(function)] = operator
+        weakref.finalize(function, table.pop, id(function), None)
 
 
 tree_map: Callable[..., Any] = _find("torch.utils._pytree:tree_map")

@@ -275,6 +275,11 @@ class Problem:
         """Whether there is nothing to multiply: no images, channels or pixels."""
         return not (self.n and self.c and self.h and self.w)
 
+    @property
+    def is_symbolic(self) -> bool:
+        """Whether a tracer's symbols stand for sizes: they have no hash."""
+        return any(type(size) is not int for size in (*self.x_shape, *self.w_shape))
+
     def gemm_shape(self, pass_: str) -> tuple[int, int, int]:
         """(M, N, K) of one group's implicit GEMM, zero padding included, for stride 1."""
         c, k, taps = self.c // self.groups, self.k // self.groups, self.r * self.s
@@ -546,7 +551,7 @@ def problem_of(
         raise ValueError(
             f"input {x_shape} has {c} channels, but weight {w_shape} with groups={groups} expects {w_shape[1] * groups}"
         )
-    if n and c and not (h and w):
+    if not (h and w) and n and c:  # last, for a compiler may not know it
         raise ValueError(
             f"only the batch or the channels of input may be empty, got shape {x_shape}"
         )

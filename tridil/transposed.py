@@ -82,7 +82,7 @@ def _run(dims, input, weight, bias, stride, padding, output_padding, groups, dil
     if (
         chosen == "aten"
         or problem is None
-        or problem.is_empty
+        or (not compiling and problem.is_empty)  # compiled, the operator asks
         or (compiling or private.is_tracing())
         and functional._to_onnx()
         or auto
@@ -159,7 +159,7 @@ def problem_of(
                 f"output_padding must be smaller than stride or dilation, got {extra}, {stride} and {dilation}"
             )
         sizes.append((size - 1) * st - 2 * pad + rate * (taps - 1) + more + 1)
-    if n and c and (h < 1 or w < 1):
+    if (h < 1 or w < 1) and n and c:  # last, for a compiler may not know it
         raise ValueError(
             f"only the batch or the channels of input may be empty, got {tuple(input.shape)}"
         )

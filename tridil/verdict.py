@@ -15,7 +15,7 @@ from . import config as cfg
 from .branches import Branches
 from .convert import scan
 from .functional import problem_of_tensors
-from .problem import PASSES, Problem
+from .problem import DTYPE_BYTES, PASSES, Problem
 
 
 def rows_of(
@@ -31,6 +31,10 @@ def rows_of(
     MACs are counts, not times. Where ATen runs, kernel and config are what Triton would run. With
     target (like "cuda:90") the answer is for a GPU of that target, whatever the device.
     """
+    if problem.dtype not in DTYPE_BYTES:
+        raise ValueError(
+            f"{problem.dtype} convolutions run through ATen, and nothing is predicted of them: dtypes of the kernels are {', '.join(DTYPE_BYTES)}"
+        )
     if target:
         # of the GPU that stands for the target
         aim, device, chosen = target, None, "aten" if drivers.unfit(problem) else "triton"
