@@ -178,7 +178,14 @@ CALLS = {
 }
 
 
-@pytest.mark.parametrize("name", CALLS)
+# what takes seconds
+CALLS_SLOW_LAST = [
+    *list(CALLS)[:2],
+    *(pytest.param(name, marks=pytest.mark.slow) for name in list(CALLS)[2:]),
+]
+
+
+@pytest.mark.parametrize("name", CALLS_SLOW_LAST)
 def test_symbolic_sizes_outside_dynamo(name, backend, device):
     """make_fx and fake tensors: sizes are symbols, which have no hash, though nothing compiles."""
     call, dims = CALLS[name]
@@ -198,7 +205,7 @@ def test_symbolic_sizes_outside_dynamo(name, backend, device):
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("name", CALLS_SLOW_LAST)
 def test_a_batch_size_that_only_data_tell(name, layout, backend, device):
     """Nothing asks whether there are images: export and fullgraph take u0 of them."""
     call, dims = CALLS[name]

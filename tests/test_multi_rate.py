@@ -595,7 +595,10 @@ CHANGES = {
 }
 
 
-@pytest.mark.parametrize("name", CHANGES)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.slow if "weight" in name else ()) for name in CHANGES],
+)
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_the_layer_is_its_layers_whatever_became_of_them(name, backend, device):
     """Hooks, which old weight_norm and pruning are, are called, in every step."""
