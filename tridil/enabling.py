@@ -49,8 +49,8 @@ def enable(
     predicate: whether to take a convolution, given as a Problem. transposed: takes F.conv_transpose2d
     and F.conv_transpose1d of more than one tap, too. backend: as in `dilated_conv2d`; "auto" runs
     ATen on CPU tensors. Calling it again replaces the earlier settings. What imported conv2d by name
-    before, calls torch.conv2d, or was compiled or scripted before, is not reached. A convolution that
-    is not taken costs less than a microsecond more (measured on a CPU). Raises ValueError and
+    before, calls torch.conv2d, was compiled before, or is TorchScript, is not reached. A convolution
+    that is not taken costs less than a microsecond more (measured on a CPU). Raises ValueError and
     TypeError for bad arguments, before anything is changed.
     """
     if to_int(min_dilation, "min_dilation") < 1:

@@ -544,7 +544,8 @@ class MultiRateConv2d(nn.ModuleList):
     map at stride 1: rate*(kernel_size-1)/2 zeros on each side, so kernel sizes are odd. input (N,
     in_channels, H, W) or (in_channels, H, W); returns (N, sum of out_channels, P, Q).
     shared_input=False: in_channels is a list, and branch i reads its own slice of the channels.
-    reduce, backend: as in `multi_rate_conv2d`. Raises ValueError for lists of other lengths than
+    reduce, backend: as in `multi_rate_conv2d`. Layers that have hooks (pruning, old weight_norm) or
+    were replaced by others run one by one. Raises ValueError for lists of other lengths than
     that of rates, and for even kernel sizes.
     """
 
