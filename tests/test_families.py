@@ -12,6 +12,7 @@ import torch
 
 pytest.importorskip("triton")
 
+import mutants
 from toy_family import Pointwise, Tile
 
 import tridil
@@ -123,3 +124,11 @@ def test_the_package_compares_no_kernels_name():
             assert not [name for name in names if any(f'"{name}"' in line for line in lines)], (
                 path.name
             )
+
+
+def test_mutants_change_what_the_code_says():
+    """tests/mutants.py finds each of its texts once."""
+    package = Path(families.__file__).parents[1]
+    for file, text, *_ in mutants.MUTANTS:
+        found = (package / file).read_text(encoding="utf-8").count(text)
+        assert found == 1, f"{file} has {found} times {text!r}, not once"
