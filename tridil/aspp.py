@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from .module import DilatedConv2d
-from .multi_rate import HOOKS, multi_rate_conv2d, runs_plainly
+from .multi_rate import multi_rate_conv2d, why_apart
 
 # module and name of classes with `convs`, whose results `forward` puts side by side and gives to
 # `project`
@@ -49,15 +49,7 @@ def reason(module: nn.Module) -> str | None:
     if len(branches) < 2:
         return "its branches are not dense convolutions"
     convs: list[Any] = [branch[0] for branch in branches]
-    if any(getattr(m, name) for m in (*branches, *convs) for name in HOOKS):
-        return "its branches have hooks, which would not be called"
-    for name in ("stride", "groups", "in_channels"):
-        values = [getattr(conv, name) for conv in convs]
-        if any(value != values[0] for value in values):
-            return f"its branches have no one {name}: {values}"
-    if not runs_plainly(convs):
-        return "its branches do not run plain convolutions with zero padding"
-    return None
+    return why_apart(convs, branches, ("stride", "groups", "in_channels"))
 
 
 def join(module: Any, backend: str) -> None:

@@ -82,13 +82,17 @@ def rule(
 
 
 def one_each(in_dims: Sequence[Any], operands: Sequence[Any]) -> list[Any]:
-    """Operands of an empty batch -> of a batch of one, of zeros; what is no tensor stays."""
-    return [
-        t.new_zeros([1 if i == dim else n for i, n in enumerate(t.shape)])
-        if isinstance(dim, int) and hasattr(t, "new_zeros")
-        else t
-        for dim, t in zip(in_dims, operands)
-    ]
+    """Operands of an empty batch, tensors or lists of them, -> of a batch of one, of zeros; what is
+    no tensor stays."""
+
+    def one(t, dim):
+        if isinstance(t, (list, tuple)):
+            return one_each(dim if isinstance(dim, (list, tuple)) else [dim] * len(t), t)
+        if dim is None or not hasattr(t, "new_zeros"):
+            return t
+        return t.new_zeros([1 if i == dim else n for i, n in enumerate(t.shape)])
+
+    return [one(t, dim) for t, dim in zip(operands, in_dims)]
 
 
 def _fold(t, dim, at, groups):

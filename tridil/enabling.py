@@ -105,12 +105,12 @@ def _replacement(function, plain, place, min_dilation, predicate, backend):
         rates = (dilation,) if type(dilation) is int else _rates(dilation)
         if max(rates) < min_dilation or not _takes(weight, rates, min_dilation):
             return plain(input, weight, *args, **kwargs)
-        if predicate is not None:
+        if predicate is not None and (
             # a tracer's stand-ins have no sizes
-            if isinstance(input, torch.fx.Proxy) or isinstance(weight, torch.fx.Proxy):
-                return plain(input, weight, *args, **kwargs)
-            if not predicate(_problem(plain, input, weight, *args, **kwargs)):
-                return plain(input, weight, *args, **kwargs)
+            any(isinstance(t, torch.fx.Proxy) for t in (input, weight))
+            or not predicate(_problem(plain, input, weight, *args, **kwargs))
+        ):
+            return plain(input, weight, *args, **kwargs)
         return function(input, weight, *args, **kwargs, backend=backend)
 
     # pickle finds it by name; inspect takes it for itself, TorchScript for PyTorch's

@@ -79,14 +79,7 @@ def dilated_conv2d(
         input.device.type,
     )
     chosen, auto = _choose(problem, input, backend)
-    if (
-        chosen == "aten"
-        or (not compiling and problem.is_empty)  # compiled, the operator asks
-        or (compiling or private.is_tracing())
-        and _to_onnx()
-        or auto
-        and (_is_foreign(input) or _is_foreign(weight))
-    ):
+    if _runs_aten(problem, chosen, auto, input, weight):
         return torch.conv2d(input, weight, bias, stride, padding, dilation, groups)
     y = _run(
         input if input.dim() == 4 else input.unsqueeze(0),
@@ -172,14 +165,7 @@ def dilated_conv1d(
         return torch.conv1d(input, weight, bias, stride, padding, dilation, groups)
     problem = _problem_1d(input, weight, bias, stride, padding, dilation, groups, causal, dtype)
     chosen, auto = _choose(problem, input, backend)
-    if (
-        chosen == "aten"
-        or (not compiling and problem.is_empty)  # compiled, the operator asks
-        or (compiling or private.is_tracing())
-        and _to_onnx()
-        or auto
-        and (_is_foreign(input) or _is_foreign(weight))
-    ):
+    if _runs_aten(problem, chosen, auto, input, weight):
         if causal:
             input, weight, dilation = _padded(input, weight, dilation, problem)
         return torch.conv1d(input, weight, bias, stride, padding, dilation, groups)
@@ -343,6 +329,19 @@ def _dtype(input, weight, bias) -> tuple[torch.dtype, bool]:
                 f"input, weight and bias must have one dtype, got {dtypes}: convert them with .to(...)"
             )
     return dtype, autocast
+
+
+def _runs_aten(problem, chosen, auto, input, weight) -> bool:
+    """Whether a call is left to ATen: what `_choose` answered, and what the kernels are not for."""
+    compiling = torch.compiler.is_compiling()
+    return (
+        chosen == "aten"
+        or (not compiling and problem.is_empty)  # compiled, the operator asks
+        or (compiling or private.is_tracing())
+        and _to_onnx()
+        or auto
+        and (_is_foreign(input) or _is_foreign(weight))
+    )
 
 
 def _check_layout(input, weight, backend):

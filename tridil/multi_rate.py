@@ -486,7 +486,9 @@ def _vmap(op, info, in_dims, *args):
         return value if dim is None or not isinstance(value, torch.Tensor) else value.select(dim, i)
 
     if info.batch_size == 0:  # nothing says how large its items are: the shape of one
-        out, dims = _vmap(op, info._replace(batch_size=1), in_dims, *_one_each(in_dims, args))
+        out, dims = _vmap(
+            op, info._replace(batch_size=1), in_dims, *batching.one_each(in_dims, args)
+        )
         is_list = isinstance(out, list)
         return [t[:0] for t in out] if is_list else out[:0], dims
     results = [
@@ -498,16 +500,6 @@ def _vmap(op, info, in_dims, *args):
     return torch.stack(results), 0
 
 
-def _one_each(in_dims, args) -> list:
-    """`batching.one_each`, of lists of tensors, too."""
-    return [
-        _one_each(dim if isinstance(dim, (list, tuple)) else [dim] * len(value), value)
-        if isinstance(value, (list, tuple))
-        else batching.one_each([dim], [value])[0]
-        for dim, value in zip(in_dims, args)
-    ]
-
-
 if not _IS_DEFINED:
     _register("branches_fprop", _fprop, _fake_fprop, _back_fprop)
     _register("branches_dgrad", _dgrad, _fake_dgrad, _back_dgrad)
@@ -515,24 +507,34 @@ if not _IS_DEFINED:
 
 
 # ---- layers
-HOOKS = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
+_HOOKS = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
 
 
-def runs_plainly(layers: Sequence[nn.Module]) -> bool:
-    """Whether to call these layers is to convolve with their weights: they are nn.Conv2d or
-    DilatedConv2d (or parametrised) with zero padding and one stride and groups; no hooks, which
-    would have to be called, and no forward of their own."""
-    convs: list[Any] = list(layers)
-    return all(
+def why_apart(
+    convs: Sequence[Any],
+    branches: Sequence[nn.Module] = (),
+    shared: Sequence[str] = ("stride", "groups"),
+) -> str | None:
+    """Why it takes calls of these layers, which `branches` begin with, to run them; None where to
+    call them is to convolve with their weights: they are nn.Conv2d or DilatedConv2d (or
+    parametrised) with zero padding, without hooks and a forward of their own, and the attributes
+    `shared` are one for all."""
+    if any(getattr(module, name) for module in (*branches, *convs) for name in _HOOKS):
+        return "its branches have hooks, which would not be called"
+    if not all(
         isinstance(conv, nn.Conv2d)
         and type(conv).forward is nn.Conv2d.forward
         and type(conv)._conv_forward in (nn.Conv2d._conv_forward, DilatedConv2d._conv_forward)
         and not {"forward", "_conv_forward"} & conv.__dict__.keys()
-        and not any(conv.__dict__[name] for name in HOOKS)
         and conv.padding_mode == "zeros"
-        and (conv.stride, conv.groups) == (convs[0].stride, convs[0].groups)
         for conv in convs
-    )
+    ):
+        return "its branches do not run plain convolutions with zero padding"
+    for name in shared:
+        values = [getattr(conv, name) for conv in convs]
+        if any(value != values[0] for value in values):
+            return f"its branches have no one {name}: {values}"
+    return None
 
 
 class MultiRateConv2d(nn.ModuleList):
@@ -614,7 +616,7 @@ class MultiRateConv2d(nn.ModuleList):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         first: Any = self[0]
-        if not runs_plainly(list(self)):
+        if why_apart(list(self)):
             sizes = [layer.in_channels for layer in self]  # type: ignore[misc]
             parts = [input] * len(self) if self.shared_input else input.split(sizes, -3)
             results = [layer(part) for layer, part in zip(self, parts)]

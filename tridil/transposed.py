@@ -79,15 +79,7 @@ def _run(dims, input, weight, bias, stride, padding, output_padding, groups, dil
     chosen, auto = (
         ("aten", True) if problem is None else functional._choose(problem, input, backend)
     )
-    if (
-        chosen == "aten"
-        or problem is None
-        or (not compiling and problem.is_empty)  # compiled, the operator asks
-        or (compiling or private.is_tracing())
-        and functional._to_onnx()
-        or auto
-        and (functional._is_foreign(input) or functional._is_foreign(weight))
-    ):
+    if problem is None or functional._runs_aten(problem, chosen, auto, input, weight):
         return plain(input, weight, bias, *args)
     x = input if input.dim() == dims + 2 else input.unsqueeze(0)
     if autocast:

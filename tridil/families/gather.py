@@ -35,9 +35,11 @@ from .base import (
 )
 from .depthwise import is_depthwise
 from .gemm import (
+    Fields,
     Gemm,
     GemmConfig,
     Options,
+    Tiles,
     as_fields,
     channels,
     channels_of,
@@ -129,7 +131,7 @@ def bundle_of(config: Config) -> int:
     return getattr(config, "BUNDLE", 1)
 
 
-def bundled_in(problem: Problem, c: dict[str, np.ndarray]) -> Problem:
+def bundled_in(problem: Problem, c: Fields) -> Problem:
     """`bundled`, as in configs of one BUNDLE (c: fields, arrays)."""
     return bundled(problem, int(c["BUNDLE"][0])) if len(c.get("BUNDLE", ())) else problem
 
@@ -288,8 +290,8 @@ class Gather(Gemm):
         self,
         problem: Problem,
         pass_: str,
-        c: dict[str, np.ndarray],
-        tile: tuple[np.ndarray, np.ndarray, np.ndarray],
+        c: Fields,
+        tile: Tiles,
         device: Device,
         precision: str,
         flat: bool,

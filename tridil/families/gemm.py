@@ -46,6 +46,8 @@ from .base import (
 )
 
 Figure = np.ndarray | float  # of many configs, or of one
+Fields = dict[str, np.ndarray]  # of many configs, by name
+Tiles = tuple[np.ndarray, np.ndarray, np.ndarray]  # (M, N, K) of many configs
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ class Options:
 
     kind: type[Config]
     fixed: dict[str, Any]
-    c: dict[str, np.ndarray]
+    c: Fields
 
     @property
     def kernel(self) -> str:
@@ -363,8 +365,8 @@ class Gemm(Family):
         self,
         problem: Problem,
         pass_: str,
-        c: dict[str, np.ndarray],
-        tile: tuple[np.ndarray, np.ndarray, np.ndarray],
+        c: Fields,
+        tile: Tiles,
         device: Device,
         precision: str,
         flat: bool,
@@ -373,7 +375,7 @@ class Gemm(Family):
         configs of one kernel."""
         raise NotImplementedError
 
-    def alone(self, c: dict[str, np.ndarray]) -> np.ndarray:
+    def alone(self, c: Fields) -> np.ndarray:
         """Share of its units that one program on an SM keeps busy, of what enough programs do."""
         return np.minimum(1.0, assumed.ALONE * (c["num_warps"] / 4) ** 0.5)
 
@@ -466,12 +468,7 @@ class Gemm(Family):
         return seconds[0] if len(seconds) == 1 else np.concatenate([[], *seconds]), config
 
     def resident(
-        self,
-        problem: Problem,
-        pass_: str,
-        c: dict[str, np.ndarray],
-        tile: tuple[np.ndarray, np.ndarray, np.ndarray],
-        device: Device,
+        self, problem: Problem, pass_: str, c: Fields, tile: Tiles, device: Device
     ) -> np.ndarray:
         """Programs that one SM holds, by shared memory, registers (accumulator and some more a
         thread) and threads."""
@@ -744,7 +741,7 @@ class Gemm(Family):
         self,
         problem: Problem,
         pass_: str,
-        c: dict[str, np.ndarray],
+        c: Fields,
         axes: tuple[Axis, Axis],
         count: np.ndarray,
         total: np.ndarray,
@@ -757,13 +754,7 @@ class Gemm(Family):
         sum and `most` in the longest."""
         return waves_of(count, total, most, device.sms, fit, alone)
 
-    def sums(
-        self,
-        problem: Problem,
-        pass_: str,
-        c: dict[str, np.ndarray],
-        tile: tuple[np.ndarray, np.ndarray, np.ndarray],
-    ) -> np.ndarray:
+    def sums(self, problem: Problem, pass_: str, c: Fields, tile: Tiles) -> np.ndarray:
         """Bytes that partial results and their sum move."""
         return np.where(
             c["SPLIT_K"] > 1, 4 * prod(result_shape(problem, pass_)) * (2 * c["SPLIT_K"] + 1), 0

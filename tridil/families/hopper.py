@@ -31,9 +31,11 @@ from .base import (
 )
 from .depthwise import is_depthwise
 from .gemm import (
+    Fields,
     Gemm,
     GemmConfig,
     Options,
+    Tiles,
     as_fields,
     channels,
     correlation_result,
@@ -295,12 +297,7 @@ class HopperFamily(Gemm):
         return c["num_stages"] * (m + n) * k * DTYPE_BYTES[problem.dtype] + EXTRA
 
     def resident(
-        self,
-        problem: Problem,
-        pass_: str,
-        c: dict[str, np.ndarray],
-        tile: tuple[np.ndarray, np.ndarray, np.ndarray],
-        device: Device,
+        self, problem: Problem, pass_: str, c: Fields, tile: Tiles, device: Device
     ) -> np.ndarray:
         return np.ones_like(c["PROGRAMS"])
 
@@ -308,8 +305,8 @@ class HopperFamily(Gemm):
         self,
         problem: Problem,
         pass_: str,
-        c: dict[str, np.ndarray],
-        tile: tuple[np.ndarray, np.ndarray, np.ndarray],
+        c: Fields,
+        tile: Tiles,
         device: Device,
         precision: str,
         flat: bool,
@@ -327,7 +324,7 @@ class HopperFamily(Gemm):
         self,
         problem: Problem,
         pass_: str,
-        c: dict[str, np.ndarray],
+        c: Fields,
         axes: tuple[Axis, Axis],
         count: np.ndarray,
         total: np.ndarray,
@@ -378,13 +375,7 @@ class HopperFamily(Gemm):
         loads = np.bincount(np.arange(tiles) % c["PROGRAMS"], walked)
         return loads.max() / total, -(-tiles // c["PROGRAMS"])
 
-    def sums(
-        self,
-        problem: Problem,
-        pass_: str,
-        c: dict[str, np.ndarray],
-        tile: tuple[np.ndarray, np.ndarray, np.ndarray],
-    ) -> np.ndarray:
+    def sums(self, problem: Problem, pass_: str, c: Fields, tile: Tiles) -> np.ndarray:
         m, n, _ = tile
         shared = np.where(c["STREAM"], c["PROGRAMS"] - 1, 0) * m * n
         # two fp32 parts of each, of which one is written before the end; the result

@@ -32,9 +32,11 @@ from .base import (
 )
 from .depthwise import is_depthwise
 from .gemm import (
+    Fields,
     Gemm,
     GemmConfig,
     Options,
+    Tiles,
     as_fields,
     channels,
     correlation_result,
@@ -215,16 +217,11 @@ class Tma(Gemm):
         # the epilogue of wgrad is as wide
         return (c["SPLIT_K"] > 1) | (pass_ == "wgrad")
 
-    def alone(self, c: dict[str, np.ndarray]) -> np.ndarray:
+    def alone(self, c: Fields) -> np.ndarray:
         return np.where(c["WARP_SPECIALIZE"], assumed.ALONE_SPECIALIZED, super().alone(c))
 
     def resident(
-        self,
-        problem: Problem,
-        pass_: str,
-        c: dict[str, np.ndarray],
-        tile: tuple[np.ndarray, np.ndarray, np.ndarray],
-        device: Device,
+        self, problem: Problem, pass_: str, c: Fields, tile: Tiles, device: Device
     ) -> np.ndarray:
         # its warps take all registers
         return np.where(c["WARP_SPECIALIZE"], 1, super().resident(problem, pass_, c, tile, device))
@@ -233,8 +230,8 @@ class Tma(Gemm):
         self,
         problem: Problem,
         pass_: str,
-        c: dict[str, np.ndarray],
-        tile: tuple[np.ndarray, np.ndarray, np.ndarray],
+        c: Fields,
+        tile: Tiles,
         device: Device,
         precision: str,
         flat: bool,
