@@ -29,6 +29,12 @@ def torchvision():
     yield library
 
 
+def separable_head():
+    """A head of smp's, without its encoder of 512 channels."""
+    decoder = pytest.importorskip("segmentation_models_pytorch.decoders.deeplabv3.decoder")
+    return nn.Sequential(nn.Conv2d(3, 8, 3, 4, 1), decoder.ASPP(8, 8, (2, 4, 9), True, 0.0))
+
+
 def torchvision_head():
     deeplabv3 = pytest.importorskip("torchvision.models.segmentation.deeplabv3")
     head = deeplabv3.ASPP(8, (2, 4, 9), 8)
@@ -44,8 +50,12 @@ def smp(name, **rest):
 
 MODELS = {
     "torchvision head": torchvision_head,
+    "separable head": separable_head,
     "smp DeepLabV3": lambda: smp("DeepLabV3", decoder_atrous_rates=(2, 4, 9)),
     "smp DeepLabV3+": lambda: smp("DeepLabV3Plus", decoder_aspp_separable=False),
+    "smp DeepLabV3+, separable": lambda: smp(
+        "DeepLabV3Plus", decoder_atrous_rates=(2, 4, 9), encoder_depth=3
+    ),
 }
 
 
@@ -72,10 +82,11 @@ def test_five_steps_are_those_of_the_original(name, backend, device):
     joined = copy.deepcopy(plain)
     # nothing else: encoders are large
     report = tridil.convert(joined, branches=True, backend=backend, min_dilation=99)
-    assert len(report.joined) == 1 and "4 of 5 branches in one launch" in str(report)
+    count = 3 if "separable" in name else 4
+    assert len(report.joined) == 1 and f"{count} of 5 branches in one launch" in str(report)
     assert plain.state_dict().keys() == joined.state_dict().keys()
     # of heads alone, small: the interpreter runs them
-    shape = (2, 3, 8, 8) if name == "torchvision head" else (2, 3, 32, 32)
+    shape = (2, 3, 8, 8) if "head" in name else (2, 3, 32, 32)
     x = torch.randn(shape, device=device, dtype=torch.float64)
     optimizers = [torch.optim.SGD(model.parameters(), lr=0.05) for model in (plain, joined)]
     for _ in range(5):
@@ -97,20 +108,25 @@ def test_five_steps_are_those_of_the_original(name, backend, device):
     torch.testing.assert_close(joined(x), plain(x))
 
 
-def test_one_call_runs_the_branches(device, monkeypatch):
-    """What the head calls is one multi_rate_conv2d with all four filters."""
-    model, calls = build("torchvision head", device), []
+@pytest.mark.parametrize("name, filters", [("torchvision head", [4]), ("separable head", [3, 3])])
+def test_one_call_runs_the_branches(name, filters, device, monkeypatch):
+    """What the head calls is one multi_rate_conv2d with all four filters; of a separable one, one
+    with its three depthwise filters and one with the 1x1 filters that follow."""
+    model, calls = build(name, device), []
     tridil.convert(model, branches=True)
     run = aspp.multi_rate_conv2d
     monkeypatch.setattr(
         aspp, "multi_rate_conv2d", lambda x, w, *a, **k: calls.append(len(w)) or run(x, w, *a, **k)
     )
     model.eval()(torch.randn(1, 3, 16, 16, device=device, dtype=torch.float64))
-    assert calls == [4]
+    assert calls == filters
 
 
-def test_compiled_autocast_and_copies(device, backend):
-    model = build("torchvision head", device, torch.float32).eval()
+@pytest.mark.parametrize(
+    "name", ["torchvision head", pytest.param("separable head", marks=pytest.mark.slow)]
+)
+def test_compiled_autocast_and_copies(name, device, backend):
+    model = build(name, device, torch.float32).eval()
     x = torch.randn(1, 3, 16, 16, device=device)
     expected = model(x)
     tridil.convert(model, branches=True, backend=backend)
@@ -127,38 +143,40 @@ def test_compiled_autocast_and_copies(device, backend):
     with torch.autocast(device.type, torch.bfloat16):
         y = model(x)
     torch.testing.assert_close(y.float(), expected, rtol=0.1, atol=0.1)
-    plain = build("torchvision head", device, torch.float32)
+    plain = build(name, device, torch.float32)
     model.load_state_dict(plain.state_dict())
     plain.load_state_dict(model.state_dict())
 
 
-def test_what_was_added_to_branches_since_is_run(device, backend):
-    model = build("torchvision head", device).eval()
+@pytest.mark.parametrize("name", ["torchvision head", "separable head"])
+def test_what_was_added_to_branches_since_is_run(name, device, backend):
+    model = build(name, device).eval()
     tridil.convert(model, branches=True, backend=backend)
-    x = torch.randn(1, 3, 16, 16, device=device, dtype=torch.float64)
+    x = torch.randn(1, 3, 8, 8, device=device, dtype=torch.float64)
     before, calls = model(x), []
     branch = model[1].convs[1]
-    for module in (branch, branch[0]):
+    modules = [m for m in branch.modules() if isinstance(m, (nn.Sequential, nn.Conv2d))]
+    for module in modules:
         handle = module.register_forward_hook(lambda *_: calls.append(1))
         torch.testing.assert_close(model(x), before)
         handle.remove()
-    assert calls == [1, 1]
-    prune.l1_unstructured(branch[0], "weight", 0.5)
-    pruned = model(x)
-    branch[0].weight_orig.data.zero_()
-    assert not torch.equal(model(x), pruned)
+    assert calls == [1] * len(modules)
+    for conv in modules:
+        if isinstance(conv, nn.Conv2d):
+            prune.l1_unstructured(conv, "weight", 0.5)
+            pruned = model(x)
+            conv.weight_orig.data.mul_(0.5)
+            assert not torch.equal(model(x), pruned)
 
 
 def test_what_stays_apart(device):
     model = build("smp DeepLabV3", device)
     report = tridil.convert(model)
     assert not report.joined and not any(map(aspp.is_joined, model.modules()))
-    separable = smp("DeepLabV3Plus")
-    report = tridil.convert(separable, branches=True)
-    assert not report.joined and "not dense convolutions" in str(report)
     hooked = build("torchvision head", device)
-    hooked[1].convs[1][0].register_forward_hook(lambda *_: None)
-    assert "have hooks" in str(tridil.convert(hooked, branches=True))
+    for branch in hooked[1].convs[1:4]:
+        branch[0].register_forward_hook(lambda *_: None)
+    assert "or have hooks" in str(tridil.convert(hooked, branches=True))
     twice = build("torchvision head", device)
     first, second = (tridil.convert(twice, branches=True, backend=b) for b in ("auto", "aten"))
     assert first.joined == second.joined and twice[1].backend == "aten"

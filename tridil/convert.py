@@ -152,7 +152,7 @@ def convert(
                 reason = None if aspp.is_joined(module) else aspp.reason(module)
                 if reason is None:
                     aspp.join(module, backend)
-                    count = len(aspp.dense(module))
+                    count = len(aspp.together(module))
                     report.joined[name] = f"{count} of {len(module.convs)} branches in one launch"
                 else:
                     report.skipped[name] = f"branches stay apart: {reason}"

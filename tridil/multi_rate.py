@@ -510,31 +510,24 @@ if not _IS_DEFINED:
 _HOOKS = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
 
 
-def why_apart(
-    convs: Sequence[Any],
-    branches: Sequence[nn.Module] = (),
-    shared: Sequence[str] = ("stride", "groups"),
-) -> str | None:
-    """Why it takes calls of these layers, which `branches` begin with, to run them; None where to
-    call them is to convolve with their weights: they are nn.Conv2d or DilatedConv2d (or
-    parametrised) with zero padding, without hooks and a forward of their own, and the attributes
-    `shared` are one for all."""
-    if any(getattr(module, name) for module in (*branches, *convs) for name in _HOOKS):
-        return "its branches have hooks, which would not be called"
-    if not all(
+def has_hooks(module: nn.Module) -> bool:
+    return any(getattr(module, name) for name in _HOOKS)
+
+
+def go_together(convs: Sequence[Any]) -> bool:
+    """Whether to call these layers is to convolve with their weights, in one launch: they are
+    nn.Conv2d or DilatedConv2d (or parametrised) with zero padding, without hooks and a forward of
+    their own, of one stride and number of groups."""
+    return all(
         isinstance(conv, nn.Conv2d)
+        and not has_hooks(conv)
         and type(conv).forward is nn.Conv2d.forward
         and type(conv)._conv_forward in (nn.Conv2d._conv_forward, DilatedConv2d._conv_forward)
         and not {"forward", "_conv_forward"} & conv.__dict__.keys()
         and conv.padding_mode == "zeros"
+        and (conv.stride, conv.groups) == (convs[0].stride, convs[0].groups)
         for conv in convs
-    ):
-        return "its branches do not run plain convolutions with zero padding"
-    for name in shared:
-        values = [getattr(conv, name) for conv in convs]
-        if any(value != values[0] for value in values):
-            return f"its branches have no one {name}: {values}"
-    return None
+    )
 
 
 class MultiRateConv2d(nn.ModuleList):
@@ -616,7 +609,7 @@ class MultiRateConv2d(nn.ModuleList):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         first: Any = self[0]
-        if why_apart(list(self)):
+        if not go_together(list(self)):
             sizes = [layer.in_channels for layer in self]  # type: ignore[misc]
             parts = [input] * len(self) if self.shared_input else input.split(sizes, -3)
             results = [layer(part) for layer, part in zip(self, parts)]
