@@ -65,6 +65,8 @@ def build(name, device, dtype=torch.float64):
     for module in model.modules():
         if isinstance(module, nn.Dropout):  # drawn anew at each call
             module.p = 0.0
+    if "separable" in name:  # all channels of a pixel in one program: the interpreter takes long
+        model = model.to(memory_format=torch.channels_last)
     return model.to(device, dtype)
 
 
@@ -78,6 +80,8 @@ def build(name, device, dtype=torch.float64):
 )
 def test_five_steps_are_those_of_the_original(name, backend, device):
     """Outputs, gradients, running averages and parameters, through five steps of SGD."""
+    if "smp" in name and "separable" in name and backend == "triton" and device.type == "cpu":
+        pytest.skip("takes ten minutes interpreted: the head alone stands for it")
     plain = build(name, device)
     joined = copy.deepcopy(plain)
     # nothing else: encoders are large

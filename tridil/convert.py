@@ -106,7 +106,8 @@ def convert(
 
     branches=True also joins the parallel branches of the ASPP heads of torchvision and
     segmentation_models_pytorch: their convolutions run in one launch a pass (`multi_rate_conv2d`),
-    what follows in each branch as before. Parameters and state_dict stay what they are.
+    separable ones in one for the depthwise and one for the 1x1 convolutions, what follows in each
+    branch as before. Parameters and state_dict stay what they are.
     transposed=True also takes `nn.ConvTranspose2d` and `nn.ConvTranspose1d` of more than one tap,
     whatever their dilation.
 

@@ -217,7 +217,8 @@ _PARALLEL = (
 
 def branches(dtype: str = "float16", layout: str = "nhwc") -> dict[str, Branches]:
     """Sets of parallel branches of the workloads by name: the ASPP of five DeepLabs, ESPNet's narrow
-    ones, RegSeg's per-group dilation, and two depthwise sets: DeepLabV3+'s and MixNet's."""
+    ones, RegSeg's per-group dilation, two depthwise sets: DeepLabV3+'s and MixNet's, and the 1x1
+    convolutions that follow DeepLabV3+'s."""
     found = {}
     for model, layer, shared, has_1x1 in _PARALLEL:
         problems = [
@@ -227,4 +228,9 @@ def branches(dtype: str = "float16", layout: str = "nhwc") -> dict[str, Branches
             first = problems[0]
             problems.append(replace(first, r=1, s=1, padding=((0, 0), (0, 0)), dilation=(1, 1)))
         found[f"{model} {layer}"] = Branches(tuple(problems), shared)
+    name = "smp/DeepLabV3Plus_r101 decoder.aspp.0.convs"
+    one = replace(
+        found[name].first, k=256, r=1, s=1, padding=((0, 0), (0, 0)), dilation=(1, 1), groups=1
+    )
+    found[f"{name} pointwise"] = Branches((one,) * len(found[name].problems), shared_input=False)
     return found
