@@ -56,7 +56,7 @@ def row_of(name: str, branches: Branches, pass_: str, target: str) -> tuple[dict
     if config:
         family = families.of(config.kernel)
         launches = family.branch_plan(branches, pass_, config, "ieee", "")
-        programs = family.branch_programs(branches, pass_, config)
+        programs = launches[0].grid[0]
         row |= {
             "kernel": f"{config.kernel} {cfg.describe(config)}",
             "programs": programs,

@@ -85,8 +85,6 @@ class Branches:
         """Why no launch runs a pass of all branches together, with the values."""
         if len(self.problems) > MOST:
             return f"a launch runs at most {MOST} branches, got {len(self.problems)}"
-        if pass_ == "dgrad" and self.first.stride != (1, 1):
-            return f"dgrad of branches needs stride 1, got {self.first.stride}"
         for problem in self.problems:
             # a step between pixels is one over all channels
             whole = replace(problem, c=self.x_channels[-1], k=self.y_channels[-1])

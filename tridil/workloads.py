@@ -212,13 +212,14 @@ _PARALLEL = (
     ("RegSeg exp49", "stage16 quarter", False, False),
     ("smp/DeepLabV3Plus_r101", "decoder.aspp.0.convs", True, False),
     ("timm/mixnet_l_os8", "blocks.5.0", False, False),
+    ("ESPNetv2", "level3_0 DownSampler", True, False),
 )
 
 
 def branches(dtype: str = "float16", layout: str = "nhwc") -> dict[str, Branches]:
     """Sets of parallel branches of the workloads by name: the ASPP of five DeepLabs, ESPNet's narrow
-    ones, RegSeg's per-group dilation, two depthwise sets: DeepLabV3+'s and MixNet's, and the 1x1
-    convolutions that follow DeepLabV3+'s."""
+    ones, RegSeg's per-group dilation, three depthwise sets: DeepLabV3+'s, MixNet's and ESPNetv2's of
+    stride 2, and the 1x1 convolutions that follow DeepLabV3+'s."""
     found = {}
     for model, layer, shared, has_1x1 in _PARALLEL:
         problems = [

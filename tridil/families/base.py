@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
+from itertools import product
 from math import gcd, prod
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
@@ -401,21 +402,46 @@ def heaviest_first(branches: Branches, pass_: str) -> list[int]:
     return sorted(range(len(branches.problems)), key=lambda i: -weight(branches.problems[i]))
 
 
-def branch_sizes(branches: Branches, pass_: str) -> dict[str, int]:
-    """The sizes that all branches have in common, as the kernels name them."""
+def branch_axes(branches: Branches, pass_: str) -> list[list[tuple[Axis, Axis]]]:
+    """Of each launch of a pass the (h, w) correlations of its branches: of one, or of one per pair of
+    residue classes of a strided dgrad, where a branch that reaches none of a class has no taps."""
+    if pass_ != "dgrad":
+        return [[problem.fprop_axes for problem in branches.problems]]
     p = branches.first
-    h, w = p.axes(pass_)[0]
+    pairs = product(*(range(min(stride, size)) for stride, size in zip(p.stride, (p.h, p.w))))
+
+    def axis(classes: Sequence[Axis], place: int, size: int, out: int, stride: int) -> Axis:
+        none = Axis(out, -(-(size - place) // stride), 1, 0, 1, 0, 0, 1, place, stride)
+        return next((found for found in classes if found.out0 == place), none)
+
+    return [
+        [
+            (
+                axis(problem.dgrad_axes[0], h, p.h, p.p, p.stride[0]),
+                axis(problem.dgrad_axes[1], w, p.w, p.q, p.stride[1]),
+            )
+            for problem in branches.problems
+        ]
+        for h, w in pairs
+    ]
+
+
+def branch_sizes(branches: Branches, axes: list[tuple[Axis, Axis]]) -> dict[str, int]:
+    """The sizes that all branches of a launch have in common, as the kernels name them."""
+    (h, w), p = axes[0], branches.first
     return dict(N=p.n, H=h.size, W=w.size, P=h.out, Q=w.out, G=p.groups)
 
 
-def branch_geometry(branches: Branches, pass_: str, order: list[int]) -> tuple[int, ...]:
+def branch_geometry(
+    branches: Branches, pass_: str, order: list[int], axes: list[tuple[Axis, Axis]]
+) -> tuple[int, ...]:
     """BRANCHES of the kernels: of each branch, in this order, the channels per group of its source
     and its result, taps, the first channels that it reads and writes, offsets and dilations. wgrad:
     source and result are x and y."""
     found: list[int] = []
     for i in order:
         p = branches.problems[i]
-        h, w = p.axes(pass_)[0]
+        h, w = axes[i]
         ends = (p.c // p.groups, branches.x_channels[i]), (p.k // p.groups, branches.y_channels[i])
         (source, x0), (result, y0) = ends[::-1] if pass_ == "dgrad" else ends
         found += [
@@ -431,6 +457,26 @@ def branch_geometry(branches: Branches, pass_: str, order: list[int]) -> tuple[i
             w.dilation,
         ]
     return tuple(found)
+
+
+def branch_filters(
+    branches: Branches, order: list[int], axes: list[tuple[Axis, Axis]]
+) -> tuple[int, ...]:
+    """FILTERS of the kernels: of each branch, in this order, the first taps of its filter, the steps
+    between them, and the filter's sizes."""
+    return tuple(
+        value
+        for i in order
+        for h, w in (axes[i],)
+        for value in (
+            h.tap0,
+            w.tap0,
+            h.tap_step,
+            w.tap_step,
+            branches.problems[i].r,
+            branches.problems[i].s,
+        )
+    )
 
 
 def filters(name: str, role: str, order: list[int]) -> tuple[tuple[str, str, None], ...]:

@@ -29,6 +29,8 @@ from .base import (
     accumulator,
     aligned,
     bad_maxnreg,
+    branch_axes,
+    branch_filters,
     branch_geometry,
     branch_sizes,
     columns,
@@ -712,22 +714,25 @@ class Depthwise(Family):
         if branches.adds(pass_) and config.COLS > 1:
             return f"branches that are added own one output a lane, got COLS={config.COLS}"
         reasons = (
-            self.fits(share_of(config, problem, pass_), problem, pass_, target)
-            for problem in branches.problems
+            self.fits(share_of(config, w), problem, pass_, target)
+            for axes in branch_axes(branches, pass_)
+            for problem, (_, w) in zip(branches.problems, axes)
         )
         return branches.apart(pass_) or next(filter(None, reasons), None)
 
-    def branch_programs(self, branches: Branches, pass_: str, config: Config) -> int:
-        """Programs of the launch."""
+    def branch_programs(
+        self, branches: Branches, pass_: str, config: Config, axes: list[tuple[Axis, Axis]]
+    ) -> int:
+        """Programs of a launch, in which each branch runs its correlation of `axes`."""
         p = branches.first
         if branches.adds(pass_):
-            h, w = p.axes(pass_)[0]
+            h, w = axes[0]
             out = p.c if pass_ == "dgrad" else p.k
             sizes = (p.n, config.BLOCK_IMG), (h.out, config.BLOCK_P), (w.out, config.BLOCK_Q)
             return prod(-(-size // block) for size, block in (*sizes, (out, config.BLOCK_N)))
         return sum(
-            self.programs(problem, pass_, share_of(config, problem, pass_), problem.axes(pass_)[0])
-            for problem in branches.problems
+            self.programs(problem, pass_, share_of(config, w), (h, w))
+            for problem, (h, w) in zip(branches.problems, axes)
         )
 
     def branch_seconds(
@@ -738,17 +743,28 @@ class Depthwise(Family):
         device: Device,
         precision: str,
     ) -> np.ndarray:
-        rows = []
-        for problem in branches.problems:
-            c = columns([share_of(config, problem, pass_) for config in configs])
-            rows.append(self._work(problem, pass_, c, problem.axes(pass_)[0], device))
-        slots, moved, programs, resident = (np.array(column) for column in zip(*rows))
-        c, slots, moved = columns(configs), slots.sum(0), moved.sum(0)
-        count = programs.max(0) if branches.adds(pass_) else programs.sum(0)
-        waves = self._waves(slots, moved, count, resident.min(0), c["num_warps"], device.sms)
+        whole = columns(configs)
+        issue: Any = 0.0
+        l2: Any = 0.0
+        waves: Any = 0.0
+        launched = branch_axes(branches, pass_)
+        for axes in launched:
+            rows = []
+            for problem, (h, w) in zip(branches.problems, axes):
+                if h.taps and w.taps:
+                    c = columns([share_of(config, w) for config in configs])
+                    rows.append(self._work(problem, pass_, c, (h, w), device))
+            if not rows:
+                continue
+            slots, moved, programs, resident = (np.array(column) for column in zip(*rows))
+            count = programs.max(0) if branches.adds(pass_) else programs.sum(0)
+            issue, l2 = issue + slots.sum(0), l2 + moved.sum(0)
+            waves = waves + self._waves(
+                slots.sum(0), moved.sum(0), count, resident.min(0), whole["num_warps"], device.sms
+            )
         weights = sum(map(prod, branches.w_shapes)) if pass_ == "wgrad" else 0
-        launches = 2 if weights else 1
-        return self._sum(slots, moved, waves, branches.bytes, weights, launches, c, device)[
+        launches = 2 if weights else len(launched)
+        return self._sum(issue, l2, waves, branches.bytes, weights, launches, whole, device)[
             "seconds"
         ]
 
@@ -756,7 +772,6 @@ class Depthwise(Family):
         self, branches: Branches, pass_: str, config: Config, precision: str, epilogue: str
     ) -> list[Launch]:
         p, order = branches.first, heaviest_first(branches, pass_)
-        h, w = p.axes(pass_)[0]
         nhwc = p.layout == "nhwc"
         align = 1
         if nhwc and all(problem.k == problem.c for problem in branches.problems):
@@ -764,37 +779,65 @@ class Depthwise(Family):
         source, result = branches.x_shape, branches.y_shape
         if pass_ == "dgrad":
             source, result = result, source
-        scalars = branch_sizes(branches, pass_) | dict(stride_h=h.stride, stride_w=w.stride)
-        scalars |= stride_scalars(source, result, p.layout, align)
-        axes = [branches.problems[i].axes(pass_)[0] for i in order]
-        geometry = dict(BRANCHES=branch_geometry(branches, pass_, order), COUNT=len(order))
-        constexprs = (
-            config.constexprs()
-            | geometry
-            | dict(
-                GRIDS=tuple(
-                    step for h, w in axes for step in (grid_step(h), grid_step(w), shift_of(w))
-                ),
-                PIXELS=pixels(config),
-                CHANNELS_LAST=nhwc,
-                ALIGN=align,
-                ACC=accumulator(p),
-                INT64=branches.largest >= 2**31,
-            )
+        steps_of = stride_scalars(source, result, p.layout, align)
+        constexprs = config.constexprs() | dict(
+            COUNT=len(order),
+            PIXELS=pixels(config),
+            CHANNELS_LAST=nhwc,
+            ALIGN=align,
+            ACC=accumulator(p),
+            INT64=branches.largest >= 2**31,
         )
-        programs = self.branch_programs(branches, pass_, config)
-        if pass_ != "wgrad":
-            tensors = (
-                ("x_ptr", "a", None),
-                *filters("w", "b", order),
-                ("bias_ptr", "bias", None),
-                ("y_ptr", "out", None),
+        found = []
+        for axes in branch_axes(branches, pass_):
+            h, w = axes[0]
+            scalars = branch_sizes(branches, axes) | dict(
+                steps_of, stride_h=h.stride, stride_w=w.stride
             )
-            constexprs |= dict(
-                SUM=branches.adds(pass_), TRANSPOSED=pass_ == "dgrad", EPILOGUE=epilogue
+            geometry: dict[str, object] = dict(
+                BRANCHES=branch_geometry(branches, pass_, order, axes),
+                GRIDS=tuple(
+                    step
+                    for h, w in (axes[i] for i in order)
+                    for step in (grid_step(h), grid_step(w), shift_of(w))
+                ),
             )
-            kernel = "depthwise:correlate_depthwise_branches"
-            return [launch(kernel, programs, tensors, scalars, constexprs, config.options())]
+            programs = self.branch_programs(branches, pass_, config, axes)
+            if pass_ == "wgrad":
+                return self._wgrad_branches(
+                    branches, config, order, programs, scalars, constexprs | geometry
+                )
+            scalars |= dict(
+                sy_p=steps_of["sy_p"] * h.out_step,
+                sy_q=steps_of["sy_q"] * w.out_step,
+                y0=h.out0 * steps_of["sy_p"] + w.out0 * steps_of["sy_q"],
+            )
+            geometry |= dict(
+                FILTERS=branch_filters(branches, order, axes),
+                SUM=branches.adds(pass_),
+                TRANSPOSED=pass_ == "dgrad",
+                EPILOGUE=epilogue,
+            )
+            found.append(
+                launch(
+                    "depthwise:correlate_depthwise_branches",
+                    programs,
+                    (
+                        ("x_ptr", "a", None),
+                        *filters("w", "b", order),
+                        ("bias_ptr", "bias", None),
+                        ("y_ptr", "out", None),
+                    ),
+                    scalars,
+                    constexprs | geometry,
+                    config.options(),
+                )
+            )
+        return found
+
+    def _wgrad_branches(
+        self, branches, config, order, programs, scalars, constexprs
+    ) -> list[Launch]:
         splits, totals = config.SPLIT_K, [prod(shape) for shape in branches.w_shapes]
         return [
             launch(
@@ -810,8 +853,8 @@ class Depthwise(Family):
                 "depthwise:sum_partials_branches",
                 sum(-(-total // 32) for total in totals),
                 (("part_ptr", "partials", None), *filters("dw", "out", order)),
-                dict(G=p.groups, splits=splits),
-                geometry | dict(BLOCK=32, BLOCK_Z=32),
+                dict(G=branches.first.groups, splits=splits),
+                dict(BRANCHES=constexprs["BRANCHES"], COUNT=len(order), BLOCK=32, BLOCK_Z=32),
                 {},
             ),
         ]
@@ -827,10 +870,11 @@ def stride_scalars(
     return {name: value // align for name, value in units.items()} | dict(sx_k=x_k, sy_k=y_k)
 
 
-def share_of(config: Any, problem: Problem, pass_: str) -> Any:
-    """What of a config for several branches one of them runs: as many TAPS as it has."""
-    taps = problem.axes(pass_)[0][1].taps
-    return config if config.TAPS <= taps else replace(config, TAPS=taps)
+def share_of(config: Any, axis: Axis) -> Any:
+    """What of a config for several branches one of them runs: as many TAPS as it has along the
+    rows."""
+    most = max(axis.taps, 1)
+    return config if config.TAPS <= most else replace(config, TAPS=most)
 
 
 @lru_cache(maxsize=1024)

@@ -22,6 +22,8 @@ from .base import (
     Launch,
     accumulator,
     aligned,
+    branch_axes,
+    branch_filters,
     branch_geometry,
     branch_sizes,
     elements,
@@ -484,7 +486,6 @@ class Gather(Gemm):
         self, branches: Branches, pass_: str, config: Config, precision: str, epilogue: str
     ) -> list[Launch]:
         p, order = branches.first, heaviest_first(branches, pass_)
-        h, w = p.axes(pass_)[0]
         c, k = (
             [getattr(problem, name) // p.groups for problem in branches.problems] for name in "ck"
         )
@@ -492,21 +493,16 @@ class Gather(Gemm):
             aligned(p, *sizes, *begins)
             for sizes, begins in ((c, branches.x_channels), (k, branches.y_channels))
         )
-        scalars = branch_sizes(branches, pass_) | dict(stride_h=h.stride, stride_w=w.stride)
         constexprs = {name: v for name, v in config.constexprs().items() if name != "BUNDLE"}
         constexprs |= dict(
-            BRANCHES=branch_geometry(branches, pass_, order),
             COUNT=len(order),
             PRECISION=precision,
             ACC=accumulator(p),
             PIXELS=pixels(config),
             INT64=branches.largest >= (2**30 if self.flat(config.kernel) else 2**31),
         )
-        programs = self.branch_programs(branches, pass_, config)
         if pass_ == "wgrad":
-            return self._wgrad_branches(
-                branches, config, order, programs, scalars, constexprs, align_c, align_k
-            )
+            return self._wgrad_branches(branches, config, order, constexprs, align_c, align_k)
         result, source, rows, cols, align, align_w = (
             (branches.y_shape, branches.x_channels[-1], c, k, align_c, align_c)
             if pass_ == "fprop"
@@ -514,7 +510,6 @@ class Gather(Gemm):
         )
         s_n, s_k, s_p, s_q = strides(result, p.layout)
         align_y = align_k if pass_ == "fprop" else align_c
-        scalars |= dict(sy_n=s_n, sy_p=s_p, sy_q=s_q, sy_k=s_k)
         constexprs |= dict(
             SUM=branches.adds(pass_),
             CHANNELS=source,
@@ -534,20 +529,44 @@ class Gather(Gemm):
             ("bias_ptr", "bias", None),
             ("y_ptr", "out", None),
         )
-        return [
-            launch(
-                "gather:correlate_branches",
-                programs,
-                tensors,
-                scalars,
-                constexprs,
-                config.options(),
+        found = []
+        for axes in branch_axes(branches, pass_):
+            h, w = axes[0]
+            scalars = branch_sizes(branches, axes) | dict(
+                stride_h=h.stride,
+                stride_w=w.stride,
+                sy_n=s_n,
+                sy_p=s_p * h.out_step,
+                sy_q=s_q * w.out_step,
+                sy_k=s_k,
+                y0=h.out0 * s_p + w.out0 * s_q,
             )
-        ]
+            geometry = dict(
+                BRANCHES=branch_geometry(branches, pass_, order, axes),
+                FILTERS=branch_filters(branches, order, axes),
+            )
+            programs = self.branch_programs(branches, pass_, config, axes)
+            found.append(
+                launch(
+                    "gather:correlate_branches",
+                    programs,
+                    tensors,
+                    scalars,
+                    geometry | constexprs,
+                    config.options(),
+                )
+            )
+        return found
 
     def _wgrad_branches(
-        self, branches, config, order, programs, scalars, constexprs, align_c, align_k
+        self, branches, config, order, constexprs, align_c, align_k
     ) -> list[Launch]:
+        axes = branch_axes(branches, "wgrad")[0]
+        h, w = axes[0]
+        programs = self.branch_programs(branches, "wgrad", config, axes)
+        scalars = branch_sizes(branches, axes) | dict(stride_h=h.stride, stride_w=w.stride)
+        geometry = branch_geometry(branches, "wgrad", order, axes)
+        constexprs = dict(BRANCHES=geometry) | constexprs
         last, split = branches.first.layout == "nhwc", config.SPLIT_K
         flat = self.flat(config.kernel)
         out = filters("dw", "out", order)

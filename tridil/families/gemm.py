@@ -34,6 +34,7 @@ from .base import (
     Prediction,
     aligned,
     bad_maxnreg,
+    branch_axes,
     columns,
     filters,
     launch,
@@ -836,11 +837,13 @@ class Gemm(Family):
         reasons = (self.fits(config, problem, pass_, target) for problem in branches.problems)
         return branches.apart(pass_) or next(filter(None, reasons), None)
 
-    def branch_programs(self, branches: Branches, pass_: str, config: Config) -> int:
-        """Programs of the launch."""
+    def branch_programs(
+        self, branches: Branches, pass_: str, config: Config, axes: list[tuple[Axis, Axis]]
+    ) -> int:
+        """Programs of a launch, in which each branch runs its correlation of `axes`."""
         counts = [
-            self.programs(problem, pass_, config, problem.axes(pass_)[0])
-            for problem in branches.problems
+            self.programs(problem, pass_, config, axes[i])
+            for i, problem in enumerate(branches.problems)
         ]
         return counts[0] if branches.adds(pass_) else sum(counts)
 
@@ -868,31 +871,49 @@ class Gemm(Family):
         tile = self._tiles(c, pass_)
         clocks = self.step_clocks(problem, pass_, c, tile, device, precision, flat)
         step = np.maximum.reduce(list(clocks.values())) / assumed.ATTAINED
-        rows = []
-        for branch in branches.problems:
-            axes = branch.axes(pass_)[0]
-            total, most = self._steps(branch, pass_, c, tile, axes, flat)
-            count = self._programs(branch, pass_, c, tile, axes, flat)
-            latest = (
-                total / count
-                if pass_ == "wgrad"
-                else least_steps(axes[0], c["BLOCK_P"])
-                * least_steps(axes[1], c["BLOCK_Q"])
-                * -(-channels(branch, pass_)[2] // tile[2])
-            )
-            rows.append((count, total * step, most / c["SPLIT_K"] * step, latest * step))
         fit, alone = self.resident(problem, pass_, c, tile, device), self.alone(c)
-        waves = self.branch_waves(branches, pass_, configs, step, rows, fit, alone, device)
+        launched = branch_axes(branches, pass_)
+        waves = sum(
+            self.branch_waves(
+                branches,
+                pass_,
+                configs,
+                step,
+                [
+                    self._branch_row(branch, pass_, c, tile, pair, flat, step)
+                    for branch, pair in zip(branches.problems, axes)
+                ],
+                fit,
+                alone,
+                device,
+            )
+            for axes in launched
+        )
         hertz, dram_rate = device.clock * 1e9, device.dram * 1e9 * assumed.DRAM
         weights = sum(map(prod, branches.w_shapes))
         sums = np.where(c["SPLIT_K"] > 1, 4 * weights * (2 * c["SPLIT_K"] + 1), 0)
-        launches = np.where(sums > 0, 2, 1)
+        launches = np.where(sums > 0, 2, len(launched))
         partial = partial_seconds(sums, device)
         return (
             np.maximum(waves / hertz, branches.bytes / dram_rate)
             + partial
             + launches * assumed.LAUNCH
         )
+
+    def _branch_row(
+        self, branch: Problem, pass_: str, c: dict, tile, axes: tuple[Axis, Axis], flat, step
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """A row of `branch_waves`: what a branch adds to a launch."""
+        total, most = self._steps(branch, pass_, c, tile, axes, flat)
+        count = self._programs(branch, pass_, c, tile, axes, flat)
+        latest = (
+            total / count
+            if pass_ == "wgrad"
+            else least_steps(axes[0], c["BLOCK_P"])
+            * least_steps(axes[1], c["BLOCK_Q"])
+            * -(-channels(branch, pass_)[2] // tile[2])
+        )
+        return count, total * step, most / c["SPLIT_K"] * step, latest * step
 
     def branch_waves(
         self,

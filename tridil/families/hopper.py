@@ -20,6 +20,7 @@ from .base import (
     Config,
     Launch,
     aligned,
+    branch_axes,
     branch_geometry,
     branch_sizes,
     elements,
@@ -595,10 +596,12 @@ class HopperFamily(Gemm):
             return f"kernel hopper counts elements in 32 bits, got a tensor of {branches.largest}"
         return reads_others(config, branches, pass_)
 
-    def branch_programs(self, branches: Branches, pass_: str, config: Config) -> int:
+    def branch_programs(
+        self, branches: Branches, pass_: str, config: Config, axes: list[tuple[Axis, Axis]]
+    ) -> int:
         counts = [
-            Gemm.programs(self, problem, pass_, config, problem.axes(pass_)[0])
-            for problem in branches.problems
+            Gemm.programs(self, problem, pass_, config, axes[i])
+            for i, problem in enumerate(branches.problems)
         ]
         return min(config.PROGRAMS, counts[0] if branches.adds(pass_) else sum(counts))
 
@@ -651,13 +654,14 @@ class HopperFamily(Gemm):
                 f"kernel hopper multiplies float32 in tf32 only, got precision={precision!r}"
             )
         p, order = branches.first, heaviest_first(branches, pass_)
-        h, w = p.axes(pass_)[0]
-        scalars = branch_sizes(branches, pass_)
+        axes = branch_axes(branches, pass_)[0]
+        h, w = axes[0]
+        scalars = branch_sizes(branches, axes)
         constexprs = self.constants(config) | dict(
-            BRANCHES=branch_geometry(branches, pass_, order), COUNT=len(order)
+            BRANCHES=branch_geometry(branches, pass_, order, axes), COUNT=len(order)
         )
         constexprs.pop("STREAM")
-        programs = self.branch_programs(branches, pass_, config)
+        programs = self.branch_programs(branches, pass_, config, axes)
         if pass_ == "wgrad":
             return self._wgrad_branches(branches, config, order, programs, scalars, constexprs)
         result, begins, source = (

@@ -19,6 +19,7 @@ from .base import (
     Config,
     Launch,
     aligned,
+    branch_axes,
     branch_geometry,
     branch_sizes,
     elements,
@@ -372,14 +373,15 @@ class Tma(Gemm):
         self, branches: Branches, pass_: str, config: Config, precision: str, epilogue: str
     ) -> list[Launch]:
         p, order = branches.first, heaviest_first(branches, pass_)
-        h, w = p.axes(pass_)[0]
-        scalars = branch_sizes(branches, pass_)
+        axes = branch_axes(branches, pass_)[0]
+        h, w = axes[0]
+        scalars = branch_sizes(branches, axes)
         constexprs = config.constexprs() | dict(
-            BRANCHES=branch_geometry(branches, pass_, order),
+            BRANCHES=branch_geometry(branches, pass_, order, axes),
             COUNT=len(order),
             PRECISION=precision,
         )
-        programs = self.branch_programs(branches, pass_, config)
+        programs = self.branch_programs(branches, pass_, config, axes)
         if pass_ == "wgrad":
             return self._wgrad_branches(branches, config, order, programs, scalars, constexprs)
         result, begins, source = (

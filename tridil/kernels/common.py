@@ -63,11 +63,11 @@ def branches_metadata(grid: object, kernel: object, args: dict[str, Any]) -> dic
 
 
 @triton.jit
-def field(branch, BRANCHES: tl.constexpr, FIELD: tl.constexpr):
-    """An entry of BRANCHES, ten per branch."""
+def field(branch, BRANCHES: tl.constexpr, FIELD: tl.constexpr, FIELDS: tl.constexpr = 10):
+    """An entry of BRANCHES, which has ten per branch, or of FILTERS, which has six."""
     value = branch * 0 + BRANCHES[FIELD]
-    for b in tl.static_range(1, len(BRANCHES) // 10):
-        value = tl.where(branch == b, BRANCHES[10 * b + FIELD], value)
+    for b in tl.static_range(1, len(BRANCHES) // FIELDS):
+        value = tl.where(branch == b, BRANCHES[FIELDS * b + FIELD], value)
     return value
 
 

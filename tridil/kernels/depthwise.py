@@ -469,38 +469,39 @@ def sum_partials(
 
 # ---- several correlations in one launch
 # A program finds its branch by comparisons; each has its own copy of the code, in which its taps are
-# unrolled. BRANCHES: see gather.correlate_branches; GRIDS: of each branch grid_h, grid_w, SHIFT.
+# unrolled. BRANCHES, FILTERS: see gather.correlate_branches; GRIDS: of each branch grid_h, grid_w,
+# SHIFT.
 @triton.jit
 def branch_products(
     acc, x_ptr, w_ptr, n0, a0, p0, img, N, H, W, P, Q, G, stride_h, stride_w, grid_h, grid_w, sx_n,
-    sx_h, sx_w, sx_k, B: tl.constexpr, BRANCHES: tl.constexpr, SHIFT: tl.constexpr,
-    TRANSPOSED: tl.constexpr, ALIGN: tl.constexpr, ACC: tl.constexpr, INT64: tl.constexpr,
-    BLOCK_IMG: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr,
-    PIXELS: tl.constexpr, COLS: tl.constexpr, TAPS: tl.constexpr,
+    sx_h, sx_w, sx_k, B: tl.constexpr, BRANCHES: tl.constexpr, FILTERS: tl.constexpr,
+    SHIFT: tl.constexpr, TRANSPOSED: tl.constexpr, ALIGN: tl.constexpr, ACC: tl.constexpr,
+    INT64: tl.constexpr, BLOCK_IMG: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr,
+    BLOCK_N: tl.constexpr, PIXELS: tl.constexpr, COLS: tl.constexpr, TAPS: tl.constexpr,
 ):
     """`accumulate` of branch B."""
     C: tl.constexpr = BRANCHES[10 * B]
     K: tl.constexpr = BRANCHES[10 * B + 1]
     R: tl.constexpr = BRANCHES[10 * B + 2]
     S: tl.constexpr = BRANCHES[10 * B + 3]
-    # dgrad walks the taps from the last to the first
-    STEP: tl.constexpr = -1 if TRANSPOSED else 1
-    return accumulate(
-        acc, x_ptr + BRANCHES[10 * B + 4] * sx_k, w_ptr, n0, a0, p0, img, N, H, W, P, Q, K * G, R,
-        stride_h, stride_w, BRANCHES[10 * B + 6], BRANCHES[10 * B + 7], BRANCHES[10 * B + 8],
-        BRANCHES[10 * B + 9], grid_h, grid_w, R - 1 if TRANSPOSED else 0,
-        S - 1 if TRANSPOSED else 0, STEP, sx_n, sx_h, sx_w, sx_k, S, SHIFT, STEP, R, S,
-        C if TRANSPOSED else K, TRANSPOSED, ALIGN, ACC, INT64, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_N,
-        PIXELS, COLS, TAPS if TAPS < S else S
-    )
+    if R * S > 0:  # none of a residue class that the branch does not reach
+        acc = accumulate(
+            acc, x_ptr + BRANCHES[10 * B + 4] * sx_k, w_ptr, n0, a0, p0, img, N, H, W, P, Q, K * G,
+            R, stride_h, stride_w, BRANCHES[10 * B + 6], BRANCHES[10 * B + 7], BRANCHES[10 * B + 8],
+            BRANCHES[10 * B + 9], grid_h, grid_w, FILTERS[6 * B], FILTERS[6 * B + 1],
+            FILTERS[6 * B + 2], sx_n, sx_h, sx_w, sx_k, S, SHIFT, FILTERS[6 * B + 3],
+            FILTERS[6 * B + 4], FILTERS[6 * B + 5], C if TRANSPOSED else K, TRANSPOSED, ALIGN, ACC,
+            INT64, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_N, PIXELS, COLS, TAPS if TAPS < S else S
+        )
+    return acc
 
 
 @triton.jit
 def correlate_branch(
     pid, x_ptr, w_ptr, bias_ptr, y_ptr, N, H, W, P, Q, G, stride_h, stride_w, sx_n, sx_h, sx_w,
-    sx_k, sy_n, sy_p, sy_q, sy_k, B: tl.constexpr, BRANCHES: tl.constexpr, grid_h: tl.constexpr,
-    grid_w: tl.constexpr, SHIFT: tl.constexpr, TRANSPOSED: tl.constexpr, EPILOGUE: tl.constexpr,
-    ALIGN: tl.constexpr, ACC: tl.constexpr, INT64: tl.constexpr, BLOCK_IMG: tl.constexpr,
+    sx_k, sy_n, sy_p, sy_q, sy_k, y0, B: tl.constexpr, BRANCHES: tl.constexpr,
+    FILTERS: tl.constexpr, grid_h: tl.constexpr, grid_w: tl.constexpr, SHIFT: tl.constexpr,
+    TRANSPOSED: tl.constexpr, EPILOGUE: tl.constexpr, ALIGN: tl.constexpr, ACC: tl.constexpr, INT64: tl.constexpr, BLOCK_IMG: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, PIXELS: tl.constexpr,
     COLS: tl.constexpr, TAPS: tl.constexpr,
 ):
@@ -514,28 +515,28 @@ def correlate_branch(
         acc = acc + (tl.zeros((PIXELS, BLOCK_N), ACC),)
     acc = branch_products(
         acc, x_ptr, w_ptr, n0, a0, p0, img, N, H, W, P, Q, G, stride_h, stride_w, grid_h, grid_w,
-        sx_n, sx_h, sx_w, sx_k, B, BRANCHES, SHIFT, TRANSPOSED, ALIGN, ACC, INT64, BLOCK_IMG,
-        BLOCK_P, BLOCK_Q, BLOCK_N, PIXELS, COLS, TAPS
+        sx_n, sx_h, sx_w, sx_k, B, BRANCHES, FILTERS, SHIFT, TRANSPOSED, ALIGN, ACC, INT64,
+        BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_N, PIXELS, COLS, TAPS
     )
-    Y0: tl.constexpr = BRANCHES[10 * B + 5]
+    FIRST: tl.constexpr = BRANCHES[10 * B + 5]
     store(
-        y_ptr + Y0 * sy_k, bias_ptr + Y0, acc, n0, a0, p0, img, N, P, Q, K, grid_h, grid_w, sy_n,
-        sy_p, sy_q, sy_k, 0, P, Q, 1, 1, EPILOGUE, ALIGN, ACC, INT64, BLOCK_IMG, BLOCK_P, BLOCK_Q,
-        BLOCK_N, PIXELS, COLS, 1, 1
+        y_ptr + FIRST * sy_k, bias_ptr + FIRST, acc, n0, a0, p0, img, N, P, Q, K, grid_h, grid_w,
+        sy_n, sy_p, sy_q, sy_k, y0, P, Q, 1, 1, EPILOGUE, ALIGN, ACC, INT64, BLOCK_IMG, BLOCK_P,
+        BLOCK_Q, BLOCK_N, PIXELS, COLS, 1, 1
     )
 
 
 @triton.jit(
     do_not_specialize=[
         "N", "H", "W", "P", "Q", "G", "stride_h", "stride_w", "sx_n", "sx_h", "sx_w", "sx_k",
-        "sy_n", "sy_p", "sy_q", "sy_k"
+        "sy_n", "sy_p", "sy_q", "sy_k", "y0"
     ],
     launch_metadata=branches_metadata,
 )
 def correlate_depthwise_branches(
     x_ptr, w_0, w_1, w_2, w_3, w_4, w_5, w_6, w_7, bias_ptr, y_ptr, N, H, W, P, Q, G, stride_h,
-    stride_w, sx_n, sx_h, sx_w, sx_k, sy_n, sy_p, sy_q, sy_k, BRANCHES: tl.constexpr,
-    GRIDS: tl.constexpr, COUNT: tl.constexpr, SUM: tl.constexpr, TRANSPOSED: tl.constexpr,
+    stride_w, sx_n, sx_h, sx_w, sx_k, sy_n, sy_p, sy_q, sy_k, y0, BRANCHES: tl.constexpr,
+    FILTERS: tl.constexpr, GRIDS: tl.constexpr, COUNT: tl.constexpr, SUM: tl.constexpr, TRANSPOSED: tl.constexpr,
     EPILOGUE: tl.constexpr, CHANNELS_LAST: tl.constexpr, ALIGN: tl.constexpr, ACC: tl.constexpr,
     INT64: tl.constexpr, BLOCK_IMG: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr,
     BLOCK_N: tl.constexpr, PIXELS: tl.constexpr, COLS: tl.constexpr, TAPS: tl.constexpr,
@@ -556,11 +557,11 @@ def correlate_depthwise_branches(
         for b in tl.static_range(COUNT):
             acc = branch_products(
                 acc, x_ptr, filters[b], n0, a0, p0, img, N, H, W, P, Q, G, stride_h, stride_w, 1, 1,
-                sx_n, sx_h, sx_w, sx_k, b, BRANCHES, 1, TRANSPOSED, ALIGN, ACC, INT64, BLOCK_IMG,
+                sx_n, sx_h, sx_w, sx_k, b, BRANCHES, FILTERS, 1, TRANSPOSED, ALIGN, ACC, INT64, BLOCK_IMG,
                 BLOCK_P, BLOCK_Q, BLOCK_N, PIXELS, COLS, TAPS
             )
         store(
-            y_ptr, bias_ptr, acc, n0, a0, p0, img, N, P, Q, K, 1, 1, sy_n, sy_p, sy_q, sy_k, 0, P,
+            y_ptr, bias_ptr, acc, n0, a0, p0, img, N, P, Q, K, 1, 1, sy_n, sy_p, sy_q, sy_k, y0, P,
             Q, 1, 1, EPILOGUE, ALIGN, ACC, INT64, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_N, PIXELS,
             COLS, 1, 1
         )
@@ -575,7 +576,7 @@ def correlate_depthwise_branches(
             if (pid >= first) & (pid < first + count):
                 correlate_branch(
                     pid - first, x_ptr, filters[b], bias_ptr, y_ptr, N, H, W, P, Q, G, stride_h,
-                    stride_w, sx_n, sx_h, sx_w, sx_k, sy_n, sy_p, sy_q, sy_k, b, BRANCHES,
+                    stride_w, sx_n, sx_h, sx_w, sx_k, sy_n, sy_p, sy_q, sy_k, y0, b, BRANCHES, FILTERS,
                     GRIDS[3 * b], GRIDS[3 * b + 1], GRIDS[3 * b + 2], TRANSPOSED, EPILOGUE, ALIGN,
                     ACC, INT64, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_N, PIXELS, COLS, TAPS
                 )

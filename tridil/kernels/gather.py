@@ -490,8 +490,8 @@ def wgrad(
 )
 def correlate_branches(
     x_ptr, w_0, w_1, w_2, w_3, w_4, w_5, w_6, w_7, bias_ptr, y_ptr, N, H, W, P, Q, G, stride_h,
-    stride_w, sy_n, sy_p, sy_q, sy_k, BRANCHES: tl.constexpr, COUNT: tl.constexpr,
-    SUM: tl.constexpr, CHANNELS: tl.constexpr, MOST_R: tl.constexpr, MOST_S: tl.constexpr,
+    stride_w, sy_n, sy_p, sy_q, sy_k, y0, BRANCHES: tl.constexpr, FILTERS: tl.constexpr,
+    COUNT: tl.constexpr, SUM: tl.constexpr, CHANNELS: tl.constexpr, MOST_R: tl.constexpr, MOST_S: tl.constexpr,
     TRANSPOSED: tl.constexpr, EPILOGUE: tl.constexpr, ALIGN: tl.constexpr, ALIGN_W: tl.constexpr,
     ALIGN_Y: tl.constexpr, EVEN_C: tl.constexpr, EVEN_N: tl.constexpr, PRECISION: tl.constexpr,
     ACC: tl.constexpr, INT64: tl.constexpr, CLAMP: tl.constexpr, BLOCK_IMG: tl.constexpr,
@@ -502,7 +502,8 @@ def correlate_branches(
     of its own, or (SUM) added up in one accumulator.
 
     BRANCHES: of each branch C, K, R, S, the first channels that it reads and writes, off_h, off_w,
-    dil_h, dil_w; pixels of the source have CHANNELS.
+    dil_h, dil_w; FILTERS: tap_r, tap_s, step_r, step_s, FILTER_R, FILTER_S; pixels of the source
+    have CHANNELS.
     """
     filters = (w_0, w_1, w_2, w_3, w_4, w_5, w_6, w_7)
     pid = tl.program_id(0)
@@ -512,34 +513,37 @@ def correlate_branches(
             pid, N, P, Q, G, BRANCHES, COUNT, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_N
         )
     K = field(branch, BRANCHES, 1)
-    y0 = field(branch, BRANCHES, 5)
+    first = field(branch, BRANCHES, 5)
     g, img, p0, q0, n0 = tile_from_middle(
         pid, N, P, Q, K, G, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_N
     )
     acc = tl.zeros((PIXELS, BLOCK_N), ACC)
-    # (SUM) a zero that compilers do not know: what depends on it is computed anew for each branch,
-    # not kept in registers
+    # a zero that compilers do not know: (SUM) what depends on it is computed anew for each branch,
+    # not kept in registers; and ptxas spills where it sees the sizes of equal branches
     zero = pid * 0
     for _ in range(COUNT if SUM else 1):
         C = field(branch, BRANCHES, 0)
         R = field(branch, BRANCHES, 2) + zero
         S = field(branch, BRANCHES, 3)
-        # dgrad walks the taps from the last to the first
+        filter_s = field(branch, FILTERS, 5, 6)
+        if MOST_R * MOST_S == 1:  # ptxas spills where it sees that nothing is wider
+            filter_s += tl.minimum(N, 0)
         acc = accumulate(
             acc, x_ptr, filter_of(branch, filters, 0 if SUM else N, COUNT), zero, 0, g, img, p0, q0,
             n0, N, H, W, P, Q, K, G, CHANNELS, field(branch, BRANCHES, 4), stride_h, stride_w,
             field(branch, BRANCHES, 6), field(branch, BRANCHES, 7), field(branch, BRANCHES, 8),
-            field(branch, BRANCHES, 9), R - 1 if TRANSPOSED else 0, S - 1 if TRANSPOSED else 0,
-            -1 if TRANSPOSED else 1, -1 if TRANSPOSED else 1, 1, C, K if TRANSPOSED else C, R, S, R,
-            S, MOST_R, MOST_S, TRANSPOSED, ALIGN, ALIGN_W, EVEN_C, EVEN_N, PRECISION, INT64, CLAMP,
-            BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_N, BLOCK_K, False, PIXELS
+            field(branch, BRANCHES, 9), field(branch, FILTERS, 0, 6), field(branch, FILTERS, 1, 6),
+            field(branch, FILTERS, 2, 6), field(branch, FILTERS, 3, 6), 1, C,
+            K if TRANSPOSED else C, R, S, field(branch, FILTERS, 4, 6) + zero,
+            filter_s, MOST_R, MOST_S, TRANSPOSED, ALIGN, ALIGN_W, EVEN_C, EVEN_N, PRECISION, INT64,
+            CLAMP, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_N, BLOCK_K, False, PIXELS
         )
         branch += 1
         if SUM:
             zero = tl.minimum(N, zero)
     store_tile(
-        y_ptr, bias_ptr + y0, acc, g, img, p0, q0, n0, N, P, Q, K, sy_n, sy_p, sy_q, sy_k,
-        y0 * sy_k, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_N, PIXELS, ALIGN_Y, EPILOGUE, INT64
+        y_ptr, bias_ptr + first, acc, g, img, p0, q0, n0, N, P, Q, K, sy_n, sy_p, sy_q, sy_k,
+        y0 + first * sy_k, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_N, PIXELS, ALIGN_Y, EPILOGUE, INT64
     )
 
 
