@@ -501,9 +501,9 @@ def correlate_branch(
     pid, x_ptr, w_ptr, bias_ptr, y_ptr, N, H, W, P, Q, G, stride_h, stride_w, sx_n, sx_h, sx_w,
     sx_k, sy_n, sy_p, sy_q, sy_k, y0, B: tl.constexpr, BRANCHES: tl.constexpr,
     FILTERS: tl.constexpr, grid_h: tl.constexpr, grid_w: tl.constexpr, SHIFT: tl.constexpr,
-    TRANSPOSED: tl.constexpr, EPILOGUE: tl.constexpr, ALIGN: tl.constexpr, ACC: tl.constexpr, INT64: tl.constexpr, BLOCK_IMG: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, PIXELS: tl.constexpr,
-    COLS: tl.constexpr, TAPS: tl.constexpr,
+    TRANSPOSED: tl.constexpr, EPILOGUE: tl.constexpr, ALIGN: tl.constexpr, ACC: tl.constexpr,
+    INT64: tl.constexpr, BLOCK_IMG: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr,
+    BLOCK_N: tl.constexpr, PIXELS: tl.constexpr, COLS: tl.constexpr, TAPS: tl.constexpr,
 ):
     """Box pid of branch B's own channels."""
     K = BRANCHES[10 * B + 1] * G
@@ -536,10 +536,11 @@ def correlate_branch(
 def correlate_depthwise_branches(
     x_ptr, w_0, w_1, w_2, w_3, w_4, w_5, w_6, w_7, bias_ptr, y_ptr, N, H, W, P, Q, G, stride_h,
     stride_w, sx_n, sx_h, sx_w, sx_k, sy_n, sy_p, sy_q, sy_k, y0, BRANCHES: tl.constexpr,
-    FILTERS: tl.constexpr, GRIDS: tl.constexpr, COUNT: tl.constexpr, SUM: tl.constexpr, TRANSPOSED: tl.constexpr,
-    EPILOGUE: tl.constexpr, CHANNELS_LAST: tl.constexpr, ALIGN: tl.constexpr, ACC: tl.constexpr,
-    INT64: tl.constexpr, BLOCK_IMG: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr,
-    BLOCK_N: tl.constexpr, PIXELS: tl.constexpr, COLS: tl.constexpr, TAPS: tl.constexpr,
+    FILTERS: tl.constexpr, GRIDS: tl.constexpr, COUNT: tl.constexpr, SUM: tl.constexpr,
+    TRANSPOSED: tl.constexpr, EPILOGUE: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+    ALIGN: tl.constexpr, ACC: tl.constexpr, INT64: tl.constexpr, BLOCK_IMG: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, PIXELS: tl.constexpr,
+    COLS: tl.constexpr, TAPS: tl.constexpr,
 ):
     """`correlate_depthwise` for COUNT branches with a filter each: side by side, or (SUM) added up in
     one accumulator, whose lanes lie on no grid: they own one output each (COLS = 1)."""
@@ -557,8 +558,8 @@ def correlate_depthwise_branches(
         for b in tl.static_range(COUNT):
             acc = branch_products(
                 acc, x_ptr, filters[b], n0, a0, p0, img, N, H, W, P, Q, G, stride_h, stride_w, 1, 1,
-                sx_n, sx_h, sx_w, sx_k, b, BRANCHES, FILTERS, 1, TRANSPOSED, ALIGN, ACC, INT64, BLOCK_IMG,
-                BLOCK_P, BLOCK_Q, BLOCK_N, PIXELS, COLS, TAPS
+                sx_n, sx_h, sx_w, sx_k, b, BRANCHES, FILTERS, 1, TRANSPOSED, ALIGN, ACC, INT64,
+                BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_N, PIXELS, COLS, TAPS
             )
         store(
             y_ptr, bias_ptr, acc, n0, a0, p0, img, N, P, Q, K, 1, 1, sy_n, sy_p, sy_q, sy_k, y0, P,
@@ -576,8 +577,8 @@ def correlate_depthwise_branches(
             if (pid >= first) & (pid < first + count):
                 correlate_branch(
                     pid - first, x_ptr, filters[b], bias_ptr, y_ptr, N, H, W, P, Q, G, stride_h,
-                    stride_w, sx_n, sx_h, sx_w, sx_k, sy_n, sy_p, sy_q, sy_k, y0, b, BRANCHES, FILTERS,
-                    GRIDS[3 * b], GRIDS[3 * b + 1], GRIDS[3 * b + 2], TRANSPOSED, EPILOGUE, ALIGN,
+                    stride_w, sx_n, sx_h, sx_w, sx_k, sy_n, sy_p, sy_q, sy_k, y0, b, BRANCHES,
+                    FILTERS, GRIDS[3 * b], GRIDS[3 * b + 1], GRIDS[3 * b + 2], TRANSPOSED, EPILOGUE, ALIGN,
                     ACC, INT64, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_N, PIXELS, COLS, TAPS
                 )
             first += count

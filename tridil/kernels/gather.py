@@ -491,12 +491,12 @@ def wgrad(
 def correlate_branches(
     x_ptr, w_0, w_1, w_2, w_3, w_4, w_5, w_6, w_7, bias_ptr, y_ptr, N, H, W, P, Q, G, stride_h,
     stride_w, sy_n, sy_p, sy_q, sy_k, y0, BRANCHES: tl.constexpr, FILTERS: tl.constexpr,
-    COUNT: tl.constexpr, SUM: tl.constexpr, CHANNELS: tl.constexpr, MOST_R: tl.constexpr, MOST_S: tl.constexpr,
-    TRANSPOSED: tl.constexpr, EPILOGUE: tl.constexpr, ALIGN: tl.constexpr, ALIGN_W: tl.constexpr,
-    ALIGN_Y: tl.constexpr, EVEN_C: tl.constexpr, EVEN_N: tl.constexpr, PRECISION: tl.constexpr,
-    ACC: tl.constexpr, INT64: tl.constexpr, CLAMP: tl.constexpr, BLOCK_IMG: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    PIXELS: tl.constexpr,
+    COUNT: tl.constexpr, SUM: tl.constexpr, CHANNELS: tl.constexpr, MOST_R: tl.constexpr,
+    MOST_S: tl.constexpr, TRANSPOSED: tl.constexpr, EPILOGUE: tl.constexpr, ALIGN: tl.constexpr,
+    ALIGN_W: tl.constexpr, ALIGN_Y: tl.constexpr, EVEN_C: tl.constexpr, EVEN_N: tl.constexpr,
+    PRECISION: tl.constexpr, ACC: tl.constexpr, INT64: tl.constexpr, CLAMP: tl.constexpr,
+    BLOCK_IMG: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr, PIXELS: tl.constexpr,
 ):
     """`correlate` for COUNT branches with a filter each: side by side, where every branch has tiles
     of its own, or (SUM) added up in one accumulator.
