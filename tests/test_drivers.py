@@ -298,8 +298,18 @@ SHAPE = "n=1 c=16 h=9 w=9 k=16 r=3 d=2"
         (["aot", "--json", "."], ". is a folder"),
         (["aot", "--save", "/proc/nosuch"], "/proc/nosuch"),
         (["aot", "--passes", "foo"], "['foo'] are not of"),
-        (["aot", "--suite", "nosuch"], "unknown suite"),
-        (["aot", "--target", "cuda:75"], "unknown target"),
+        (["aot", "--suite", "nosuch"], "batch1, branches"),
+        # an option that another makes void
+        (["aot", "--suite", "aspp", "--shape", SHAPE], "--shape makes --suite void"),
+        (["tune", "--suite", "aspp", "--shape", SHAPE], "--shape makes --suite void"),
+        (
+            ["tune", "--model", "a:b", "--shape", SHAPE, "--dtype", "float32"],
+            "--shape, --dtype void",
+        ),
+        (["explain", "--model", "a:b", "--backend", "aten"], "--model makes --backend void"),
+        (["explain", "--model", "a:b", "--layout", "nchw"], "without --input makes --layout void"),
+        (["explain", "--shape", SHAPE, "--input", "1,3,9,9"], "--shape makes --input void"),
+        (["cache", "show", "a"], "show takes no file"),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(arguments, message, capsys, monkeypatch, tmp_path):
@@ -339,3 +349,14 @@ def test_words(monkeypatch):
     assert "assumed" not in text
     monkeypatch.setattr(drivers, "is_assumed", lambda: True)
     assert "(assumed: there is no GPU here)" in verdict.text_of(P, CPU)
+
+
+def test_tables_beyond_memory_are_one_line(capsys, monkeypatch):
+    """As of a map of 10^12 pixels."""
+
+    def text_of(*args):
+        raise MemoryError("Unable to allocate 93.1 GiB")
+
+    monkeypatch.setattr(__main__.verdict, "text_of", text_of)
+    assert __main__.main(["explain", "--shape", SHAPE]) == 2
+    assert capsys.readouterr().err == "tridil explain: error: Unable to allocate 93.1 GiB\n"

@@ -23,6 +23,8 @@ from .branches import Branches
 from .problem import PASSES, Problem, problem_of
 from .workloads import SUITES
 
+DTYPE, LAYOUT = "float16", "nhwc"  # where options give none
+
 
 def info(args: argparse.Namespace) -> int:
     """Versions, devices, target and backends."""
@@ -84,6 +86,12 @@ def measured_on(name: str) -> str:
     return f"measured: {', '.join(text for text, _ in counts)} ({cache.path(target)}){advice}"
 
 
+def alone(args: argparse.Namespace, name: str, *others: str) -> None:
+    """Raises ValueError where the option `name` makes others void that were given."""
+    if given := [f"--{other}" for other in others if getattr(args, other) is not None]:
+        raise ValueError(f"--{name} makes {', '.join(given)} void: leave that out")
+
+
 def parse_shape(text: str, dtype: str = "float16", layout: str = "nhwc") -> Problem:
     """Problem of e.g. "n=4 c=256 h=60 w=60 k=256 r=3 d=12": also s, stride, pad, g; pairs as
     "d=12,6"; pad defaults to d*(r-1)//2, of four numbers they are top, bottom, left, right.
@@ -135,6 +143,9 @@ def explain(args: argparse.Namespace) -> int:
     if (args.shape is None) == (args.model is None):
         raise ValueError("explain takes --shape for one layer, or --model for a network")
     if args.model is not None:
+        alone(args, "model", "backend")
+        if args.input is None:
+            alone(args, "model without --input", "dtype", "layout")
         model, inputs = model_and_input(args)
         found = verdict.verdict_of(
             verdict.counts_of(model, *inputs),
@@ -143,8 +154,9 @@ def explain(args: argparse.Namespace) -> int:
         )
         print(verdict.verdict_text(found))
         return 0
-    problem = parse_shape(args.shape, args.dtype, args.layout)
-    print(verdict.text_of(problem, device_of(args.device), args.backend, args.target))
+    alone(args, "shape", "input")
+    problem = parse_shape(args.shape, args.dtype or DTYPE, args.layout or LAYOUT)
+    print(verdict.text_of(problem, device_of(args.device), args.backend or "auto", args.target))
     return 0
 
 
@@ -193,8 +205,8 @@ def model_and_input(args: argparse.Namespace) -> tuple[torch.nn.Module, tuple[An
     model = model[0] if isinstance(model, tuple) and model else model
     if not isinstance(model, torch.nn.Module):
         raise ValueError(f"{args.model} must return a module, got {type(model).__name__}")
-    dtype = getattr(torch, args.dtype)
-    last = args.layout == "nhwc" and len(shape) == 4
+    dtype = getattr(torch, args.dtype or DTYPE)
+    last = (args.layout or LAYOUT) == "nhwc" and len(shape) == 4
     x = torch.empty(shape, dtype=dtype, device="meta")
     if last:
         x = x.contiguous(memory_format=torch.channels_last)
@@ -251,12 +263,15 @@ def tune(args: argparse.Namespace) -> int:
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     passes = passes_of(args.passes)
+    dtype, layout = args.dtype or DTYPE, args.layout or LAYOUT
     if args.model:
+        alone(args, "model", "shape", "suite", "dtype", "layout")
         subject = model_of(args.model)
     elif args.shape:
-        subject = ([parse_shape(args.shape, args.dtype, args.layout)],)
+        alone(args, "shape", "suite")
+        subject = ([parse_shape(args.shape, dtype, layout)],)
     else:
-        subject = ([w.problem for w in workloads.suite(args.suite, args.dtype, args.layout)],)
+        subject = ([w.problem for w in workloads.suite(args.suite or "quick", dtype, layout)],)
     try:
         rows = tuner.tune(
             *subject,
@@ -300,6 +315,8 @@ def show_cache(args: argparse.Namespace) -> int:
             if not kept:
                 return 1
         return 0
+    if args.action == "show" and args.files:
+        raise ValueError(f"show takes no file, got {args.files}: merge or export does")
     target = args.target or drivers.target()
     entries = cache.merge(cache.shipped(target), cache.user(target))
     if args.action == "export":
@@ -350,7 +367,11 @@ def aot(args: argparse.Namespace) -> int:
         raise ValueError("aot prints its table with pandas: pip install pandas") from None
     passes = passes_of(args.passes)
     writable(args.json)
-    target = args.target or drivers.target()
+    if args.shape:
+        alone(args, "shape", "suite")
+    if args.suite not in (None, "branches", *SUITES):
+        raise ValueError(f"unknown suite {args.suite!r}: use one of {', '.join(SUITES)}, branches")
+    target, dtype = args.target or drivers.target(), args.dtype or DTYPE
 
     # the format of the results as layers give it: dw that of nn.Conv2d's weight, which with one
     # channel per group is that of x
@@ -358,20 +379,20 @@ def aot(args: argparse.Namespace) -> int:
         return "nchw" if pass_ == "wgrad" and problem.c > problem.groups else "nhwc"
 
     jobs: list[tuple[str, Problem | Branches, str]]
-    if args.suite == "branches" and not args.shape:
+    if args.suite == "branches":
         spec = devices.of_target(target)
         jobs = [
             (name, replace(joined, problems=problems), pass_)
-            for name, joined in workloads.branches(args.dtype).items()
+            for name, joined in workloads.branches(dtype).items()
             for pass_ in passes
             for problems in [tuple(replace(p, layout=layout(p, pass_)) for p in joined.problems)]
             if cost_model.best_of_branches(joined, pass_, spec)
         ]
     else:
         layers = (
-            [(args.shape, parse_shape(args.shape, args.dtype))]
+            [(args.shape, parse_shape(args.shape, dtype))]
             if args.shape
-            else [(w.name, w.problem) for w in workloads.suite(args.suite, args.dtype)]
+            else [(w.name, w.problem) for w in workloads.suite(args.suite or "quick", dtype)]
         )
         jobs = [
             (name, replace(p, layout=layout(p, pass_)), pass_)
@@ -460,14 +481,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             help='e.g. "n=4 c=256 h=60 w=60 k=256 r=3 d=12"; also s, stride, pad, g',
         )
         sub.add_argument(
-            "--dtype", default="float16", choices=("float16", "bfloat16", "float32", "float64")
+            "--dtype",
+            choices=("float16", "bfloat16", "float32", "float64"),
+            help=f"default: {DTYPE}",
         )
         if name != "aot":
             sub.add_argument(
                 "--layout",
-                default="nhwc",
                 choices=("nhwc", "nchw"),
-                help="memory format of the results",
+                help=f"memory format of the results (default: {LAYOUT})",
             )
         if name != "tune":
             sub.add_argument(
@@ -477,8 +499,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if name != "explain":
             sub.add_argument(
                 "--suite",
-                default="quick",
-                help="suite of tridil.workloads: "
+                help="suite of tridil.workloads, by default quick: "
                 + ", ".join(SUITES)
                 + ("; branches: several rates in one launch" if name == "aot" else ""),
             )
@@ -490,7 +511,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands.choices["explain"].add_argument(
         "--input", metavar="N,C,H,W", help="sizes of the model's input; nothing is computed"
     )
-    commands.choices["explain"].add_argument("--backend", default="auto", choices=drivers.BACKENDS)
+    commands.choices["explain"].add_argument("--backend", choices=drivers.BACKENDS)
     commands.choices["explain"].add_argument(
         "--device", help="torch device of the tensors (default: cuda if there is one)"
     )
@@ -528,7 +549,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # whoever read the output has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + 13
-    except (ValueError, NotImplementedError, OSError) as e:
+    # MemoryError: tables of the tiles of a map of 10^12 pixels
+    except (ValueError, NotImplementedError, OSError, MemoryError) as e:
         print(f"tridil {args.command}: error: {first_line(e)}", file=sys.stderr)
         return 2
 

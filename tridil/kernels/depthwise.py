@@ -578,8 +578,8 @@ def correlate_depthwise_branches(
                 correlate_branch(
                     pid - first, x_ptr, filters[b], bias_ptr, y_ptr, N, H, W, P, Q, G, stride_h,
                     stride_w, sx_n, sx_h, sx_w, sx_k, sy_n, sy_p, sy_q, sy_k, y0, b, BRANCHES,
-                    FILTERS, GRIDS[3 * b], GRIDS[3 * b + 1], GRIDS[3 * b + 2], TRANSPOSED, EPILOGUE, ALIGN,
-                    ACC, INT64, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_N, PIXELS, COLS, TAPS
+                    FILTERS, GRIDS[3 * b], GRIDS[3 * b + 1], GRIDS[3 * b + 2], TRANSPOSED, EPILOGUE,
+                    ALIGN, ACC, INT64, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_N, PIXELS, COLS, TAPS
                 )
             first += count
 
