@@ -38,7 +38,8 @@ def multi_rate_conv2d(
     reduce: str = "cat",
     backend: str = "auto",
 ) -> torch.Tensor:
-    """Several convolutions of one input, of different rates or filters, in one launch a pass.
+    """Several convolutions of one input, of different rates or filters, in one launch a pass (dgrad
+    with a stride: in one per residue class of it).
 
     input (N, C, H, W) or (C, H, W); weights: of each branch (K_i, C_i/groups, R_i, S_i). padding and
     dilation: a value per branch, each as in `dilated_conv2d`. stride and groups are those of all
