@@ -473,7 +473,10 @@ class Gather(Gemm):
         if pass_ == "wgrad" or is_depthwise(problem):
             return super().branch_tiles(problem, pass_, target, precision)
         found = self._tiles_of(problem, pass_, target, precision, False)
-        return [config for options in found for config in options if config.SPLIT_K == 1]
+        whole = [config for options in found for config in options if config.SPLIT_K == 1]
+        # the longest programs of a small launch run alone in the end, and keep an SM busy with more
+        # warps
+        return whole + [replace(config, num_warps=8) for config in whole if config.num_warps == 4]
 
     def unfit(self, config: Config, branches: Branches, pass_: str, target: str) -> str | None:
         if pass_ != "wgrad" and self.flat(config.kernel):
