@@ -532,11 +532,11 @@ def correlate_branches(
             acc, x_ptr, filter_of(branch, filters, 0 if SUM else N, COUNT), zero, 0, g, img, p0, q0,
             n0, N, H, W, P, Q, K, G, CHANNELS, field(branch, BRANCHES, 4), stride_h, stride_w,
             field(branch, BRANCHES, 6), field(branch, BRANCHES, 7), field(branch, BRANCHES, 8),
-            field(branch, BRANCHES, 9), field(branch, FILTERS, 0, 6), field(branch, FILTERS, 1, 6),
-            field(branch, FILTERS, 2, 6), field(branch, FILTERS, 3, 6), 1, C,
-            K if TRANSPOSED else C, R, S, field(branch, FILTERS, 4, 6) + zero,
-            filter_s, MOST_R, MOST_S, TRANSPOSED, ALIGN, ALIGN_W, EVEN_C, EVEN_N, PRECISION, INT64,
-            CLAMP, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_N, BLOCK_K, False, PIXELS
+            field(branch, BRANCHES, 9), field(branch, FILTERS, 0, 6) + zero,
+            field(branch, FILTERS, 1, 6), field(branch, FILTERS, 2, 6), field(branch, FILTERS, 3, 6),
+            1, C, K if TRANSPOSED else C, R, S, field(branch, FILTERS, 4, 6) + zero, filter_s,
+            MOST_R, MOST_S, TRANSPOSED, ALIGN, ALIGN_W, EVEN_C, EVEN_N, PRECISION, INT64, CLAMP,
+            BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_N, BLOCK_K, False, PIXELS
         )
         branch += 1
         if SUM:
