@@ -48,7 +48,7 @@ MUTANTS = [
     ("kernels/common.py", "part = tl.where(pid >= before, parts, part)", "part = parts", BRANCHES),
     ("kernels/tma.py", "w.load([c - x0, col])", "w.load([c, col])", BRANCHES),
     ("kernels/depthwise.py", "x_ptr + BRANCHES[10 * B + 4] * sx_k, w_ptr", "x_ptr, w_ptr", BRANCHES),
-    ("kernels/depthwise.py", "y_ptr + Y0 * sy_k, bias_ptr", "y_ptr, bias_ptr", BRANCHES),
+    ("kernels/depthwise.py", "y_ptr + FIRST * sy_k, bias_ptr", "y_ptr, bias_ptr", BRANCHES),
     ("kernels/depthwise.py", "part += splits.to(tl.int64) * total", "part += total", BRANCHES),
     ("kernels/gather.py", "        rows -= group * (C // BUNDLE * sw_c)\n", "", KERNELS),
     ("kernels/tma.py", "(img * G + g) * K + k0, q", "img * K + k0, q", "test_contiguous.py"),

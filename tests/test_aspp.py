@@ -86,8 +86,10 @@ def test_five_steps_are_those_of_the_original(name, backend, device):
     joined = copy.deepcopy(plain)
     # nothing else: encoders are large
     report = tridil.convert(joined, branches=True, backend=backend, min_dilation=99)
-    count = 3 if "separable" in name else 4
-    assert len(report.joined) == 1 and f"{count} of 5 branches in one launch" in str(report)
+    how = (
+        "3 of 5 branches in 2 launches" if "separable" in name else "4 of 5 branches in one launch"
+    )
+    assert len(report.joined) == 1 and how in str(report)
     assert plain.state_dict().keys() == joined.state_dict().keys()
     # of heads alone, small: the interpreter runs them
     shape = (2, 3, 8, 8) if "head" in name else (2, 3, 32, 32)
@@ -184,3 +186,81 @@ def test_what_stays_apart(device):
     twice = build("torchvision head", device)
     first, second = (tridil.convert(twice, branches=True, backend=b) for b in ("auto", "aten"))
     assert first.joined == second.joined and twice[1].backend == "aten"
+
+
+def in_place(head):
+    for branch in head.convs[:4]:
+        branch[-2], branch[-1] = nn.Identity(), nn.ReLU(inplace=True)
+
+
+def another_size(head):
+    conv = head.convs[1][0]
+    conv.padding, conv.dilation = (0, 0), (1, 1)
+    head.convs[1].append(nn.Upsample((4, 4)))
+
+
+def fewer_channels(head):
+    head.convs[1][0].weight = nn.Parameter(head.convs[1][0].weight[:2].clone())
+    head.convs[1][1] = nn.BatchNorm2d(2)
+    head.project[0] = nn.Conv2d(5 * 8 - 6, 8, 1)
+
+
+def own_call(head):
+    class Twice(nn.Sequential):
+        def __call__(self, x):
+            return 2 * super().__call__(x)
+
+    head.convs[1].__class__ = Twice
+
+
+@pytest.mark.parametrize("change", [in_place, another_size, fewer_channels, own_call])
+def test_heads_that_users_changed(change, device, backend):
+    model = build("torchvision head", device)
+    change(model[1])
+    model = model.to(device, torch.float64).train()
+    x = torch.randn(2, 3, 16, 16, device=device, dtype=torch.float64)
+    joined = copy.deepcopy(model)
+    tridil.convert(joined, branches=True, backend=backend)
+    outputs = [m(x) for m in (model, joined)]
+    grads = [
+        torch.autograd.grad(y.square().mean(), list(m.parameters()))
+        for y, m in zip(outputs, (model, joined))
+    ]
+    torch.testing.assert_close(*outputs)
+    torch.testing.assert_close(*grads)
+
+
+@pytest.mark.parametrize("name", ["torchvision head", "separable head"])
+def test_hooks_of_all_modules_and_tracers(name, device):
+    plain = build(name, device).eval()
+    joined = copy.deepcopy(plain)
+    tridil.convert(joined, branches=True)
+    x = torch.randn(1, 3, 8, 8, device=device, dtype=torch.float64)
+    torch.testing.assert_close(torch.fx.symbolic_trace(joined)(x), plain(x))
+    layer = nn.modules.module
+    with layer.register_module_forward_hook(
+        lambda module, args, y: 2 * y if isinstance(module, nn.Conv2d) else None
+    ):
+        torch.testing.assert_close(joined(x), plain(x))
+
+
+def test_heads_whose_class_a_wrapper_derived(device, monkeypatch):
+    """As FSDP's fully_shard does."""
+    run = aspp.multi_rate_conv2d
+    model = build("torchvision head", device)
+
+    def wrap(head):
+        head.__class__ = type("Wrapped", (type(head),), {})
+
+    plain = copy.deepcopy(model)
+    wrap(plain[1])
+    report = tridil.convert(plain, branches=True)
+    assert not report.joined and "Wrapped is derived from the head" in str(report)
+    tridil.convert(model, branches=True)
+    wrap(model[1])
+    with pytest.raises(ValueError, match="head 1 is a Wrapped: revert before"):
+        tridil.revert(model)
+    calls = []
+    monkeypatch.setattr(aspp, "multi_rate_conv2d", lambda *a, **k: calls.append(1) or run(*a, **k))
+    model.eval()(torch.randn(1, 3, 8, 8, device=device, dtype=torch.float64))
+    assert aspp.is_joined(model[1]) and calls == [1]

@@ -310,6 +310,10 @@ SHAPE = "n=1 c=16 h=9 w=9 k=16 r=3 d=2"
         (["explain", "--model", "a:b", "--layout", "nchw"], "without --input makes --layout void"),
         (["explain", "--shape", SHAPE, "--input", "1,3,9,9"], "--shape makes --input void"),
         (["cache", "show", "a"], "show takes no file"),
+        (["cache", "merge", "a.json", "--target", "cuda:80"], "leave --target out"),
+        (["aot", "--shape", ""], "lacks"),
+        (["tune", "--shape", ""], "lacks"),
+        (["tune", "--model", ""], "takes package.module:factory"),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(arguments, message, capsys, monkeypatch, tmp_path):

@@ -565,6 +565,12 @@ def test_sets_of_real_networks():
     assert sum(bool(b.apart("fprop")) for b in found.values()) == 0
 
 
+def test_dgrad_of_large_strides_stays_apart():
+    """A kernel is compiled for each residue class of the stride."""
+    found = {n: strided(aspp(size=40), (n, n)).apart("dgrad") for n in (3, 4)}
+    assert found[3] is None and "of which there are 16: at most 9" in found[4]
+
+
 def test_explained(capsys):
     rows = tridil.explain(deeplab(), target="cuda:80")
     text = capsys.readouterr().out

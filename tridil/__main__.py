@@ -264,10 +264,10 @@ def tune(args: argparse.Namespace) -> int:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     passes = passes_of(args.passes)
     dtype, layout = args.dtype or DTYPE, args.layout or LAYOUT
-    if args.model:
+    if args.model is not None:
         alone(args, "model", "shape", "suite", "dtype", "layout")
         subject = model_of(args.model)
-    elif args.shape:
+    elif args.shape is not None:
         alone(args, "shape", "suite")
         subject = ([parse_shape(args.shape, dtype, layout)],)
     else:
@@ -302,6 +302,8 @@ def tune(args: argparse.Namespace) -> int:
 def show_cache(args: argparse.Namespace) -> int:
     """Shows the measured configs, merges tables from other machines, exports them."""
     if args.action == "merge":
+        if args.target:
+            raise ValueError("merge takes the target of each file: leave --target out")
         if not args.files:
             raise ValueError("merge takes the files to merge, got none")
         for file in map(Path, args.files):
@@ -367,7 +369,7 @@ def aot(args: argparse.Namespace) -> int:
         raise ValueError("aot prints its table with pandas: pip install pandas") from None
     passes = passes_of(args.passes)
     writable(args.json)
-    if args.shape:
+    if args.shape is not None:
         alone(args, "shape", "suite")
     if args.suite not in (None, "branches", *SUITES):
         raise ValueError(f"unknown suite {args.suite!r}: use one of {', '.join(SUITES)}, branches")
@@ -391,7 +393,7 @@ def aot(args: argparse.Namespace) -> int:
     else:
         layers = (
             [(args.shape, parse_shape(args.shape, dtype))]
-            if args.shape
+            if args.shape is not None
             else [(w.name, w.problem) for w in workloads.suite(args.suite or "quick", dtype)]
         )
         jobs = [

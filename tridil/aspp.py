@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from .multi_rate import go_together, has_hooks, multi_rate_conv2d
+from .branches import MOST
+from .multi_rate import in_common, is_plain, multi_rate_conv2d, runs
 
 # module and name of classes with `convs`, whose results `forward` puts side by side and gives to
 # `project`
@@ -20,23 +21,23 @@ KNOWN = {
 
 
 def is_known(module: nn.Module) -> bool:
-    """Whether a module is such a head, joined or not."""
-    cls = getattr(type(module), "_plain", type(module))
-    return (cls.__module__, cls.__qualname__) in KNOWN
+    """Whether a module is such a head, joined or not, or one of a class derived from it."""
+    return any((cls.__module__, cls.__qualname__) in KNOWN for cls in type(module).__mro__)
 
 
 def is_joined(module: nn.Module) -> bool:
     return "_joined" in module.__dict__
 
 
+def is_derived(module: nn.Module) -> bool:
+    """Whether the class is neither a head's nor one that `join` made."""
+    cls = vars(type(module)).get("_plain", type(module))
+    return (cls.__module__, cls.__qualname__) not in KNOWN
+
+
 def layers(branch: nn.Module) -> list[Any]:
     """What a branch calls one after another: each nn.Sequential that has nothing of its own opened."""
-    if (
-        isinstance(branch, nn.Sequential)
-        and type(branch).forward is nn.Sequential.forward
-        and "forward" not in branch.__dict__
-        and not has_hooks(branch)
-    ):
+    if isinstance(branch, nn.Sequential) and runs(branch, nn.Sequential):
         return [layer for part in branch for layer in layers(part)]
     return [branch]
 
@@ -47,28 +48,42 @@ def together(module: Any) -> dict[int, list[Any]]:
     sets: dict[tuple, dict[int, list[Any]]] = {}
     for place, branch in enumerate(module.convs):
         first, *rest = layers(branch) or [None]
-        if go_together([first]):
-            shared = first.groups, first.stride, first.in_channels
-            sets.setdefault(shared, {})[place] = [first, *rest]
+        if is_plain(first):
+            found = sets.setdefault((first.in_channels, *in_common(first)), {})
+            if len(found) < MOST:
+                found[place] = [first, *rest]
     most: dict[int, list[Any]] = {}
     for found in sets.values():  # Dynamo knows no max with a key and a default
         most = found if len(found) > len(most) else most
     return most
 
 
-def _convolutions(branches: dict[int, list[Any]], depth: int) -> list[Any]:
+def convolutions(branches: dict[int, list[Any]], depth: int) -> list[Any]:
     """The layers of all branches at a depth, where one launch runs them."""
     convs = [found[depth] for found in branches.values() if len(found) > depth]
-    return convs if len(convs) == len(branches) and go_together(convs) else []
+    if len(convs) < len(branches) or not all(is_plain(conv) for conv in convs):
+        return []
+    return convs if all(in_common(conv) == in_common(convs[0]) for conv in convs) else []
 
 
 def reason(module: nn.Module) -> str | None:
     """Why no two branches of a head can be joined."""
+    if is_derived(module):
+        return f"{type(module).__name__} is derived from the head: convert it before it is wrapped"
     if "forward" in module.__dict__:
         return "its forward was replaced on the object"
     if len(together(module)) < 2:
         return "its branches do not begin with plain convolutions that go together, or have hooks"
     return None
+
+
+def summary(module: nn.Module) -> str:
+    """What a joined head runs, in words."""
+    branches, launches = together(module), 0
+    while convolutions(branches, launches):
+        launches += 1
+    how = "one launch" if launches == 1 else f"{launches} launches, one after another"
+    return f"{len(branches)} of {len(module.convs)} branches in {how}"  # type: ignore[arg-type]
 
 
 def join(module: Any, backend: str) -> None:
@@ -92,11 +107,11 @@ def _joined_class(cls: Any) -> type:
     plain_forward = cls.forward
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if reason(self):  # what was added since: hooks, say
-            return plain_forward(self, x)
         branches, depth, y = together(self), 0, x
+        if len(branches) < 2:  # what was added since: hooks, say
+            return plain_forward(self, x)
         sizes: list[int] = []
-        while convs := _convolutions(branches, depth):
+        while convs := convolutions(branches, depth):
             y = multi_rate_conv2d(
                 y,
                 [conv.weight for conv in convs],
@@ -108,8 +123,10 @@ def _joined_class(cls: Any) -> type:
                 shared_input=depth == 0,
                 backend=self.backend,
             )
-            sizes, depth = [conv.out_channels for conv in convs], depth + 1
-        parts = dict(zip(branches, y.split(sizes, 1)))
+            sizes, depth = [conv.weight.shape[0] for conv in convs], depth + 1
+        # not split: what follows may work in place, which autograd forbids on several views
+        slices = torch.unsafe_split_with_sizes(y, sizes, 1)
+        parts = {place: slices[i] for i, place in enumerate(branches)}
         results = []
         for place, branch in enumerate(self.convs):
             if place not in parts:

@@ -8,6 +8,7 @@ from math import prod
 from .problem import DTYPE_BYTES, Problem
 
 MOST = 8  # branches of one launch, whose filters are arguments of the kernel
+MOST_CLASSES = 9  # launches of a strided dgrad, each compiled
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,11 @@ class Branches:
         """Why no launch runs a pass of all branches together, with the values."""
         if len(self.problems) > MOST:
             return f"a launch runs at most {MOST} branches, got {len(self.problems)}"
+        if pass_ == "dgrad" and (count := prod(self.first.stride)) > MOST_CLASSES:
+            return (
+                f"dgrad of branches launches one kernel per residue class of the stride, of which there are {count}: "
+                f"at most {MOST_CLASSES}"
+            )
         for problem in self.problems:
             # a step between pixels is one over all channels
             whole = replace(problem, c=self.x_channels[-1], k=self.y_channels[-1])

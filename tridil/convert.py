@@ -153,8 +153,7 @@ def convert(
                 reason = None if aspp.is_joined(module) else aspp.reason(module)
                 if reason is None:
                     aspp.join(module, backend)
-                    count = len(aspp.together(module))
-                    report.joined[name] = f"{count} of {len(module.convs)} branches in one launch"
+                    report.joined[name] = aspp.summary(module)
                 else:
                     report.skipped[name] = f"branches stay apart: {reason}"
     return report
@@ -180,6 +179,11 @@ def revert(model: nn.Module) -> list[str]:
         if cls is None:
             raise ValueError(
                 f"layer {name} is a {type(module).__name__}: revert before the model is wrapped"
+            )
+    for name, module in joined.items():
+        if aspp.is_derived(module):
+            raise ValueError(
+                f"head {name} is a {type(module).__name__}: revert before the model is wrapped"
             )
     for module, cls in zip(converted.values(), classes):
         for attribute in ("backend", "_converted", "__module__"):

@@ -101,6 +101,8 @@ def _run(
             backend=backend,
         )
     padding = _sequence(padding, "padding", "a value", len(weights))
+    if dims == 2:
+        padding = [pad if isinstance(pad, str) else pair(pad, "padding") for pad in padding]
     dilation = _sequence(dilation, "dilation", "a value", len(weights))
     for t in (input, *weights):
         if not isinstance(t, torch.Tensor):
@@ -511,24 +513,37 @@ if not _IS_DEFINED:
 _HOOKS = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
 
 
-def has_hooks(module: nn.Module) -> bool:
-    return any(getattr(module, name) for name in _HOOKS)
-
-
-def go_together(convs: Sequence[Any]) -> bool:
-    """Whether to call these layers is to convolve with their weights, in one launch: they are
-    nn.Conv2d or DilatedConv2d (or parametrised) with zero padding, without hooks and a forward of
-    their own, of one stride and number of groups."""
-    return all(
-        isinstance(conv, nn.Conv2d)
-        and not has_hooks(conv)
-        and type(conv).forward is nn.Conv2d.forward
-        and type(conv)._conv_forward in (nn.Conv2d._conv_forward, DilatedConv2d._conv_forward)
-        and not {"forward", "_conv_forward"} & conv.__dict__.keys()
-        and conv.padding_mode == "zeros"
-        and (conv.stride, conv.groups) == (convs[0].stride, convs[0].groups)
-        for conv in convs
+def runs(module: nn.Module, cls: type[nn.Module]) -> bool:
+    """Whether to call a module is to run `cls.forward`, and nothing else: no hook, no other code."""
+    kind: Any = type(module)
+    return (
+        isinstance(module, cls)
+        and kind.forward is cls.forward
+        and kind.__call__ is nn.Module.__call__
+        and "forward" not in module.__dict__
+        and not any(getattr(module, name) for name in _HOOKS)
+        and not private.has_global_hooks()
     )
+
+
+def is_plain(conv: Any) -> bool:
+    """Whether to call a layer is to convolve with its weight: an nn.Conv2d or DilatedConv2d (or
+    parametrised) with zero padding, without hooks and code of its own."""
+    return (
+        runs(conv, nn.Conv2d)
+        and type(conv)._conv_forward in (nn.Conv2d._conv_forward, DilatedConv2d._conv_forward)
+        and "_conv_forward" not in conv.__dict__
+        and conv.padding_mode == "zeros"
+    )
+
+
+def in_common(conv: Any) -> tuple:
+    """What layers have in common that one launch runs: stride, groups, and by how much the map
+    shrinks."""
+    zeros = {"same": None, "valid": (0, 0)}.get(conv.padding, conv.padding)
+    reach = [d * (t - 1) for d, t in zip(conv.dilation, conv.kernel_size)]
+    shrinks = tuple(0 if zeros is None else r - 2 * z for r, z in zip(reach, zeros or reach))
+    return conv.stride, conv.groups, shrinks
 
 
 class MultiRateConv2d(nn.ModuleList):
@@ -610,7 +625,7 @@ class MultiRateConv2d(nn.ModuleList):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         first: Any = self[0]
-        if not go_together(list(self)):
+        if not all(map(is_plain, self)) or len(set(map(in_common, self))) > 1:
             sizes = [layer.in_channels for layer in self]  # type: ignore[misc]
             parts = [input] * len(self) if self.shared_input else input.split(sizes, -3)
             results = [layer(part) for layer, part in zip(self, parts)]

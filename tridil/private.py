@@ -58,6 +58,12 @@ is_batched: Callable[[torch.Tensor], bool] = _find(
 )
 
 
+# whether hooks of all modules are there; without it every layer is called
+has_global_hooks: Callable[[], bool] = _find(
+    "torch.nn.modules.module:_has_any_global_hook", lambda: True
+)
+
+
 def is_watched() -> bool:
     """Whether a mode, a transform, a tracer, a profiler or a dual level may watch this call."""
     return bool(

@@ -410,8 +410,17 @@ def branch_axes(branches: Branches, pass_: str) -> list[list[tuple[Axis, Axis]]]
     p = branches.first
     pairs = product(*(range(min(stride, size)) for stride, size in zip(p.stride, (p.h, p.w))))
 
-    def axis(classes: Sequence[Axis], place: int, size: int, out: int, stride: int) -> Axis:
-        none = Axis(out, -(-(size - place) // stride), 1, 0, 1, 0, 0, 1, place, stride)
+    def axis(classes: Sequence[Axis], place: int, dx: int, dy: int, stride: int) -> Axis:
+        none = Axis(
+            size=dy,
+            out=-(-(dx - place) // stride),
+            stride=1,
+            offset=0,
+            dilation=1,
+            taps=0,
+            out0=place,
+            out_step=stride,
+        )
         return next((found for found in classes if found.out0 == place), none)
 
     return [

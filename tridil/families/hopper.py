@@ -654,7 +654,7 @@ class HopperFamily(Gemm):
                 f"kernel hopper multiplies float32 in tf32 only, got precision={precision!r}"
             )
         p, order = branches.first, heaviest_first(branches, pass_)
-        axes = branch_axes(branches, pass_)[0]
+        [axes] = branch_axes(branches, pass_)  # of stride 1
         h, w = axes[0]
         scalars = branch_sizes(branches, axes)
         constexprs = self.constants(config) | dict(

@@ -373,7 +373,7 @@ class Tma(Gemm):
         self, branches: Branches, pass_: str, config: Config, precision: str, epilogue: str
     ) -> list[Launch]:
         p, order = branches.first, heaviest_first(branches, pass_)
-        axes = branch_axes(branches, pass_)[0]
+        [axes] = branch_axes(branches, pass_)  # of stride 1
         h, w = axes[0]
         scalars = branch_sizes(branches, axes)
         constexprs = config.constexprs() | dict(
