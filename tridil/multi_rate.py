@@ -537,7 +537,7 @@ def is_plain(conv: Any) -> bool:
     )
 
 
-def in_common(conv: Any) -> tuple:
+def in_common(conv: Any) -> tuple[Any, ...]:
     """What layers have in common that one launch runs: stride, groups, and by how much the map
     shrinks."""
     zeros = {"same": None, "valid": (0, 0)}.get(conv.padding, conv.padding)
