@@ -72,8 +72,9 @@ class Config:
 
 
 def columns(configs: Sequence[Config]) -> dict[str, np.ndarray]:
-    """Field -> its values in all configs, which are of one class."""
-    names = [name for name in configs[0].names() if name not in ("kernel", "maxnreg")]
+    """Field -> its values in all configs, which are of one class; maxnreg where all limit it."""
+    without = {"kernel"} if all(config.maxnreg for config in configs) else {"kernel", "maxnreg"}
+    names = [name for name in configs[0].names() if name not in without]
     return dict(zip(names, np.array(list(map(attrgetter(*names), configs)), np.int64).T))
 
 

@@ -475,8 +475,13 @@ class Gather(Gemm):
         found = self._tiles_of(problem, pass_, target, precision, False)
         whole = [config for options in found for config in options if config.SPLIT_K == 1]
         # the longest programs of a small launch run alone in the end, and keep an SM busy with more
-        # warps
-        return whole + [replace(config, num_warps=8) for config in whole if config.num_warps == 4]
+        # warps, of which it holds two programs
+        more = [
+            replace(config, num_warps=8, maxnreg=config.maxnreg and 128)
+            for config in whole
+            if config.num_warps == 4
+        ]
+        return whole + more
 
     def unfit(self, config: Config, branches: Branches, pass_: str, target: str) -> str | None:
         if pass_ != "wgrad" and self.flat(config.kernel):

@@ -476,7 +476,7 @@ class Gemm(Family):
         (m, n, _), threads = tile, 32 * c["num_warps"]
         shared, _, most_threads, most = device.limits
         registers = np.minimum(
-            255,
+            c.get("maxnreg", 255),
             m * n * (2 if problem.dtype == "float64" else 1) // threads + assumed.GEMM_REGISTERS,
         )
         need = self.shared_bytes(problem, pass_, c, tile, device.target) + 1024
