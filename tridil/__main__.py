@@ -92,7 +92,7 @@ def alone(args: argparse.Namespace, name: str, *others: str) -> None:
         raise ValueError(f"--{name} makes {', '.join(given)} void: leave that out")
 
 
-def parse_shape(text: str, dtype: str = "float16", layout: str = "nhwc") -> Problem:
+def parse_shape(text: str, dtype: str = DTYPE, layout: str = LAYOUT) -> Problem:
     """Problem of e.g. "n=4 c=256 h=60 w=60 k=256 r=3 d=12": also s, stride, pad, g; pairs as
     "d=12,6"; pad defaults to d*(r-1)//2, of four numbers they are top, bottom, left, right.
 

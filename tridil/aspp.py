@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from .branches import MOST
-from .multi_rate import in_common, is_plain, multi_rate_conv2d, runs
+from .multi_rate import go_together, in_common, is_plain, multi_rate_conv2d, runs
 
 # module and name of classes with `convs`, whose results `forward` puts side by side and gives to
 # `project`
@@ -61,9 +61,7 @@ def together(module: Any) -> dict[int, list[Any]]:
 def convolutions(branches: dict[int, list[Any]], depth: int) -> list[Any]:
     """The layers of all branches at a depth, where one launch runs them."""
     convs = [found[depth] for found in branches.values() if len(found) > depth]
-    if len(convs) < len(branches) or not all(is_plain(conv) for conv in convs):
-        return []
-    return convs if all(in_common(conv) == in_common(convs[0]) for conv in convs) else []
+    return convs if len(convs) == len(branches) and go_together(convs) else []
 
 
 def reason(module: nn.Module) -> str | None:

@@ -175,16 +175,13 @@ def revert(model: nn.Module) -> list[str]:
     classes = [
         plain.get(cls) or vars(cls).get("_plain") for cls in map(_plain_class, converted.values())
     ]
-    for (name, module), cls in zip(converted.items(), classes):
-        if cls is None:
-            raise ValueError(
-                f"layer {name} is a {type(module).__name__}: revert before the model is wrapped"
-            )
-    for name, module in joined.items():
-        if aspp.is_derived(module):
-            raise ValueError(
-                f"head {name} is a {type(module).__name__}: revert before the model is wrapped"
-            )
+    wrapped = {
+        f"layer {name}": module
+        for (name, module), cls in zip(converted.items(), classes)
+        if cls is None
+    } | {f"head {name}": module for name, module in joined.items() if aspp.is_derived(module)}
+    for what, module in wrapped.items():
+        raise ValueError(f"{what} is a {type(module).__name__}: revert before the model is wrapped")
     for module, cls in zip(converted.values(), classes):
         for attribute in ("backend", "_converted", "__module__"):
             module.__dict__.pop(attribute, None)

@@ -546,6 +546,11 @@ def in_common(conv: Any) -> tuple[Any, ...]:
     return conv.stride, conv.groups, shrinks
 
 
+def go_together(convs: Sequence[Any]) -> bool:
+    """Whether one launch may run these layers in the place of their calls."""
+    return all(map(is_plain, convs)) and len(set(map(in_common, convs))) == 1
+
+
 class MultiRateConv2d(nn.ModuleList):
     """Parallel dilated convolutions of one input in one launch a pass, their results side by side:
     a ModuleList of `DilatedConv2d`, of which it has the state_dict.
@@ -625,7 +630,7 @@ class MultiRateConv2d(nn.ModuleList):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         first: Any = self[0]
-        if not all(map(is_plain, self)) or len(set(map(in_common, self))) > 1:
+        if not go_together(list(self)):
             sizes = [layer.in_channels for layer in self]  # type: ignore[misc]
             parts = [input] * len(self) if self.shared_input else input.split(sizes, -3)
             results = [layer(part) for layer, part in zip(self, parts)]

@@ -33,7 +33,6 @@ from .base import (
     not_positive,
     pixels,
     steps,
-    strides,
 )
 from .depthwise import is_depthwise
 from .gemm import (
@@ -50,6 +49,7 @@ from .gemm import (
     is_flat,
     reduction_steps,
     search,
+    stored,
     suits,
     sum_branches,
     wgrad_result,
@@ -516,7 +516,6 @@ class Gather(Gemm):
             if pass_ == "fprop"
             else (branches.x_shape, branches.y_channels[-1], k, c, align_k, align_c)
         )
-        s_n, s_k, s_p, s_q = strides(result, p.layout)
         align_y = align_k if pass_ == "fprop" else align_c
         constexprs |= dict(
             SUM=branches.adds(pass_),
@@ -540,15 +539,8 @@ class Gather(Gemm):
         found = []
         for axes in branch_axes(branches, pass_):
             h, w = axes[0]
-            scalars = branch_sizes(branches, axes) | dict(
-                stride_h=h.stride,
-                stride_w=w.stride,
-                sy_n=s_n,
-                sy_p=s_p * h.out_step,
-                sy_q=s_q * w.out_step,
-                sy_k=s_k,
-                y0=h.out0 * s_p + w.out0 * s_q,
-            )
+            scalars = branch_sizes(branches, axes) | dict(stride_h=h.stride, stride_w=w.stride)
+            scalars |= stored(result, p.layout, h, w)
             geometry = dict(
                 BRANCHES=branch_geometry(branches, pass_, order, axes),
                 FILTERS=branch_filters(branches, order, axes),
@@ -569,7 +561,7 @@ class Gather(Gemm):
     def _wgrad_branches(
         self, branches, config, order, constexprs, align_c, align_k
     ) -> list[Launch]:
-        axes = branch_axes(branches, "wgrad")[0]
+        [axes] = branch_axes(branches, "wgrad")
         h, w = axes[0]
         programs = self.branch_programs(branches, "wgrad", config, axes)
         scalars = branch_sizes(branches, axes) | dict(stride_h=h.stride, stride_w=w.stride)

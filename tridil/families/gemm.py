@@ -983,6 +983,19 @@ def waves_of(
 
 
 # ---- results of launches, whole or split
+def stored(shape: tuple[int, int, int, int], layout: str, h: Axis, w: Axis) -> dict[str, int]:
+    """How the kernels name the strides between the pixels of a result that a correlation writes, and
+    where the first of them lies."""
+    s_n, s_k, s_p, s_q = strides(shape, layout)
+    return dict(
+        sy_n=s_n,
+        sy_p=s_p * h.out_step,
+        sy_q=s_q * w.out_step,
+        sy_k=s_k,
+        y0=h.out0 * s_p + w.out0 * s_q,
+    )
+
+
 def correlation_result(
     p: Problem, pass_: str, h: Axis, w: Axis, config: Config, epilogue: str
 ) -> tuple[dict[str, int], dict[str, object], str, int, list[Launch]]:
@@ -993,15 +1006,7 @@ def correlation_result(
     sums them.
     """
     split, (_, out, _) = config.SPLIT_K, channels(p, pass_)
-    # strides of the result, and of its pixels that this correlation writes
-    s_n, s_k, s_p, s_q = strides(result_shape(p, pass_), p.layout)
-    to = dict(
-        sy_n=s_n,
-        sy_p=s_p * h.out_step,
-        sy_q=s_q * w.out_step,
-        sy_k=s_k,
-        y0=h.out0 * s_p + w.out0 * s_q,
-    )
+    to = stored(result_shape(p, pass_), p.layout, h, w)
     sizes = dict(P=h.out, Q=w.out, K=out * p.groups)
     total, sums, written = 0, [], to
     if split > 1:

@@ -518,8 +518,8 @@ def correlate_branches(
         pid, N, P, Q, K, G, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_N
     )
     acc = tl.zeros((PIXELS, BLOCK_N), ACC)
-    # a zero that compilers do not know: (SUM) what depends on it is computed anew for each branch,
-    # not kept in registers; and ptxas spills where it sees the sizes of equal branches
+    # (SUM) a zero that compilers do not know: what depends on it is computed anew for each branch,
+    # not kept in registers
     zero = pid * 0
     for _ in range(COUNT if SUM else 1):
         C = field(branch, BRANCHES, 0)
