@@ -64,9 +64,6 @@ MARGIN = 1.1
 # family hopper (measured on an H200, fp16: 700 ns a step of 128x256x64 at the power limit, 6 us
 # beside the steps; with these figures 35 of 43 times of the quick suite come out within 15%:
 # the times of the fit, without two that a fault of the clock had spoiled)
-# times that the sums of shared tiles take of what their bytes would (measured: 8 to 30 us more, of
-# 15 shared configs)
-HOPPER_SUMS = 2
 # warp instructions of a step that are not products, all consumers and the producer together (static
 # counts: 330 to 430)
 HOPPER_STEP = 360

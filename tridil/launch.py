@@ -231,6 +231,7 @@ def _prepare(problem, pass_, config, precision, epilogue, target):
         _operand(*family.operand_format(problem, tensor)) for tensor in ROLES[pass_][:2]
     )
     workspace = max((launch.workspace for launch in launches), default=0)
+    flags = max((launch.launch.flags for launch in launches), default=0)
     partials = getattr(torch, accumulator(problem))
 
     def run(a, b, bias=None):
@@ -241,6 +242,8 @@ def _prepare(problem, pass_, config, precision, epilogue, target):
         tensors = {"a": a, "b": b, "bias": b if bias is None else bias.contiguous(), "out": out}
         if workspace:
             tensors["partials"] = torch.empty(workspace, dtype=partials, device=a.device)
+        if flags:
+            tensors["partials"][-flags:].zero_()
         for launch in launches:
             launch(tensors)
         return out

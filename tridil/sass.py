@@ -122,6 +122,9 @@ def main_loops(
         for loop in everything
         if loop not in hot and any(LOADS.match(ins.opcode) for ins in loop)
     ]
+    # of a producer that loads by descriptor, not what is added to results
+    boxes = [loop for loop in loads if any("UTMALDG" in ins.opcode for ins in loop)]
+    loads = boxes or loads
     fed = not any(LOADS.match(ins.opcode) for ins in best[0])
     found = []
     for loop in best:

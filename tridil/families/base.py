@@ -97,7 +97,7 @@ class Launch:
 
     kernel: "module:function". tensors: (argument, role, Box or None for a pointer), roles being "a"
     and "b" (the pass's operands), "bias", "out" and "partials" (fp32, or fp64 for fp64; `workspace`
-    elements). constexprs: Triton's types by their names. options are num_warps and the like.
+    elements, of which the last ones, `flags` of them, are 0 before and after). constexprs: Triton's types by their names. options are num_warps and the like.
     """
 
     kernel: str
@@ -107,6 +107,7 @@ class Launch:
     constexprs: tuple[tuple[str, object], ...]
     options: tuple[tuple[str, int], ...]
     workspace: int = 0
+    flags: int = 0
 
     @property
     def name(self) -> str:
@@ -122,6 +123,7 @@ def launch(
     constexprs: Mapping[str, object],
     options: Mapping[str, int],
     workspace: int = 0,
+    flags: int = 0,
 ) -> Launch:
     """The Launch of a kernel of this package, "module:function" in tridil.kernels."""
     return Launch(
@@ -132,6 +134,7 @@ def launch(
         tuple(constexprs.items()),
         tuple(options.items()),
         workspace,
+        flags,
     )
 
 

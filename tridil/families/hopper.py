@@ -56,7 +56,6 @@ TILES = ((128, 256, False), (256, 128, False), (128, 128, True), (64, 256, True)
 WIDTH = 128
 # bytes of shared memory beside the ring: what is being stored, barriers
 EXTRA = 2 * 128 * WIDTH + 512
-SUMMED = 4096  # elements that a program of the sums adds up
 
 
 @dataclass(frozen=True)
@@ -378,13 +377,12 @@ class HopperFamily(Gemm):
 
     def sums(self, problem: Problem, pass_: str, c: Fields, tile: Tiles) -> np.ndarray:
         m, n, _ = tile
-        shared = np.where(c["STREAM"], c["PROGRAMS"] - 1, 0) * m * n
-        # two fp32 parts of each, of which one is written before the end; the result
-        return assumed.HOPPER_SUMS * shared * (3 * 4 + DTYPE_BYTES[problem.dtype])
+        # a part of all programs but one, in fp32, written and read
+        return np.where(c["STREAM"], c["PROGRAMS"] - 1, 0) * m * n * 8
 
     def partial_bytes(self, problem: Problem, pass_: str, config: Config) -> int:
         m, n, _ = self.tile(config, pass_)
-        return 16 * (config.PROGRAMS - 1) * m * n * len(problem.axes(pass_)) if config.STREAM else 0
+        return 8 * (config.PROGRAMS - 1) * m * n * len(problem.axes(pass_)) if config.STREAM else 0
 
     def why(
         self, problem: Problem, pass_: str, config: Config, device: Device, precision: str
@@ -419,6 +417,10 @@ class HopperFamily(Gemm):
         walked = [
             int(axis.steps([side])[0]) for axis, side in ((h, config.BLOCK_P), (w, config.BLOCK_Q))
         ]
+        # of all tiles of BLOCK_N channels
+        many = prod(walked) * self.images(p, config) * -(-source // config.BLOCK_K)
+        tiles_n, many = -(-out // config.BLOCK_N), many if config.STREAM else 0
+        group = min(config.GROUP, tiles_n)
         sizes, ends = (
             (p.n, h.out, w.out, out * p.groups),
             [scalars[name] for name in ("sy_n", "sy_p", "sy_q")],
@@ -433,9 +435,10 @@ class HopperFamily(Gemm):
             S=w.taps,
             FILTER_S=p.s,
             **steps(h, w),
-            sum_h=walked[0],
             sum_w=walked[1],
-            GROUP=min(config.GROUP, -(-out // config.BLOCK_N)),
+            group_steps=group * many,
+            total=tiles_n * many,
+            GROUP=group,
         )
         tensors = (
             ("x", "a", replace(x, swizzle=WIDTH)),
@@ -460,6 +463,8 @@ class HopperFamily(Gemm):
             int(np.maximum(axis.steps_out([side]), 1).sum())
             for axis, side in ((h, config.BLOCK_P), (w, config.BLOCK_Q))
         ]
+        many = prod(walked) * self.images(p, config)
+        many *= -(-(p.k // p.groups) // config.BLOCK_M) * -(-c // config.BLOCK_N)
         s_k, s_c, s_r, s_s = strides(p.w_shape, p.layout)
         x, h, w = source_box(p.n, p.c, h, w, config, config.BLOCK_N)
         dy = Box(
@@ -483,8 +488,8 @@ class HopperFamily(Gemm):
             R=p.r,
             S=p.s,
             **steps(h, w),
-            sum_h=walked[0],
             sum_w=walked[1],
+            total=many if config.STREAM else 0,
             sw_k=s_k,
             sw_c=s_c,
             sw_r=s_r,
@@ -516,10 +521,10 @@ class HopperFamily(Gemm):
         config: Config,
         pass_: str,
     ) -> list[Launch]:
-        """The launch of a pass, and (STREAM) the one that sums the tiles that programs share."""
         m, n, _ = self.tile(config, pass_)
-        parts = 2 * programs * m * n if config.STREAM else 0
-        found = [
+        # of each program a part of a tile and two flags
+        shared = (programs * (m * n + 2), 2 * programs) if config.STREAM else (0, 0)
+        return [
             launch(
                 f"hopper:{name}_hopper",
                 programs,
@@ -527,34 +532,13 @@ class HopperFamily(Gemm):
                 scalars,
                 constexprs,
                 config.options(),
-                parts,
+                *shared,
             )
         ]
-        if config.STREAM and programs > 1:
-            rows = min(m, SUMMED // n)
-            sums: tuple[tuple[str, str, Box | None], ...] = (
-                ("part_ptr", "partials", None),
-                ("dw_ptr" if pass_ == "wgrad" else "y_ptr", "out", None),
-            )
-            sums += tuple(item for item in tensors if item[0] == "bias_ptr")
-            stores = ("TMA_STORE",) if pass_ == "wgrad" else ("EPILOGUE", "ROWS_FIRST", "ALIGN_Y")
-            kept = {
-                key: value
-                for key, value in constexprs.items()
-                if key.startswith("BLOCK_") or key in stores
-            }
-            scalars = scalars | {"programs": programs}
-            found.append(
-                launch(
-                    f"hopper:add_{name}",
-                    (programs - 1) * (m // rows),
-                    sums,
-                    scalars,
-                    kept | {"ROWS": rows},
-                    {"maxnreg": 255},  # else ptxas spills for occupancy
-                )
-            )
-        return found
+
+    def images(self, problem: Problem, config: Config) -> int:
+        """Blocks of images, of all groups."""
+        return -(-problem.n // config.BLOCK_IMG) * problem.groups
 
     def constants(self, config: Config) -> dict[str, object]:
         values = config.constexprs()

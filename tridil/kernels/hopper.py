@@ -6,8 +6,8 @@ Operands as in kernels/tma.py, but w is always a descriptor over (K, R*S, C). Th
 tile, each its half of the rows, or (PINGPONG) take turns: one multiplies while the other stores.
 The tiles of a launch are a sequence. A program takes every num_programs-th one, those in the middle
 of the map, where most taps are live, first; or (STREAM) all programs take equally many steps, a
-contiguous part of the sequence of (tile, step): a tile that several of them share is written as
-fp32 parts, which `add_correlate` and `add_wgrad` sum in a fixed order. Within a tile the taps are
+contiguous part of the sequence of (tile, step): the one that begins a tile stores it, after it has
+added what later programs wrote of it as fp32 parts, in their order. Within a tile the taps are
 innermost, so that a block of channels is read while it is in L2.
 """
 
@@ -26,14 +26,12 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from .common import (
     RUNTIME,
-    below,
     branches_metadata,
     field,
     from_middle,
     launch_metadata,
     live_outputs,
     live_taps,
-    store_tile,
 )
 
 if TYPE_CHECKING:
@@ -41,27 +39,26 @@ if TYPE_CHECKING:
 else:
     from triton.experimental import gluon
 
-# names that moved: async_copy_* until 3.7, both in 3.8, async_load and async_store from 3.9 on
+# names that moved: async_copy_* until 3.7, both in 3.8, async_load and async_store from 3.9 on;
+# thread_barrier in 3.6
 tma_load: Any = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 tma_store: Any = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
-RUNTIME = RUNTIME + "C G R S FILTER_S step_s sy_k sw_c sum_h sum_w GROUP programs".split()
+barrier: Any = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
+RUNTIME = RUNTIME + "C G R S FILTER_S step_s sy_k sw_c group_steps sum_w GROUP".split()
 
 
 # ---- the sequence of steps
 @triton.jit
-def start_of(program, total, programs):
-    """The first step of a program, when all get equally many of `total`."""
-    return program * (total // programs) + tl.minimum(program, total % programs)
+def share_of_program():
+    """Whose share of the steps this program takes, of STREAM: a program then waits for those that
+    the GPU starts before it."""
+    return tl.num_programs(0) - 1 - tl.program_id(0)
 
 
 @triton.jit
-def program_of(step, total, programs):
-    """The program that takes a step."""
-    much = total // programs
-    more = total % programs
-    return tl.where(
-        step < more * (much + 1), step // (much + 1), (step - more) // tl.maximum(much, 1)
-    )
+def steps_of_share(total):
+    """Steps of all shares but the last ones, which have what is left of `total`."""
+    return tl.cdiv(total, tl.num_programs(0))
 
 
 @triton.jit
@@ -101,28 +98,12 @@ def correlation_size(
     """(channel blocks, tiles along images and groups, rows, columns, channels)."""
     (
         N, H, W, P, Q, C, K, G, R, S, FILTER_S, off_h, off_w, dil_h, dil_w, tap_r, tap_s, step_r,
-        step_s, sum_h, sum_w, GROUP
+        step_s, group_steps, sum_w, GROUP
     ) = geo
     return (
         tl.cdiv(C, BLOCK_K), tl.cdiv(N, BLOCK_IMG) * G, tl.cdiv(P, BLOCK_P), tl.cdiv(Q, BLOCK_Q),
         tl.cdiv(K, BLOCK_N)
     )
-
-
-@triton.jit
-def correlation_steps(
-    geo, BLOCK_IMG: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):
-    """Steps of all tiles."""
-    (
-        N, H, W, P, Q, C, K, G, R, S, FILTER_S, off_h, off_w, dil_h, dil_w, tap_r, tap_s, step_r,
-        step_s, sum_h, sum_w, GROUP
-    ) = geo
-    blocks, images, tiles_p, tiles_q, tiles_n = correlation_size(
-        geo, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_N, BLOCK_K
-    )
-    return images * tiles_n * blocks * sum_h * sum_w
 
 
 @triton.jit
@@ -138,7 +119,7 @@ def correlation_tile(
     """
     (
         N, H, W, P, Q, C, K, G, R, S, FILTER_S, off_h, off_w, dil_h, dil_w, tap_r, tap_s, step_r,
-        step_s, sum_h, sum_w, GROUP
+        step_s, group_steps, sum_w, GROUP
     ) = geo
     blocks, images, tiles_p, tiles_q, tiles_n = correlation_size(
         geo, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_N, BLOCK_K
@@ -171,13 +152,13 @@ def correlation_start(
     """(tile, step of the tile) of a step of the sequence."""
     (
         N, H, W, P, Q, C, K, G, R, S, FILTER_S, off_h, off_w, dil_h, dil_w, tap_r, tap_s, step_r,
-        step_s, sum_h, sum_w, GROUP
+        step_s, group_steps, sum_w, GROUP
     ) = geo
     blocks, images, tiles_p, tiles_q, tiles_n = correlation_size(
         geo, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_N, BLOCK_K
     )
-    part = step // (GROUP * images * blocks * sum_h * sum_w)
-    step -= part * (GROUP * images * blocks * sum_h * sum_w)
+    part = step // group_steps
+    step -= part * group_steps
     inner = images * tl.minimum(tiles_n - part * GROUP, GROUP)  # tiles of the same pixels
     unit = inner * blocks * sum_w
     p, before = find_block(step, unit, tiles_p, H, off_h, dil_h, R, P, BLOCK_P)
@@ -195,22 +176,22 @@ def correlation_start(
 
 @triton.jit
 def correlation_share(
-    geo, BLOCK_IMG: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr,
+    geo, total, BLOCK_IMG: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STREAM: tl.constexpr,
 ):
-    """(first tile, where in it this program begins, its steps at most, tiles)."""
+    """(first tile, where in it this program begins, its steps at most, tiles); total: steps of all
+    tiles."""
     blocks, images, tiles_p, tiles_q, tiles_n = correlation_size(
         geo, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_N, BLOCK_K
     )
     tiles = images * tiles_p * tiles_q * tiles_n
-    pid = tl.program_id(0)
     if not STREAM:
-        return pid, 0, 2147483647, tiles
+        return tl.program_id(0), 0, 2147483647, tiles
     else:
-        total = correlation_steps(geo, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_N, BLOCK_K)
-        first = start_of(pid, total, tl.num_programs(0))
+        much = steps_of_share(total)
+        first = tl.minimum(share_of_program() * much, total)
         tile, begin = correlation_start(first, geo, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_N, BLOCK_K)
-        return tile, begin, start_of(pid + 1, total, tl.num_programs(0)) - first, tiles
+        return tile, begin, tl.minimum(total - first, much), tiles
 
 
 # ---- the ring
@@ -327,29 +308,80 @@ def epilogue(t, bias_ptr, first, end, EPILOGUE: gl.constexpr):
 
 
 @gluon.jit
-def store_parts(
-    y, bias_ptr, bufs, t, i0, i1, i2, i3, sizes, strides, BOX_1: gl.constexpr, BOX_2: gl.constexpr,
-    EPILOGUE: gl.constexpr, TMA_STORE: gl.constexpr, ROWS_FIRST: gl.constexpr,
+def part_of(part_ptr, share, t, column, rows, columns):
+    """Where the rows and columns of t lie in a share's part [rows, columns] of its first tile, whose
+    first row of t part_ptr points to."""
+    m = gl.arange(0, t.shape[0], gl.SliceLayout(1, t.type.layout))
+    n = gl.arange(0, t.shape[1], gl.SliceLayout(0, t.type.layout))
+    return part_ptr + (share * rows + m[:, None]) * columns + (column + n)[None, :]
+
+
+@gluon.jit
+def write_part(part_ptr, flag_ptr, share, acc, rows):
+    """Writes acc, rows of a share's part, and says so."""
+    gl.store(part_of(part_ptr, share, acc, 0, rows, acc.shape[1]), acc)
+    barrier()
+    gl.atomic_xchg(flag_ptr + 2 * share, 1.0, sem="release")
+
+
+@gluon.jit
+def wait_for_parts(flag_ptr, first, end):
+    """Until the parts of the shares [first, end) are said to be written; takes back what says so."""
+    for share in range(first, end):
+        while gl.atomic_xchg(flag_ptr + 2 * share, 0.0, sem="acquire") == 0.0:
+            pass
+
+
+@gluon.jit
+def add_parts(t, parts, COLUMN: gl.constexpr):
+    """t, columns of a tile from COLUMN on, plus all parts, in their order."""
+    COLUMNS: gl.constexpr = t.shape[1]
+    if COLUMNS * t.shape[0] > 32 * 128:
+        layout: gl.constexpr = t.type.layout
+        left, right = halves(t)
+        left = add_parts(left, parts, COLUMN)
+        right = add_parts(right, parts, COLUMN + COLUMNS // 2)
+        t = gl.join(left, right).permute([0, 2, 1]).reshape([t.shape[0], COLUMNS])
+        return gl.convert_layout(t, layout, assert_trivial=True)
+    else:
+        part_ptr, first, end, rows, columns = parts
+        for share in range(first, end):
+            t += gl.load(part_of(part_ptr, share, t, COLUMN, rows, columns))
+        return t
+
+
+@gluon.jit
+def store_result(
+    y, bias_ptr, bufs, t, parts, i0, i1, i2, i3, sizes, strides, BOX_1: gl.constexpr,
+    BOX_2: gl.constexpr, EPILOGUE: gl.constexpr, TMA_STORE: gl.constexpr, ROWS_FIRST: gl.constexpr,
     ALIGN_Y: gl.constexpr, FIRST: gl.constexpr, SLOTS: gl.constexpr, SLOT: gl.constexpr,
 ):
-    """t [rows of a box with sides ..., BOX_1, BOX_2, columns] and the epilogue -> y at these
-    coordinates, in parts, through SLOTS buffers from FIRST on: by descriptor, or through y's strides
-    within `sizes`, where rows (ROWS_FIRST) or runs of ALIGN_Y columns are neighbours in memory."""
+    """t [rows of a box with sides ..., BOX_1, BOX_2, columns], what other programs wrote of it and
+    the epilogue -> y at these coordinates, 128 bytes of columns at a time, through SLOTS buffers
+    from FIRST on: by descriptor, or through y's strides within `sizes`, where rows (ROWS_FIRST) or
+    runs of ALIGN_Y columns are neighbours in memory.
+
+    parts: None, or (pointer to the first part's rows of t, first share and end of those that have
+    parts, rows and columns of a part).
+    """
     COLUMNS: gl.constexpr = t.shape[1]
     PART: gl.constexpr = bufs.shape[2]
     if COLUMNS > PART:
         left, right = halves(t)
-        store_parts(
-            y, bias_ptr, bufs, left, i0, i1, i2, i3, sizes, strides, BOX_1, BOX_2, EPILOGUE,
+        store_result(
+            y, bias_ptr, bufs, left, parts, i0, i1, i2, i3, sizes, strides, BOX_1, BOX_2, EPILOGUE,
             TMA_STORE, ROWS_FIRST, ALIGN_Y, FIRST, SLOTS, SLOT
         )
-        store_parts(
-            y, bias_ptr, bufs, right, i0, i1, i2, i3 + COLUMNS // 2, sizes, strides, BOX_1, BOX_2,
-            EPILOGUE, TMA_STORE, ROWS_FIRST, ALIGN_Y, FIRST, SLOTS, SLOT + COLUMNS // (2 * PART)
+        store_result(
+            y, bias_ptr, bufs, right, parts, i0, i1, i2, i3 + COLUMNS // 2, sizes, strides, BOX_1,
+            BOX_2, EPILOGUE, TMA_STORE, ROWS_FIRST, ALIGN_Y, FIRST, SLOTS,
+            SLOT + COLUMNS // (2 * PART)
         )
     else:
         n_0, n_1, n_2, n_3 = sizes
         s_0, s_1, s_2, s_3, y0 = strides
+        if parts is not None:
+            t = add_parts(t, parts, SLOT * PART)
         t = epilogue(t, bias_ptr, i3, n_3, EPILOGUE)
         buf = bufs.index(FIRST + SLOT % SLOTS)
         if TMA_STORE:
@@ -388,18 +420,8 @@ def store_parts(
 
 
 @gluon.jit
-def store_partial(part_ptr, acc, slot, ROW: gl.constexpr, ROWS: gl.constexpr):
-    """acc -> its rows of the part of a tile of ROWS that lies at `slot`."""
-    m = gl.arange(0, acc.shape[0], gl.SliceLayout(1, acc.type.layout)) + ROW
-    n = gl.arange(0, acc.shape[1], gl.SliceLayout(0, acc.type.layout))
-    gl.store(
-        part_ptr + slot * (ROWS * acc.shape[1]) + (m * acc.shape[1])[:, None] + n[None, :], acc
-    )
-
-
-@gluon.jit
 def consume(
-    y, bias_ptr, part_ptr, strides, a_bufs, b_bufs, y_bufs, full, empty, order, geo,
+    y, bias_ptr, part_ptr, strides, a_bufs, b_bufs, y_bufs, full, empty, order, geo, total,
     WGRAD: gl.constexpr, TRANSPOSED: gl.constexpr, EPILOGUE: gl.constexpr, TMA_STORE: gl.constexpr,
     ROWS_FIRST: gl.constexpr, ALIGN_Y: gl.constexpr, PINGPONG: gl.constexpr, STREAM: gl.constexpr,
     BLOCK_IMG: gl.constexpr, BLOCK_P: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_M: gl.constexpr,
@@ -421,15 +443,21 @@ def consume(
     go = 1 - ME
     if WGRAD:
         tile, begin, left, tiles = reduction_share(
-            geo, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_M, BLOCK_N, STREAM
+            geo, total, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_M, BLOCK_N, STREAM
         )
     else:
         tile, begin, left, tiles = correlation_share(
-            geo, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_N, BLOCK_K, STREAM
+            geo, total, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_N, BLOCK_K, STREAM
         )
+    if STREAM:
+        share = share_of_program()
+        # after the parts two flags of each share: each consumer has its rows of the part and a flag
+        flag_ptr = part_ptr + gl.num_programs(0) * (BLOCK_M * BLOCK_N) + (0 if PINGPONG else ME)
+        part_ptr += ROW * BLOCK_N
+        much = steps_of_share(total)
     while (tile < tiles) & (left > 0):
         if WGRAD:
-            N, H, W, P, Q, C, K, G, R, S, off_h, off_w, dil_h, dil_w, sum_h, sum_w = geo
+            N, H, W, P, Q, C, K, G, R, S, off_h, off_w, dil_h, dil_w, sum_w = geo
             g, k0, i3, i1, i2, p_lo, q_lo, boxes_p, boxes_q, steps = reduction_tile(
                 tile, geo, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_M, BLOCK_N
             )
@@ -438,7 +466,7 @@ def consume(
         else:
             (
                 N, H, W, P, Q, C, K, G, R, S, FILTER_S, off_h, off_w, dil_h, dil_w, tap_r, tap_s,
-                step_r, step_s, sum_h, sum_w, GROUP
+                step_r, step_s, group_steps, sum_w, GROUP
             ) = geo
             g, i0, i1, i2, n0, r_lo, nr, s_lo, ns, steps = correlation_tile(
                 tile, geo, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_N, BLOCK_K, STREAM
@@ -456,16 +484,22 @@ def consume(
                 acc, a_bufs, b_bufs, full, empty, order, count, stage, phase, prev, go, ROW, WGRAD,
                 WGRAD or TRANSPOSED, PINGPONG, STAGES, ME
             )
-            if count == steps:
-                store_parts(
-                    y, bias_ptr, y_bufs, acc, i0 + ROW // (BOX_1 * BOX_2),
+            whole = count == steps
+            parts = None
+            if STREAM:
+                # this program stores the tiles that it begins
+                whole = begin == 0
+                end = gl.where(whole, share + 1 + gl.cdiv(steps - count, much), 0)
+                wait_for_parts(flag_ptr, share + 1, end)
+                parts = (part_ptr, share + 1, end, BLOCK_M, BLOCK_N)
+            if whole:
+                store_result(
+                    y, bias_ptr, y_bufs, acc, parts, i0 + ROW // (BOX_1 * BOX_2),
                     i1 + ROW // BOX_2 % BOX_1, i2 + ROW % BOX_2, i3, sizes, strides, BOX_1, BOX_2,
                     EPILOGUE, TMA_STORE, ROWS_FIRST, ALIGN_Y, SLOTS * ME, SLOTS, 0
                 )
             elif STREAM:
-                store_partial(
-                    part_ptr, acc, 2 * gl.program_id(0) + gl.where(begin == 0, 1, 0), ROW, BLOCK_M
-                )
+                write_part(part_ptr, flag_ptr, share, acc, BLOCK_M)
         else:  # the other consumer's stages
             stage, phase = skip(stage, phase, count, STAGES)
         if STREAM:
@@ -480,14 +514,14 @@ def consume(
 # ---- fprop and dgrad
 @gluon.jit
 def produce(
-    x, w, a_bufs, b_bufs, full, empty, geo, TRANSPOSED: gl.constexpr, STREAM: gl.constexpr,
+    x, w, a_bufs, b_bufs, full, empty, geo, total, TRANSPOSED: gl.constexpr, STREAM: gl.constexpr,
     BLOCK_IMG: gl.constexpr, BLOCK_P: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_N: gl.constexpr,
     BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
 ):
     stage = 0
     phase = 1
     tile, begin, left, tiles = correlation_share(
-        geo, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_N, BLOCK_K, STREAM
+        geo, total, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_N, BLOCK_K, STREAM
     )
     while (tile < tiles) & (left > 0):
         count, stage, phase = produce_tile(
@@ -512,7 +546,7 @@ def produce_tile(
     read from c0 on. Returns (steps, stage, phase)."""
     (
         N, H, W, P, Q, C, K, G, R, S, FILTER_S, off_h, off_w, dil_h, dil_w, tap_r, tap_s, step_r,
-        step_s, sum_h, sum_w, GROUP
+        step_s, group_steps, sum_w, GROUP
     ) = geo
     g, img, p0, q0, n0, r_lo, nr, s_lo, ns, steps = correlation_tile(
         tile, geo, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_N, BLOCK_K, STREAM
@@ -558,20 +592,21 @@ def produce_tile(
 
 @gluon.jit(do_not_specialize=RUNTIME, launch_metadata=launch_metadata)
 def correlate_hopper(
-    x, w, bias_ptr, y, part_ptr, N, H, W, P, Q, C, K, G, R, S, FILTER_S, off_h, off_w, dil_h, dil_w,
-    tap_r, tap_s, step_r, step_s, sum_h, sum_w, GROUP, sy_n, sy_p, sy_q, sy_k, y0,
+    x, w, bias_ptr, y, part_ptr, N, H, W, P, Q, C, K, G, R, S, FILTER_S, off_h, off_w,
+    dil_h, dil_w, tap_r, tap_s, step_r, step_s, group_steps, sum_w, total, GROUP, sy_n, sy_p, sy_q, sy_k, y0,
     TRANSPOSED: gl.constexpr, EPILOGUE: gl.constexpr, TMA_STORE: gl.constexpr,
     ROWS_FIRST: gl.constexpr, ALIGN_Y: gl.constexpr, PINGPONG: gl.constexpr, STREAM: gl.constexpr,
     BLOCK_IMG: gl.constexpr, BLOCK_P: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_N: gl.constexpr,
     BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
 ):
-    """sum_h, sum_w: live taps of all tiles along an axis, for STREAM."""
+    """For STREAM group_steps: steps of GROUP channel tiles; sum_w: live taps of all tiles of a row;
+    total: steps of all tiles."""
     a_bufs, b_bufs, y_bufs, full, empty, order = ring(
         x, w, BLOCK_IMG * BLOCK_P * BLOCK_Q, BLOCK_N, PINGPONG, STAGES
     )
     geo = (
         N, H, W, P, Q, C, K, G, R, S, FILTER_S, off_h, off_w, dil_h, dil_w, tap_r, tap_s, step_r,
-        step_s, sum_h, sum_w, GROUP
+        step_s, group_steps, sum_w, GROUP
     )
     strides = (sy_n, sy_p, sy_q, sy_k, y0)
     M: gl.constexpr = BLOCK_IMG * BLOCK_P * BLOCK_Q
@@ -581,23 +616,25 @@ def correlate_hopper(
             (
                 consume,
                 (
-                    y, bias_ptr, part_ptr, strides, a_bufs, b_bufs, y_bufs, full, empty, order, geo,
-                    False, TRANSPOSED, EPILOGUE, TMA_STORE, ROWS_FIRST, ALIGN_Y, PINGPONG, STREAM,
+                    y, bias_ptr, part_ptr, strides, a_bufs, b_bufs, y_bufs, full, empty,
+                    order, geo, total, False, TRANSPOSED, EPILOGUE, TMA_STORE, ROWS_FIRST, ALIGN_Y,
+                    PINGPONG, STREAM,
                     BLOCK_IMG, BLOCK_P, BLOCK_Q, M, BLOCK_N, BLOCK_K, STAGES, 0
                 ),
             ),
             (
                 consume,
                 (
-                    y, bias_ptr, part_ptr, strides, a_bufs, b_bufs, y_bufs, full, empty, order, geo,
-                    False, TRANSPOSED, EPILOGUE, TMA_STORE, ROWS_FIRST, ALIGN_Y, PINGPONG, STREAM,
+                    y, bias_ptr, part_ptr, strides, a_bufs, b_bufs, y_bufs, full, empty,
+                    order, geo, total, False, TRANSPOSED, EPILOGUE, TMA_STORE, ROWS_FIRST, ALIGN_Y,
+                    PINGPONG, STREAM,
                     BLOCK_IMG, BLOCK_P, BLOCK_Q, M, BLOCK_N, BLOCK_K, STAGES, 1
                 ),
             ),
             (
                 produce,
                 (
-                    x, w, a_bufs, b_bufs, full, empty, geo, TRANSPOSED, STREAM, BLOCK_IMG, BLOCK_P,
+                    x, w, a_bufs, b_bufs, full, empty, geo, total, TRANSPOSED, STREAM, BLOCK_IMG, BLOCK_P,
                     BLOCK_Q, BLOCK_N, BLOCK_K, STAGES
                 ),
             ),
@@ -616,7 +653,7 @@ def reduction_tile(
     """(group, row, column, tap (r, s), first live output (row, column), boxes of live outputs
     (rows, columns), steps) of a tile of dw; taps are the outer loops. A tap that reads padding only
     has one box, where x is zero."""
-    N, H, W, P, Q, C, K, G, R, S, off_h, off_w, dil_h, dil_w, sum_h, sum_w = geo
+    N, H, W, P, Q, C, K, G, R, S, off_h, off_w, dil_h, dil_w, sum_w = geo
     tiles_m = tl.cdiv(K, BLOCK_M)
     tiles_n = tl.cdiv(C, BLOCK_N)
     k0 = tile % tiles_m * BLOCK_M
@@ -630,13 +667,6 @@ def reduction_tile(
     p_lo, boxes_p = live_boxes(r, H, off_h, dil_h, P, BLOCK_P)
     q_lo, boxes_q = live_boxes(s, W, off_w, dil_w, Q, BLOCK_Q)
     return g, k0, n0, r, s, p_lo, q_lo, boxes_p, boxes_q, tl.cdiv(N, BLOCK_IMG) * boxes_p * boxes_q
-
-
-@triton.jit
-def reduction_steps(geo, BLOCK_IMG: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Steps of all tiles."""
-    N, H, W, P, Q, C, K, G, R, S, off_h, off_w, dil_h, dil_w, sum_h, sum_w = geo
-    return tl.cdiv(K, BLOCK_M) * tl.cdiv(C, BLOCK_N) * G * tl.cdiv(N, BLOCK_IMG) * sum_h * sum_w
 
 
 @triton.jit
@@ -666,7 +696,7 @@ def reduction_start(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
     """(tile, step of the tile) of a step of the sequence."""
-    N, H, W, P, Q, C, K, G, R, S, off_h, off_w, dil_h, dil_w, sum_h, sum_w = geo
+    N, H, W, P, Q, C, K, G, R, S, off_h, off_w, dil_h, dil_w, sum_w = geo
     tiles = tl.cdiv(K, BLOCK_M) * tl.cdiv(C, BLOCK_N) * G  # of one tap
     unit = tiles * tl.cdiv(N, BLOCK_IMG) * sum_w
     r, before = find_tap(step, unit, H, off_h, dil_h, P, BLOCK_P)
@@ -682,36 +712,30 @@ def reduction_start(
 
 @triton.jit
 def reduction_share(
-    geo, BLOCK_IMG: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr,
+    geo, total, BLOCK_IMG: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STREAM: tl.constexpr,
 ):
-    """(first tile, where in it this program begins, its steps at most, tiles)."""
-    N, H, W, P, Q, C, K, G, R, S, off_h, off_w, dil_h, dil_w, sum_h, sum_w = geo
+    """(first tile, where in it this program begins, its steps at most, tiles); total: steps of all
+    tiles."""
+    N, H, W, P, Q, C, K, G, R, S, off_h, off_w, dil_h, dil_w, sum_w = geo
     tiles = tl.cdiv(K, BLOCK_M) * tl.cdiv(C, BLOCK_N) * G
-    pid = tl.program_id(0)
     if not STREAM:
-        return pid, 0, 2147483647, tiles * R * S
+        return tl.program_id(0), 0, 2147483647, tiles * R * S
     else:
-        total = reduction_steps(geo, BLOCK_IMG, BLOCK_M, BLOCK_N)
-        first = start_of(pid, total, tl.num_programs(0))
+        much = steps_of_share(total)
+        first = tl.minimum(share_of_program() * much, total)
         tile, begin = reduction_start(first, geo, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_M, BLOCK_N)
-        return tile, begin, start_of(pid + 1, total, tl.num_programs(0)) - first, tiles * R * S
+        return tile, begin, tl.minimum(total - first, much), tiles * R * S
 
 
 @triton.jit
-def reduction_turn(
-    begin, geo, BLOCK_IMG: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-):
+def reduction_turn(begin, total):
     """The box that this program loads first of its first tile, at whose step `begin` it begins: the
-    first program to begin in a tile loads box 0 first. Programs in different tiles so load the same
+    first share to begin in a tile loads box 0 first. Programs in different tiles so load the same
     boxes at the same time, as long as they are in L2."""
-    total = reduction_steps(geo, BLOCK_IMG, BLOCK_M, BLOCK_N)
-    programs = tl.num_programs(0)
-    tile = start_of(tl.program_id(0), total, programs) - begin
-    program = program_of(tile, total, programs)
-    program += tl.where(start_of(program, total, programs) < tile, 1, 0)
-    return begin + tile - start_of(program, total, programs)
+    much = steps_of_share(total)
+    first = share_of_program() * much
+    return first - tl.cdiv(first - begin, much) * much
 
 
 @triton.jit
@@ -725,18 +749,18 @@ def first_box(box, begin, count, steps):
 
 @gluon.jit
 def produce_boxes(
-    x, dy, a_bufs, b_bufs, full, empty, geo, STREAM: gl.constexpr, BLOCK_IMG: gl.constexpr,
+    x, dy, a_bufs, b_bufs, full, empty, geo, total, STREAM: gl.constexpr, BLOCK_IMG: gl.constexpr,
     BLOCK_P: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr,
 ):
     stage = 0
     phase = 1
     tile, begin, left, tiles = reduction_share(
-        geo, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_M, BLOCK_N, STREAM
+        geo, total, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_M, BLOCK_N, STREAM
     )
     box = 0
     if STREAM:
-        box = reduction_turn(begin, geo, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_M, BLOCK_N)
+        box = reduction_turn(begin, total)
     while (tile < tiles) & (left > 0):
         count, stage, phase = produce_boxes_of(
             x, dy, a_bufs, b_bufs, full, empty, geo, tile, begin, left, box, 0, 0, stage, phase,
@@ -760,7 +784,7 @@ def produce_boxes_of(
     """Loads the boxes of a tile of dw for its steps from `begin` on, at most `left`, from
     `first_box` on. Channels of x are read from c0, of dy from y0 on. Returns (steps, stage, phase).
     """
-    N, H, W, P, Q, C, K, G, R, S, off_h, off_w, dil_h, dil_w, sum_h, sum_w = geo
+    N, H, W, P, Q, C, K, G, R, S, off_h, off_w, dil_h, dil_w, sum_w = geo
     g, k0, n0, r, s, p_lo, q_lo, boxes_p, boxes_q, steps = reduction_tile(
         tile, geo, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_M, BLOCK_N
     )
@@ -797,37 +821,37 @@ def produce_boxes_of(
 
 @gluon.jit(do_not_specialize=RUNTIME, launch_metadata=launch_metadata)
 def wgrad_hopper(
-    x, dy, dw, part_ptr, N, H, W, P, Q, C, K, G, R, S, off_h, off_w, dil_h, dil_w, sum_h, sum_w,
+    x, dy, dw, part_ptr, N, H, W, P, Q, C, K, G, R, S, off_h, off_w, dil_h, dil_w, sum_w, total,
     sw_k, sw_c, sw_r, sw_s, TMA_STORE: gl.constexpr, PINGPONG: gl.constexpr, STREAM: gl.constexpr,
     BLOCK_IMG: gl.constexpr, BLOCK_P: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
 ):
-    """sum_h, sum_w: boxes of all taps along an axis, for STREAM."""
+    """For STREAM sum_w: boxes of all taps of a row; total: steps of all tiles."""
     a_bufs, b_bufs, y_bufs, full, empty, order = ring(dy, x, BLOCK_M, BLOCK_N, PINGPONG, STAGES)
-    geo = (N, H, W, P, Q, C, K, G, R, S, off_h, off_w, dil_h, dil_w, sum_h, sum_w)
+    geo = (N, H, W, P, Q, C, K, G, R, S, off_h, off_w, dil_h, dil_w, sum_w)
     strides = (sw_k, sw_r, sw_s, sw_c, 0)
     gl.warp_specialize(
         [
             (
                 consume,
                 (
-                    dw, part_ptr, part_ptr, strides, a_bufs, b_bufs, y_bufs, full, empty, order,
-                    geo, True, False, "", TMA_STORE, False, 1, PINGPONG, STREAM, BLOCK_IMG,
+                    dw, part_ptr, part_ptr, strides, a_bufs, b_bufs, y_bufs, full, empty,
+                    order, geo, total, True, False, "", TMA_STORE, False, 1, PINGPONG, STREAM, BLOCK_IMG,
                     BLOCK_P, BLOCK_Q, BLOCK_M, BLOCK_N, 0, STAGES, 0
                 ),
             ),
             (
                 consume,
                 (
-                    dw, part_ptr, part_ptr, strides, a_bufs, b_bufs, y_bufs, full, empty, order,
-                    geo, True, False, "", TMA_STORE, False, 1, PINGPONG, STREAM, BLOCK_IMG,
+                    dw, part_ptr, part_ptr, strides, a_bufs, b_bufs, y_bufs, full, empty,
+                    order, geo, total, True, False, "", TMA_STORE, False, 1, PINGPONG, STREAM, BLOCK_IMG,
                     BLOCK_P, BLOCK_Q, BLOCK_M, BLOCK_N, 0, STAGES, 1
                 ),
             ),
             (
                 produce_boxes,
                 (
-                    x, dy, a_bufs, b_bufs, full, empty, geo, STREAM, BLOCK_IMG, BLOCK_P, BLOCK_Q,
+                    x, dy, a_bufs, b_bufs, full, empty, geo, total, STREAM, BLOCK_IMG, BLOCK_P, BLOCK_Q,
                     BLOCK_M, BLOCK_N, STAGES
                 ),
             ),
@@ -835,97 +859,6 @@ def wgrad_hopper(
         [4, 1],
         [232, 40] if STREAM else [240, 24],
     )
-
-
-# ---- sums of the tiles that programs share
-@triton.jit
-def sum_parts(
-    part_ptr, program, total, programs, first, begin, steps, row, ROWS: tl.constexpr,
-    SIZE: tl.constexpr, BLOCK_N: tl.constexpr,
-):
-    """ROWS rows, from `row` on, of the tile of SIZE elements whose step `begin` is step `first` of
-    the sequence, the first one of `program`."""
-    end = program_of(first - begin + steps - 1, total, programs)  # of the tile's last step
-    part_ptr += (row + tl.arange(0, ROWS))[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
-    acc = tl.load(part_ptr + (2 * program - 1) * SIZE)
-    for i in tl.range(program, end + 1):
-        acc += tl.load(part_ptr + 2 * i * SIZE)
-    return acc
-
-
-@triton.jit(do_not_specialize=RUNTIME)
-def add_correlate(
-    part_ptr, bias_ptr, y_ptr, N, H, W, P, Q, C, K, G, R, S, FILTER_S, off_h, off_w, dil_h, dil_w,
-    tap_r, tap_s, step_r, step_s, sum_h, sum_w, GROUP, sy_n, sy_p, sy_q, sy_k, y0, programs,
-    EPILOGUE: tl.constexpr, ROWS_FIRST: tl.constexpr, ALIGN_Y: tl.constexpr,
-    BLOCK_IMG: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr, ROWS: tl.constexpr,
-):
-    """Sums the tiles that programs of `correlate_hopper` share: for each program but the first,
-    ROWS rows at a time, the tile in whose middle it begins, if the program before began that tile.
-    """
-    PIXELS: tl.constexpr = BLOCK_IMG * BLOCK_P * BLOCK_Q
-    SUM_Q: tl.constexpr = BLOCK_Q if BLOCK_Q < ROWS else ROWS
-    SUM_P: tl.constexpr = BLOCK_P if BLOCK_P < ROWS // SUM_Q else ROWS // SUM_Q
-    geo = (
-        N, H, W, P, Q, C, K, G, R, S, FILTER_S, off_h, off_w, dil_h, dil_w, tap_r, tap_s, step_r,
-        step_s, sum_h, sum_w, GROUP
-    )
-    total = correlation_steps(geo, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_N, BLOCK_K)
-    program = tl.program_id(0) // (PIXELS // ROWS) + 1
-    row = tl.program_id(0) % (PIXELS // ROWS) * ROWS
-    first = start_of(program, total, programs)
-    tile, begin = correlation_start(first, geo, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_N, BLOCK_K)
-    if (begin > 0) & (start_of(program - 1, total, programs) <= first - begin):
-        g, img, p0, q0, n0, r_lo, nr, s_lo, ns, steps = correlation_tile(
-            tile, geo, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_N, BLOCK_K, True
-        )
-        acc = sum_parts(
-            part_ptr, program, total, programs, first, begin, steps, row, ROWS, PIXELS * BLOCK_N,
-            BLOCK_N
-        )
-        store_tile(
-            y_ptr, bias_ptr, acc, g, img + row // (BLOCK_P * BLOCK_Q),
-            p0 + row // BLOCK_Q % BLOCK_P, q0 + row % BLOCK_Q, n0, N, P, Q, K, sy_n, sy_p, sy_q,
-            sy_k if ROWS_FIRST else 1, y0, ROWS // SUM_P // SUM_Q, SUM_P, SUM_Q, BLOCK_N, ROWS,
-            ALIGN_Y, EPILOGUE, False
-        )
-
-
-@triton.jit(do_not_specialize=RUNTIME)
-def add_wgrad(
-    part_ptr, dw_ptr, N, H, W, P, Q, C, K, G, R, S, off_h, off_w, dil_h, dil_w, sum_h, sum_w, sw_k,
-    sw_c, sw_r, sw_s, programs, TMA_STORE: tl.constexpr, BLOCK_IMG: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    ROWS: tl.constexpr,
-):
-    """The same for `wgrad_hopper`. TMA_STORE: channels of dw are neighbours, 16 bytes of them
-    aligned."""
-    geo = (N, H, W, P, Q, C, K, G, R, S, off_h, off_w, dil_h, dil_w, sum_h, sum_w)
-    total = reduction_steps(geo, BLOCK_IMG, BLOCK_M, BLOCK_N)
-    program = tl.program_id(0) // (BLOCK_M // ROWS) + 1
-    row = tl.program_id(0) % (BLOCK_M // ROWS) * ROWS
-    first = start_of(program, total, programs)
-    tile, begin = reduction_start(first, geo, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_M, BLOCK_N)
-    if (begin > 0) & (start_of(program - 1, total, programs) <= first - begin):
-        g, k0, n0, r, s, p_lo, q_lo, boxes_p, boxes_q, steps = reduction_tile(
-            tile, geo, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_M, BLOCK_N
-        )
-        acc = sum_parts(
-            part_ptr, program, total, programs, first, begin, steps, row, ROWS, BLOCK_M * BLOCK_N,
-            BLOCK_N
-        )
-        ALIGN: tl.constexpr = 128 // dw_ptr.dtype.element_ty.primitive_bitwidth if TMA_STORE else 1
-        m = tl.arange(0, ROWS)
-        n = tl.arange(0, BLOCK_N)
-        step_c = 1 if TMA_STORE else sw_c
-        base = (g * K + k0 + row) * sw_k + r * sw_r + s * sw_s + n0 * step_c
-        offset = tl.multiple_of(m * sw_k, ALIGN)[:, None] + (n * step_c)[None, :]
-        tl.store(
-            dw_ptr + tl.multiple_of(base, ALIGN) + offset,
-            acc.to(dw_ptr.dtype.element_ty),
-            mask=(m < K - k0 - row)[:, None] & below(n0 + n, C, ALIGN)[None, :],
-        )
 
 
 # ---- several convolutions in one launch
@@ -1059,8 +992,8 @@ def consume_branches(
                 acc, a_bufs, b_bufs, full, empty, order, steps, stage, phase, prev, go, ROW, False,
                 TRANSPOSED, PINGPONG, STAGES, ME
             )
-            store_parts(
-                y, bias_ptr, y_bufs, acc, i0 + ROW // (BLOCK_P * BLOCK_Q),
+            store_result(
+                y, bias_ptr, y_bufs, acc, None, i0 + ROW // (BLOCK_P * BLOCK_Q),
                 i1 + ROW // BLOCK_Q % BLOCK_P, i2 + ROW % BLOCK_Q, i3, (N, P, Q, end), strides,
                 BLOCK_P, BLOCK_Q, EPILOGUE, TMA_STORE, ROWS_FIRST, ALIGN_Y, SLOTS * ME, SLOTS, 0
             )
@@ -1222,8 +1155,8 @@ def store_filter(
     """acc -> rows i0, tap (i1, i2), columns i3 of one branch's filter, KRSC or KCRS."""
     TAP: gl.constexpr = C if CHANNELS_LAST else 1
     CHANNEL: gl.constexpr = 1 if CHANNELS_LAST else R * S
-    store_parts(
-        dw, None, y_bufs, acc, i0, i1, i2, i3, ((i0 // K + 1) * K, R, S, C),
+    store_result(
+        dw, None, y_bufs, acc, None, i0, i1, i2, i3, ((i0 // K + 1) * K, R, S, C),
         (R * S * C, S * TAP, TAP, CHANNEL, 0), 1, 1, False, TMA_STORE, False, 1, FIRST, SLOTS, 0
     )
 
