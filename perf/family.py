@@ -1,8 +1,9 @@
 """A kernel family beside the best of the other kernels and cuDNN, where the model promises most:
-`python perf/family.py hopper --seconds 25`.
+`python perf/family.py hopper blackwell --seconds 25`.
 
 A line per pass of a layer: the times of ATen, of the best prediction of the other families, of the
-family's best predictions. A first look before anything is tuned, on a GPU that the family runs on.
+family's best predictions. A first look before anything is tuned; of several families the first
+that runs on the GPU.
 Exit status 1 when a result is wrong, 130 after Ctrl-C: what was measured by then is summed up.
 """
 
@@ -34,7 +35,7 @@ def jobs_of(family, layers: list, gpu: tuner.Gpu, top: int) -> list:
                 [cfg for cfg in everything if (cfg.kernel in family.kernels) == mine]
                 for mine in (True, False)
             )
-            # of both kinds of hopper the best
+            # with equal steps and without the best
             kinds = [
                 next((cfg for cfg in ranked if getattr(cfg, "STREAM", False) == stream), None)
                 for stream in (False, True)
@@ -85,7 +86,10 @@ def measure(
 
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("kernel", choices=[f.kernels[0] for f in families.FAMILIES])
+    names = [family.kernels[0] for family in families.FAMILIES]
+    parser.add_argument(
+        "kernels", nargs="+", choices=names, metavar="kernel", help=", ".join(names)
+    )
     parser.add_argument("--suite", default="quick", choices=workloads.SUITES)
     parser.add_argument("--layout", default="nhwc", choices=list(drivers.FORMATS))
     parser.add_argument(
@@ -98,7 +102,8 @@ def main(argv=None) -> int:
     deadline = time.monotonic() + args.seconds
     gpu = tuner.Gpu(torch.device("cuda", torch.cuda.current_device()))
     layers = workloads.suite(args.suite, layout=args.layout)
-    jobs = jobs_of(families.of(args.kernel), layers, gpu, args.top)
+    found = ((name, jobs_of(families.of(name), layers, gpu, args.top)) for name in args.kernels)
+    kernel, jobs = next((pair for pair in found if pair[1]), (" or ".join(args.kernels), []))
     shares, wrong, status = [], 0, 0
     try:
         with gpu.compiling(
@@ -121,11 +126,11 @@ def main(argv=None) -> int:
     mean = exp(sum(map(log, shares)) / len(shares)) if shares else float("nan")
     if jobs:
         print(
-            f"{args.kernel} takes {mean:.2f} of the other kernels' time (geometric mean of {len(shares)} passes of {len(jobs)}, measured), less in "
+            f"{kernel} takes {mean:.2f} of the other kernels' time (geometric mean of {len(shares)} passes of {len(jobs)}, measured), less in "
             f"{sum(share < 1 for share in shares)}; {wrong} wrong or failed"
         )
     else:
-        print(f"no layer of {args.suite} for the family {args.kernel} on {gpu.target}")
+        print(f"no layer of {args.suite} for the family {kernel} on {gpu.target}")
     return status or int(wrong > 0)
 
 

@@ -1,7 +1,7 @@
 """Everything that needs a GPU, in one command of less than nine minutes: `python perf/gpu_check.py
 FOLDER`.
 
-Steps: what is there, the families hopper and contiguous beside the other kernels, the kernel tests
+Steps: what is there, the families hopper (or blackwell) and contiguous beside the other kernels, the kernel tests
 natively, the quick sweep against cuDNN, the cost model against the clock, parallel branches in one
 launch, tuning of the deeplab suite, a few launches under compute-sanitizer. Each has its share of
 the time and is stopped at its end; what one leaves over the next ones get. What a step has by then
@@ -83,9 +83,9 @@ def steps(work: Path) -> list[Step]:
         Step("machine", [python, "-m", "tridil", "info"], 20, ("cuda:0",)),
         Step(
             "hopper",
-            [python, family, "hopper", "--seconds", "10"],
+            [python, family, "hopper", "blackwell", "--seconds", "10"],
             30,
-            ("hopper",),
+            ("hopper", "blackwell"),
             wrong="WRONG|FAILED|Traceback",
         ),
         Step(

@@ -70,6 +70,10 @@ HOPPER_STEP = 360
 # clocks that storing a tile keeps the tensor cores from working, cooperative and ping-pong
 # (assumed)
 HOPPER_TILE = (1500, 300)
+# family blackwell (assumed): warp instructions of a step, of both warps that feed the tensor cores;
+# clocks that storing a tile keeps these from working, without and with sums of the next tile
+BLACKWELL_STEP = 120
+BLACKWELL_TILE = (3000, 300)
 
 # times that steps of the gather kernels take of what the counts say where a channel block is
 # shorter than 64 bytes (measured on an H200, fp16: geometric means of 29 passes, 1.2 to 2.6)

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from triton.runtime.interpreter import InterpretedFunction
 
 _interpreted = interpreted()  # decided when the kernels are imported
+FLAGS = 8192
+_flags: dict[tuple[torch.device, int], torch.Tensor] = {}  # by device and stream
 
 
 def kernel_of(launch: Launch) -> JITFunction[Any] | InterpretedFunction[Any]:
@@ -145,6 +147,19 @@ def device() -> int | None:
     return None if _interpreted else driver.active.get_current_device()
 
 
+def flags(on: torch.device) -> torch.Tensor:
+    """FLAGS zeros, int32, which launches leave as they found them: those of the current stream, whose
+    kernels run one after another; new ones in a graph, which may be replayed on any stream."""
+    stream = 0
+    if on.type == "cuda":
+        if torch.cuda.is_current_stream_capturing():
+            return torch.zeros(FLAGS, dtype=torch.int32, device=on)
+        stream = torch.cuda.current_stream(on).cuda_stream
+    if (on, stream) not in _flags:
+        _flags[on, stream] = torch.zeros(FLAGS, dtype=torch.int32, device=on)
+    return _flags[on, stream]
+
+
 def plan(
     problem: Problem | Branches,
     pass_: str,
@@ -231,7 +246,7 @@ def _prepare(problem, pass_, config, precision, epilogue, target):
         _operand(*family.operand_format(problem, tensor)) for tensor in ROLES[pass_][:2]
     )
     workspace = max((launch.workspace for launch in launches), default=0)
-    flags = max((launch.launch.flags for launch in launches), default=0)
+    shares = any(role == "flags" for launch in launches for _, role, _ in launch.places)
     partials = getattr(torch, accumulator(problem))
 
     def run(a, b, bias=None):
@@ -242,8 +257,8 @@ def _prepare(problem, pass_, config, precision, epilogue, target):
         tensors = {"a": a, "b": b, "bias": b if bias is None else bias.contiguous(), "out": out}
         if workspace:
             tensors["partials"] = torch.empty(workspace, dtype=partials, device=a.device)
-        if flags:
-            tensors["partials"][-flags:].zero_()
+        if shares:
+            tensors["flags"] = flags(a.device)
         for launch in launches:
             launch(tensors)
         return out

@@ -3,7 +3,7 @@ kernels in kernels/, and a line in FAMILIES."""
 
 from __future__ import annotations
 
-from . import contiguous, depthwise, gather, hopper, tma
+from . import blackwell, contiguous, depthwise, gather, hopper, tma
 from .base import Box, Config, Family, Launch, Prediction
 
 FAMILIES: list[Family] = [
@@ -12,6 +12,7 @@ FAMILIES: list[Family] = [
     tma.FAMILY,
     contiguous.FAMILY,
     hopper.FAMILY,
+    blackwell.FAMILY,
 ]
 
 

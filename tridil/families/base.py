@@ -96,8 +96,8 @@ class Launch:
     """One kernel launch but for its tensors.
 
     kernel: "module:function". tensors: (argument, role, Box or None for a pointer), roles being "a"
-    and "b" (the pass's operands), "bias", "out" and "partials" (fp32, or fp64 for fp64; `workspace`
-    elements, of which the last ones, `flags` of them, are 0 before and after). constexprs: Triton's types by their names. options are num_warps and the like.
+    and "b" (the pass's operands), "bias", "out", "partials" (fp32, or fp64 for fp64; `workspace`
+    elements) and "flags" (int32, 0 before and after; at most launch.FLAGS). constexprs: Triton's types by their names. options are num_warps and the like.
     """
 
     kernel: str
@@ -107,7 +107,6 @@ class Launch:
     constexprs: tuple[tuple[str, object], ...]
     options: tuple[tuple[str, int], ...]
     workspace: int = 0
-    flags: int = 0
 
     @property
     def name(self) -> str:
@@ -123,7 +122,6 @@ def launch(
     constexprs: Mapping[str, object],
     options: Mapping[str, int],
     workspace: int = 0,
-    flags: int = 0,
 ) -> Launch:
     """The Launch of a kernel of this package, "module:function" in tridil.kernels."""
     return Launch(
@@ -134,7 +132,6 @@ def launch(
         tuple(constexprs.items()),
         tuple(options.items()),
         workspace,
-        flags,
     )
 
 

@@ -302,33 +302,35 @@ def epilogue(t, bias_ptr, first, end, EPILOGUE: gl.constexpr):
     """t [rows, output channels from `first` on], finished, as in common.py; below `end` there are
     channels."""
     if EPILOGUE == "bias":
-        k = first + gl.arange(0, t.shape[1], gl.SliceLayout(0, t.type.layout))
-        t += gl.load(bias_ptr + k, mask=k < end, other=0.0).to(gl.float32)[None, :]
+        # each loads one or two and gets the others from its neighbours
+        k = first + gl.arange(0, t.shape[1], gl.BlockedLayout([1], [32], [4], [0]))
+        bias = gl.load(bias_ptr + k, mask=k < end, other=0.0).to(gl.float32)
+        t += gl.convert_layout(bias, gl.SliceLayout(0, t.type.layout))[None, :]
     return t
 
 
 @gluon.jit
-def part_of(part_ptr, share, t, column, rows, columns):
-    """Where the rows and columns of t lie in a share's part [rows, columns] of its first tile, whose
-    first row of t part_ptr points to."""
+def part_of(part_ptr, share, t, column, size, step_m, step_n):
+    """Where the rows of t and its columns, from `column` of the tile on, lie in a share's part of its
+    first tile: one of `size` elements, through these strides; part_ptr points to t's first row in
+    that of share 0."""
     m = gl.arange(0, t.shape[0], gl.SliceLayout(1, t.type.layout))
     n = gl.arange(0, t.shape[1], gl.SliceLayout(0, t.type.layout))
-    return part_ptr + (share * rows + m[:, None]) * columns + (column + n)[None, :]
+    return part_ptr + share * size + (m * step_m)[:, None] + ((column + n) * step_n)[None, :]
 
 
 @gluon.jit
-def write_part(part_ptr, flag_ptr, share, acc, rows):
-    """Writes acc, rows of a share's part, and says so."""
-    gl.store(part_of(part_ptr, share, acc, 0, rows, acc.shape[1]), acc)
+def announce_part(flag_ptr, share):
+    """Says that these warps have written a share's part."""
     barrier()
-    gl.atomic_xchg(flag_ptr + 2 * share, 1.0, sem="release")
+    gl.atomic_xchg(flag_ptr + 2 * share, 1, sem="release")
 
 
 @gluon.jit
 def wait_for_parts(flag_ptr, first, end):
     """Until the parts of the shares [first, end) are said to be written; takes back what says so."""
     for share in range(first, end):
-        while gl.atomic_xchg(flag_ptr + 2 * share, 0.0, sem="acquire") == 0.0:
+        while gl.atomic_xchg(flag_ptr + 2 * share, 0, sem="acquire") == 0:
             pass
 
 
@@ -344,10 +346,65 @@ def add_parts(t, parts, COLUMN: gl.constexpr):
         t = gl.join(left, right).permute([0, 2, 1]).reshape([t.shape[0], COLUMNS])
         return gl.convert_layout(t, layout, assert_trivial=True)
     else:
-        part_ptr, first, end, rows, columns = parts
+        part_ptr, first, end, size, step_m, step_n = parts
         for share in range(first, end):
-            t += gl.load(part_of(part_ptr, share, t, COLUMN, rows, columns))
+            t += gl.load(part_of(part_ptr, share, t, COLUMN, size, step_m, step_n))
         return t
+
+
+@gluon.jit
+def store_columns(
+    y, bias_ptr, buf, t, parts, i0, i1, i2, i3, sizes, strides, BOX_1: gl.constexpr,
+    BOX_2: gl.constexpr, EPILOGUE: gl.constexpr, TMA_STORE: gl.constexpr, ROWS_FIRST: gl.constexpr,
+    ALIGN_Y: gl.constexpr, SLOTS: gl.constexpr, COLUMN: gl.constexpr,
+):
+    """t [rows of a box with sides ..., BOX_1, BOX_2, columns of a tile from COLUMN on], what other
+    programs wrote of it and the epilogue -> y at these coordinates, through a buffer, one of SLOTS
+    that take turns: by descriptor, or through y's strides within `sizes`, where rows (ROWS_FIRST) or
+    runs of ALIGN_Y columns are neighbours in memory.
+
+    parts: None, or (pointer, first share and end of those that have parts of the tile, size of a
+    part, strides): `part_of`.
+    """
+    COLUMNS: gl.constexpr = t.shape[1]
+    n_0, n_1, n_2, n_3 = sizes
+    s_0, s_1, s_2, s_3, y0 = strides
+    if parts is not None:
+        t = add_parts(t, parts, COLUMN)
+    t = epilogue(t, bias_ptr, i3, n_3, EPILOGUE)
+    if TMA_STORE:
+        tma.store_wait(SLOTS - 1)
+    buf.store(t.to(y.dtype if TMA_STORE else y.dtype.element_ty))
+    if TMA_STORE:
+        fence_async_shared()
+        tma_store(y, [i0, i1, i2, i3], buf.reshape(y.block_type.shape))
+    else:
+        ROWS: gl.constexpr = t.shape[0]
+        LANES: gl.constexpr = 32 if ALIGN_Y <= 2 else COLUMNS // ALIGN_Y
+        layout: gl.constexpr = (
+            gl.BlockedLayout([1, 8], [32, 1], [ROWS // 32, 128 // ROWS], [0, 1])
+            if ROWS_FIRST
+            else gl.BlockedLayout([1, ALIGN_Y], [32 // LANES, LANES], [4, 1], [1, 0])
+        )
+        m = gl.arange(0, ROWS, gl.SliceLayout(1, layout))
+        n = gl.arange(0, COLUMNS, gl.SliceLayout(0, layout))
+        j0 = m // (BOX_1 * BOX_2)
+        j1 = m // BOX_2 % BOX_1
+        j2 = m % BOX_2
+        in_y = ((j0 < n_0 - i0) & (j1 < n_1 - i1) & (j2 < n_2 - i2))[:, None] & (
+            n // ALIGN_Y < (n_3 - i3) // ALIGN_Y
+        )[None, :]
+        # the tile's coordinates stand inside the products: else these would not depend on the
+        # tile, and be kept in registers
+        rows = (i0 + j0) * s_0 + (i1 + j1) * s_1 + (i2 + j2) * s_2 + y0
+        if ALIGN_Y > 1:  # columns are neighbours
+            offset = (
+                gl.multiple_of(rows, ALIGN_Y)[:, None]
+                + (gl.multiple_of(i3, ALIGN_Y) + n)[None, :]
+            )
+        else:
+            offset = rows[:, None] + ((i3 + n) * s_3)[None, :]
+        gl.store(y + offset, buf.load(layout), mask=in_y)
 
 
 @gluon.jit
@@ -356,14 +413,8 @@ def store_result(
     BOX_2: gl.constexpr, EPILOGUE: gl.constexpr, TMA_STORE: gl.constexpr, ROWS_FIRST: gl.constexpr,
     ALIGN_Y: gl.constexpr, FIRST: gl.constexpr, SLOTS: gl.constexpr, SLOT: gl.constexpr,
 ):
-    """t [rows of a box with sides ..., BOX_1, BOX_2, columns], what other programs wrote of it and
-    the epilogue -> y at these coordinates, 128 bytes of columns at a time, through SLOTS buffers
-    from FIRST on: by descriptor, or through y's strides within `sizes`, where rows (ROWS_FIRST) or
-    runs of ALIGN_Y columns are neighbours in memory.
-
-    parts: None, or (pointer to the first part's rows of t, first share and end of those that have
-    parts, rows and columns of a part).
-    """
+    """`store_columns` of t [rows, columns], 128 bytes of columns at a time, through SLOTS buffers
+    from FIRST on."""
     COLUMNS: gl.constexpr = t.shape[1]
     PART: gl.constexpr = bufs.shape[2]
     if COLUMNS > PART:
@@ -378,51 +429,16 @@ def store_result(
             SLOT + COLUMNS // (2 * PART)
         )
     else:
-        n_0, n_1, n_2, n_3 = sizes
-        s_0, s_1, s_2, s_3, y0 = strides
-        if parts is not None:
-            t = add_parts(t, parts, SLOT * PART)
-        t = epilogue(t, bias_ptr, i3, n_3, EPILOGUE)
-        buf = bufs.index(FIRST + SLOT % SLOTS)
-        if TMA_STORE:
-            tma.store_wait(SLOTS - 1)
-        buf.store(t.to(y.dtype if TMA_STORE else y.dtype.element_ty))
-        if TMA_STORE:
-            fence_async_shared()
-            tma_store(y, [i0, i1, i2, i3], buf.reshape(y.block_type.shape))
-        else:
-            ROWS: gl.constexpr = t.shape[0]
-            LANES: gl.constexpr = 32 if ALIGN_Y <= 2 else PART // ALIGN_Y
-            layout: gl.constexpr = (
-                gl.BlockedLayout([1, 8], [32, 1], [ROWS // 32, 128 // ROWS], [0, 1])
-                if ROWS_FIRST
-                else gl.BlockedLayout([1, ALIGN_Y], [32 // LANES, LANES], [4, 1], [1, 0])
-            )
-            m = gl.arange(0, ROWS, gl.SliceLayout(1, layout))
-            n = gl.arange(0, PART, gl.SliceLayout(0, layout))
-            j0 = m // (BOX_1 * BOX_2)
-            j1 = m // BOX_2 % BOX_1
-            j2 = m % BOX_2
-            in_y = ((j0 < n_0 - i0) & (j1 < n_1 - i1) & (j2 < n_2 - i2))[:, None] & (
-                n // ALIGN_Y < (n_3 - i3) // ALIGN_Y
-            )[None, :]
-            # the tile's coordinates stand inside the products: else these would not depend on the
-            # tile, and be kept in registers
-            rows = (i0 + j0) * s_0 + (i1 + j1) * s_1 + (i2 + j2) * s_2 + y0
-            if ALIGN_Y > 1:  # columns are neighbours
-                offset = (
-                    gl.multiple_of(rows, ALIGN_Y)[:, None]
-                    + (gl.multiple_of(i3, ALIGN_Y) + n)[None, :]
-                )
-            else:
-                offset = rows[:, None] + ((i3 + n) * s_3)[None, :]
-            gl.store(y + offset, buf.load(layout), mask=in_y)
+        store_columns(
+            y, bias_ptr, bufs.index(FIRST + SLOT % SLOTS), t, parts, i0, i1, i2, i3, sizes, strides,
+            BOX_1, BOX_2, EPILOGUE, TMA_STORE, ROWS_FIRST, ALIGN_Y, SLOTS, SLOT * PART
+        )
 
 
 @gluon.jit
 def consume(
-    y, bias_ptr, part_ptr, strides, a_bufs, b_bufs, y_bufs, full, empty, order, geo, total,
-    WGRAD: gl.constexpr, TRANSPOSED: gl.constexpr, EPILOGUE: gl.constexpr, TMA_STORE: gl.constexpr,
+    y, bias_ptr, part_ptr, flag_ptr, strides, a_bufs, b_bufs, y_bufs, full, empty, order, geo,
+    total, WGRAD: gl.constexpr, TRANSPOSED: gl.constexpr, EPILOGUE: gl.constexpr, TMA_STORE: gl.constexpr,
     ROWS_FIRST: gl.constexpr, ALIGN_Y: gl.constexpr, PINGPONG: gl.constexpr, STREAM: gl.constexpr,
     BLOCK_IMG: gl.constexpr, BLOCK_P: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr, ME: gl.constexpr,
@@ -451,9 +467,9 @@ def consume(
         )
     if STREAM:
         share = share_of_program()
-        # after the parts two flags of each share: each consumer has its rows of the part and a flag
-        flag_ptr = part_ptr + gl.num_programs(0) * (BLOCK_M * BLOCK_N) + (0 if PINGPONG else ME)
+        # each consumer has its rows of the parts and, for each share, a flag
         part_ptr += ROW * BLOCK_N
+        flag_ptr += 0 if PINGPONG else ME
         much = steps_of_share(total)
     while (tile < tiles) & (left > 0):
         if WGRAD:
@@ -491,7 +507,7 @@ def consume(
                 whole = begin == 0
                 end = gl.where(whole, share + 1 + gl.cdiv(steps - count, much), 0)
                 wait_for_parts(flag_ptr, share + 1, end)
-                parts = (part_ptr, share + 1, end, BLOCK_M, BLOCK_N)
+                parts = (part_ptr, share + 1, end, BLOCK_M * BLOCK_N, BLOCK_N, 1)
             if whole:
                 store_result(
                     y, bias_ptr, y_bufs, acc, parts, i0 + ROW // (BOX_1 * BOX_2),
@@ -499,7 +515,8 @@ def consume(
                     EPILOGUE, TMA_STORE, ROWS_FIRST, ALIGN_Y, SLOTS * ME, SLOTS, 0
                 )
             elif STREAM:
-                write_part(part_ptr, flag_ptr, share, acc, BLOCK_M)
+                gl.store(part_of(part_ptr, share, acc, 0, BLOCK_M * BLOCK_N, BLOCK_N, 1), acc)
+                announce_part(flag_ptr, share)
         else:  # the other consumer's stages
             stage, phase = skip(stage, phase, count, STAGES)
         if STREAM:
@@ -592,7 +609,7 @@ def produce_tile(
 
 @gluon.jit(do_not_specialize=RUNTIME, launch_metadata=launch_metadata)
 def correlate_hopper(
-    x, w, bias_ptr, y, part_ptr, N, H, W, P, Q, C, K, G, R, S, FILTER_S, off_h, off_w,
+    x, w, bias_ptr, y, part_ptr, flag_ptr, N, H, W, P, Q, C, K, G, R, S, FILTER_S, off_h, off_w,
     dil_h, dil_w, tap_r, tap_s, step_r, step_s, group_steps, sum_w, total, GROUP, sy_n, sy_p, sy_q, sy_k, y0,
     TRANSPOSED: gl.constexpr, EPILOGUE: gl.constexpr, TMA_STORE: gl.constexpr,
     ROWS_FIRST: gl.constexpr, ALIGN_Y: gl.constexpr, PINGPONG: gl.constexpr, STREAM: gl.constexpr,
@@ -616,7 +633,7 @@ def correlate_hopper(
             (
                 consume,
                 (
-                    y, bias_ptr, part_ptr, strides, a_bufs, b_bufs, y_bufs, full, empty,
+                    y, bias_ptr, part_ptr, flag_ptr, strides, a_bufs, b_bufs, y_bufs, full, empty,
                     order, geo, total, False, TRANSPOSED, EPILOGUE, TMA_STORE, ROWS_FIRST, ALIGN_Y,
                     PINGPONG, STREAM,
                     BLOCK_IMG, BLOCK_P, BLOCK_Q, M, BLOCK_N, BLOCK_K, STAGES, 0
@@ -625,7 +642,7 @@ def correlate_hopper(
             (
                 consume,
                 (
-                    y, bias_ptr, part_ptr, strides, a_bufs, b_bufs, y_bufs, full, empty,
+                    y, bias_ptr, part_ptr, flag_ptr, strides, a_bufs, b_bufs, y_bufs, full, empty,
                     order, geo, total, False, TRANSPOSED, EPILOGUE, TMA_STORE, ROWS_FIRST, ALIGN_Y,
                     PINGPONG, STREAM,
                     BLOCK_IMG, BLOCK_P, BLOCK_Q, M, BLOCK_N, BLOCK_K, STAGES, 1
@@ -821,7 +838,7 @@ def produce_boxes_of(
 
 @gluon.jit(do_not_specialize=RUNTIME, launch_metadata=launch_metadata)
 def wgrad_hopper(
-    x, dy, dw, part_ptr, N, H, W, P, Q, C, K, G, R, S, off_h, off_w, dil_h, dil_w, sum_w, total,
+    x, dy, dw, part_ptr, flag_ptr, N, H, W, P, Q, C, K, G, R, S, off_h, off_w, dil_h, dil_w, sum_w, total,
     sw_k, sw_c, sw_r, sw_s, TMA_STORE: gl.constexpr, PINGPONG: gl.constexpr, STREAM: gl.constexpr,
     BLOCK_IMG: gl.constexpr, BLOCK_P: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
@@ -835,7 +852,7 @@ def wgrad_hopper(
             (
                 consume,
                 (
-                    dw, part_ptr, part_ptr, strides, a_bufs, b_bufs, y_bufs, full, empty,
+                    dw, part_ptr, part_ptr, flag_ptr, strides, a_bufs, b_bufs, y_bufs, full, empty,
                     order, geo, total, True, False, "", TMA_STORE, False, 1, PINGPONG, STREAM, BLOCK_IMG,
                     BLOCK_P, BLOCK_Q, BLOCK_M, BLOCK_N, 0, STAGES, 0
                 ),
@@ -843,7 +860,7 @@ def wgrad_hopper(
             (
                 consume,
                 (
-                    dw, part_ptr, part_ptr, strides, a_bufs, b_bufs, y_bufs, full, empty,
+                    dw, part_ptr, part_ptr, flag_ptr, strides, a_bufs, b_bufs, y_bufs, full, empty,
                     order, geo, total, True, False, "", TMA_STORE, False, 1, PINGPONG, STREAM, BLOCK_IMG,
                     BLOCK_P, BLOCK_Q, BLOCK_M, BLOCK_N, 0, STAGES, 1
                 ),

@@ -1,0 +1,536 @@
+"""Tiles of matrix products in warp-specialised, persistent programs, whose steps are one sequence:
+what the families hopper and blackwell have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from importlib import import_module
+from math import prod
+from typing import Any
+
+import numpy as np
+
+from .. import assumed, devices
+from ..devices import Device
+from ..problem import DTYPE_BYTES, Axis, Problem
+from .base import (
+    Box,
+    Config,
+    Launch,
+    elements,
+    launch,
+    steps,
+    strides,
+)
+from .depthwise import is_depthwise
+from .gemm import (
+    Fields,
+    Gemm,
+    GemmConfig,
+    Options,
+    Tiles,
+    channels,
+    correlation_result,
+    has_mma,
+    is_flat,
+)
+from .tma import box_of, nhwc_strides, no_descriptors, source_box
+
+# bytes of a row of boxes in shared memory, and of what is stored at once
+WIDTH = 128
+# bytes of shared memory beside the ring: what is being stored, barriers
+EXTRA = 2 * 128 * WIDTH + 1024
+
+
+@dataclass(frozen=True)
+class Shares(GemmConfig):
+    """STREAM: programs take equally many steps, else tiles. PROGRAMS: how many there are, about one
+    for each SM."""
+
+    STREAM: bool
+    PROGRAMS: int
+
+
+@lru_cache
+def lacks(kernel: str) -> str | None:
+    """What Triton lacks that a module of kernels needs."""
+    try:
+        import_module(f"{__package__.rpartition('.')[0]}.kernels.{kernel}")
+    except Exception as e:  # whatever one of another version raises
+        return f"kernel {kernel} needs a Triton with Gluon for its target ({e})"
+    return None
+
+
+def unavailable(kernel: str, meant: str, target: str) -> str | None:
+    """Why the kernels, meant for one target, cannot run on another; for that they must never be
+    compiled, which ends the process."""
+    from .. import drivers  # which imports torch
+
+    if target != meant:
+        return f"kernel {kernel} needs {meant}, got {target}"
+    return (
+        f"Triton does not interpret Gluon, which kernel {kernel} is written in"
+        if drivers.interpreted()
+        else lacks(kernel)
+    )
+
+
+class Persistent(Gemm):
+    """What families of persistent programs have in common, whose steps are a sequence. name: of the
+    kernels' module; target: the only one that they are for; switches: fields that are bool."""
+
+    name: str
+    target: str
+    switches: tuple[str, ...] = ("STREAM",)
+    fixed: dict[str, int | None]  # fields that are the same in all configs
+    shapes: Callable[..., tuple[list[tuple[Any, ...]], dict[str, np.ndarray]]]
+    least = 1
+    sums_apart = False
+
+    def operand_format(self, problem: Problem, tensor: str) -> tuple[str, int]:
+        return "nhwc", 16
+
+    # ---- legality
+    def fits(self, config: Config, problem: Problem, pass_: str, target: str) -> str | None:
+        if reason := unavailable(self.name, self.target, target):
+            return reason
+        for name in self.switches:
+            if not isinstance(getattr(config, name), bool):
+                return f"{name} must be True or False, got {getattr(config, name)!r}"
+        return (
+            self.illegal(
+                config,
+                pass_,
+                target,
+                16,
+                [name for name in config.names() if name.startswith("BLOCK_")],
+            )
+            or self._no_tile(config, problem, pass_)
+            or no_descriptors(problem, pass_)
+            or self._no_share(config, problem, pass_)
+            or self.too_large(config, problem, pass_, target)
+        )
+
+    def _no_tile(self, config: Config, problem: Problem, pass_: str) -> str | None:
+        """Why its programs cannot have a tile."""
+        raise NotImplementedError
+
+    def no_ring(self, config: Config, problem: Problem, pass_: str) -> str | None:
+        """Why a tile has no ring of boxes."""
+        if (
+            pass_ == "wgrad"
+            and config.BLOCK_M > 256
+            or max(config.BLOCK_IMG, config.BLOCK_P, config.BLOCK_Q) > 256
+        ):
+            return f"box sides must be at most 256, got {config}"
+        if config.num_stages < 2:
+            return f"a ring needs num_stages of at least 2, got {config.num_stages}"
+        if elements(problem) >= 2**31:
+            return f"kernel {self.name} counts elements in 32 bits, got a tensor of {elements(problem)}"
+        return None
+
+    def _no_share(self, config: Config, problem: Problem, pass_: str) -> str | None:
+        """What is wrong with how programs share the work."""
+        names = ["PROGRAMS"] if pass_ == "wgrad" else ["PROGRAMS", "GROUP"]
+        for name in names:
+            value = getattr(config, name)
+            if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 4096:
+                return f"{name} must be an int from 1 to 4096, got {value!r}"
+        reduced, block = (
+            problem.c if pass_ == "fprop" else problem.k,
+            "BLOCK_M" if pass_ == "wgrad" else "BLOCK_K",
+        )
+        if problem.groups > 1 and reduced // problem.groups % getattr(config, block):
+            return (
+                f"with groups={problem.groups}, {block} (={getattr(config, block)}) must divide the {reduced // problem.groups} channels of a "
+                "group"
+            )
+        if config.STREAM and self.executed_macs(problem, pass_, config) >= 2**31 * prod(
+            self.tile(config, pass_)
+        ):
+            return f"STREAM counts steps in 32 bits, {problem.key()} has more"
+        if (
+            config.STREAM
+            and pass_ != "wgrad"
+            and any(
+                (axis.live_blocks([side])[:1].sum() < -(-axis.out // side))
+                for axes in problem.axes(pass_)
+                for axis, side in zip(axes, (config.BLOCK_P, config.BLOCK_Q))
+            )
+        ):
+            return f"STREAM needs a live tap in every tile, {problem.key()} has tiles without"
+        return None
+
+    def rows(self, config: Config, pass_: str) -> int:
+        """Rows of a tile that are stored together."""
+        raise NotImplementedError
+
+    # ---- candidates
+    def tile_options(
+        self, problem: Problem, pass_: str, target: str, precision: str
+    ) -> list[Options]:
+        whole = self._whole(problem, pass_, target, precision)
+        if whole is None:
+            return []
+        tile, sms = self._tiles(whole.c, pass_), devices.of_target(self.target).sms
+        total = sum(
+            self._steps(problem, pass_, whole.c, tile, axes, False)[0]
+            for axes in problem.axes(pass_)
+        )
+        # a program takes eight steps or four, so that it multiplies more than it adds up
+        programs = np.where(total >= 8 * sms, sms, np.minimum(sms, total // 4))
+        tiles_, streams = np.nonzero(np.array([total >= 0, total >= 8]).T)
+        found = whole.some(tiles_)
+        programs = np.where(streams, programs[tiles_], found.c["PROGRAMS"])
+        return [found.but(STREAM=streams > 0, PROGRAMS=programs)]
+
+    def _whole(self, problem: Problem, pass_: str, target: str, precision: str) -> Options | None:
+        """Those whose tiles programs do not share."""
+        if (
+            target != self.target
+            or not has_mma(problem, precision)
+            or is_flat(problem, pass_)
+            or is_depthwise(problem)
+            or unavailable(self.name, self.target, target)
+            or self.wrong_dtype(problem, pass_)
+            or no_descriptors(problem, pass_)
+        ):
+            return None
+        found = self.shapes(DTYPE_BYTES[problem.dtype], *channels(problem, pass_))
+        return self.whole(problem, pass_, found, kernel=self.name, **self.fixed)
+
+    def why_not(self, problem: Problem, pass_: str, target: str, precision: str) -> str | None:
+        if (
+            target != self.target
+            or is_flat(problem, pass_)
+            or is_depthwise(problem)
+            or not has_mma(problem, precision)
+        ):
+            return None
+        return (
+            lacks(self.name) or self.wrong_dtype(problem, pass_) or no_descriptors(problem, pass_)
+        )
+
+    def wrong_dtype(self, problem: Problem, pass_: str) -> str | None:
+        if problem.dtype == "float64" or problem.dtype == "float32" and pass_ != "fprop":
+            return (
+                f"kernel {self.name} takes float16, bfloat16 and, in fprop, float32: tensor cores take tf32 only where the reduction is "
+                f"innermost in memory, got {problem.dtype} in {pass_}"
+            )
+        return None
+
+    def adapt(self, options: Options, device: Device) -> Options:
+        return options.but(PROGRAMS=np.minimum(options.c["PROGRAMS"], device.sms))
+
+    # ---- time
+    def shared_bytes(
+        self,
+        problem: Problem,
+        pass_: str,
+        c: dict[str, Any],
+        tile: tuple[Any, Any, Any],
+        target: str,
+    ) -> np.ndarray:
+        m, n, k = tile
+        return c["num_stages"] * (m + n) * k * DTYPE_BYTES[problem.dtype] + EXTRA
+
+    def resident(
+        self, problem: Problem, pass_: str, c: Fields, tile: Tiles, device: Device
+    ) -> np.ndarray:
+        return np.ones_like(c["PROGRAMS"])
+
+    def tile_clocks(self, c: dict[str, Any]) -> float:
+        """Clocks that storing a tile keeps the tensor cores from working; c: fields of a config."""
+        raise NotImplementedError
+
+    def waves(
+        self,
+        problem: Problem,
+        pass_: str,
+        c: Fields,
+        axes: tuple[Axis, Axis],
+        count: np.ndarray,
+        total: np.ndarray,
+        most: np.ndarray,
+        fit: np.ndarray,
+        alone: np.ndarray,
+        device: Device,
+    ) -> np.ndarray:
+        rows = zip(*(values.tolist() for values in c.values()))
+        found = []
+        for row, most, tiles in zip(rows, total.tolist(), count.tolist()):
+            one = dict(zip(c, row))
+            programs = one["PROGRAMS"]
+            if one["STREAM"]:
+                most, tiles = most / programs, tiles / programs + 1
+            else:
+                programs = min(programs, tiles)
+                share, tiles = self.busiest(problem, pass_, one, axes, tiles)
+                most *= share
+            each = most + tiles * self.tile_clocks(one)
+            found.append(-(-programs // device.sms) * each + assumed.PROGRAM)
+        return np.array(found)
+
+    def busiest(
+        self,
+        problem: Problem,
+        pass_: str,
+        c: dict[str, Any],
+        axes: tuple[Axis, Axis],
+        tiles: int,
+    ) -> tuple[float, int]:
+        """(share of all steps, tiles) of the program with the most steps, when programs take every
+        PROGRAMS-th of `tiles`; c: fields of a config."""
+        by_tap = pass_ == "wgrad"
+        h, w = (
+            steps_in_order(axis, c[side], by_tap)
+            for axis, side in zip(axes, ("BLOCK_P", "BLOCK_Q"))
+        )
+        walked = (h[:, None] * w).ravel()
+        total = max(int(walked.sum()) * (tiles // len(walked)), 1)
+        if tiles <= c["PROGRAMS"]:
+            return walked.max() / total, 1
+        walked = (
+            np.repeat(walked, tiles // len(walked))
+            if by_tap
+            else grouped(walked, problem, pass_, c)
+        )
+        loads = np.bincount(np.arange(tiles) % c["PROGRAMS"], walked)
+        return loads.max() / total, -(-tiles // c["PROGRAMS"])
+
+    def sums(self, problem: Problem, pass_: str, c: Fields, tile: Tiles) -> np.ndarray:
+        m, n, _ = tile
+        # a part of all programs but one, in fp32, written and read
+        return np.where(c["STREAM"], c["PROGRAMS"] - 1, 0) * m * n * 8
+
+    def partial_bytes(self, problem: Problem, pass_: str, config: Config) -> int:
+        m, n, _ = self.tile(config, pass_)
+        return 8 * (config.PROGRAMS - 1) * m * n * len(problem.axes(pass_)) if config.STREAM else 0
+
+    def why(
+        self, problem: Problem, pass_: str, config: Config, device: Device, precision: str
+    ) -> str:
+        return f"persistent programs of {device.target} load boxes of the image while they multiply"
+
+    # ---- launches
+    def plan(
+        self, problem: Problem, pass_: str, config: Config, precision: str, epilogue: str
+    ) -> list[Launch]:
+        if problem.dtype == "float32" and precision != "tf32":
+            raise ValueError(
+                f"kernel {self.name} multiplies float32 in tf32 only, got precision={precision!r}"
+            )
+        if pass_ == "wgrad":
+            return self._wgrad(problem, config)
+        return [
+            item
+            for h, w in problem.axes(pass_)
+            for item in self._correlation(problem, pass_, h, w, config, epilogue)
+        ]
+
+    def _correlation(
+        self, p: Problem, pass_: str, h: Axis, w: Axis, config: Config, epilogue: str
+    ) -> list[Launch]:
+        """fprop, or one residue class of dgrad; axes h, w."""
+        c, k = p.c // p.groups, p.k // p.groups
+        source, out = (c, k) if pass_ == "fprop" else (k, c)
+        tiles = self.programs(p, pass_, config, (h, w))
+        scalars, known, _, _, _ = correlation_result(p, pass_, h, w, config, epilogue)
+        scalars = {name: scalars[name] for name in scalars if name not in ("SPLIT_K", "sy_split")}
+        walked = [
+            int(axis.steps([side])[0]) for axis, side in ((h, config.BLOCK_P), (w, config.BLOCK_Q))
+        ]
+        # of all tiles of BLOCK_N channels
+        many = prod(walked) * self.images(p, config) * -(-source // config.BLOCK_K)
+        tiles_n, many = -(-out // config.BLOCK_N), many if config.STREAM else 0
+        group = min(config.GROUP, tiles_n)
+        sizes, ends = (
+            (p.n, h.out, w.out, out * p.groups),
+            [scalars[name] for name in ("sy_n", "sy_p", "sy_q")],
+        )
+        store = stores_boxes(config, p, pass_)
+        x, h, w = source_box(p.n, source * p.groups, h, w, config, config.BLOCK_K)
+        y = Box(sizes, (*ends, 1), self.stored(config, p, pass_), scalars["y0"], WIDTH)
+        weights = self._filters(p, pass_, config)
+        scalars |= dict(
+            C=source,
+            R=h.taps,
+            S=w.taps,
+            FILTER_S=p.s,
+            **steps(h, w),
+            sum_w=walked[1],
+            group_steps=group * many,
+            total=tiles_n * many,
+            GROUP=group,
+        )
+        tensors = (
+            ("x", "a", replace(x, swizzle=WIDTH)),
+            ("w", "b", weights),
+            ("bias_ptr", "bias", None),
+            ("y", "out", y if store else None),
+            *shared(config),
+        )
+        constexprs = dict(
+            TRANSPOSED=pass_ == "dgrad",
+            EPILOGUE=epilogue,
+            TMA_STORE=store,
+            ROWS_FIRST=p.layout != "nhwc",
+            ALIGN_Y=known["ALIGN_Y"],
+        ) | self.constants(config)
+        return self.launches("correlate", tiles, tensors, scalars, constexprs, config, pass_)
+
+    def _wgrad(self, p: Problem, config: Config) -> list[Launch]:
+        c, (h, w) = p.c // p.groups, p.fprop_axes
+        tiles = self.programs(p, "wgrad", config, (h, w))
+        walked = [
+            int(np.maximum(axis.steps_out([side]), 1).sum())
+            for axis, side in ((h, config.BLOCK_P), (w, config.BLOCK_Q))
+        ]
+        many = prod(walked) * self.images(p, config)
+        many *= -(-(p.k // p.groups) // config.BLOCK_M) * -(-c // config.BLOCK_N)
+        s_k, s_c, s_r, s_s = strides(p.w_shape, p.layout)
+        x, h, w = source_box(p.n, p.c, h, w, config, config.BLOCK_N)
+        dy = Box(
+            (p.n, h.out, w.out, p.k),
+            nhwc_strides(h.out, w.out, p.k),
+            box_of(config, config.BLOCK_M),
+            0,
+            WIDTH,
+        )
+        dw = Box(
+            (p.k, p.r, p.s, c), (s_k, s_r, s_s, s_c), self.stored(config, p, "wgrad"), 0, WIDTH
+        )
+        store = p.layout == "nhwc"
+        scalars = dict(
+            N=p.n,
+            P=p.p,
+            Q=p.q,
+            C=c,
+            K=p.k // p.groups,
+            G=p.groups,
+            R=p.r,
+            S=p.s,
+            **steps(h, w),
+            sum_w=walked[1],
+            total=many if config.STREAM else 0,
+            sw_k=s_k,
+            sw_c=s_c,
+            sw_r=s_r,
+            sw_s=s_s,
+        )
+        tensors = (
+            ("x", "b", replace(x, swizzle=WIDTH)),
+            ("dy", "a", dy),
+            ("dw", "out", dw if store else None),
+            *shared(config),
+        )
+        return self.launches(
+            "wgrad",
+            tiles,
+            tensors,
+            scalars,
+            dict(TMA_STORE=store) | self.constants(config),
+            config,
+            "wgrad",
+        )
+
+    def launches(
+        self,
+        name: str,
+        programs: int,
+        tensors: tuple[tuple[str, str, Box | None], ...],
+        scalars: dict[str, int],
+        constexprs: dict[str, object],
+        config: Config,
+        pass_: str,
+    ) -> list[Launch]:
+        m, n, _ = self.tile(config, pass_)
+        return [
+            launch(
+                f"{self.name}:{name}_{self.name}",
+                programs,
+                tensors,
+                scalars,
+                constexprs,
+                config.options(),
+                programs * m * n if config.STREAM else 0,
+            )
+        ]
+
+    def images(self, problem: Problem, config: Config) -> int:
+        """Blocks of images, of all groups."""
+        return -(-problem.n // config.BLOCK_IMG) * problem.groups
+
+    def constants(self, config: Config) -> dict[str, object]:
+        values = config.constexprs()
+        return {name: values[name] for name in values if name not in ("PROGRAMS", "GROUP")} | {
+            "STAGES": config.num_stages
+        }
+
+    def stored(self, config: Config, problem: Problem, pass_: str) -> tuple[int, ...]:
+        """The box of one store by descriptor: a consumer's rows, WIDTH bytes of columns."""
+        rows, columns = self.rows(config, pass_), WIDTH // DTYPE_BYTES[problem.dtype]
+        if pass_ == "wgrad":
+            return rows, 1, 1, columns
+        q = min(rows, config.BLOCK_Q)
+        p = min(rows // q, config.BLOCK_P)
+        return rows // q // p, p, q, columns
+
+    # ---- work
+    def programs(
+        self, problem: Problem, pass_: str, config: Config, axes: tuple[Axis, Axis]
+    ) -> int:
+        return (
+            config.PROGRAMS
+            if config.STREAM
+            else min(config.PROGRAMS, super().programs(problem, pass_, config, axes))
+        )
+
+    def _filters(self, p: Problem, pass_: str, config: Config) -> Box:
+        """The descriptor of w (K, R*S, C) for fprop or dgrad."""
+        c, n, k = p.c // p.groups, config.BLOCK_N, config.BLOCK_K
+        tile = (n, 1, k) if pass_ == "fprop" else (k, 1, n)
+        return Box((p.k, p.r * p.s, c), (p.r * p.s * c, c, 1), tile, 0, WIDTH)
+
+
+def shared(config: Config) -> tuple[tuple[str, str, None], ...]:
+    """The arguments of STREAM: of each program a part of a tile, two flags."""
+    roles = ("partials", "flags") if config.STREAM else ("out", "out")
+    return ("part_ptr", roles[0], None), ("flag_ptr", roles[1], None)
+
+
+def stores_boxes(config: Config, problem: Problem, pass_: str) -> bool:
+    """Whether results are stored by descriptor: NHWC, in multiples of 16 bytes per pixel."""
+    _, out, _ = channels(problem, pass_)
+    return (
+        problem.layout == "nhwc"
+        and out * DTYPE_BYTES[problem.dtype] % 16 == 0
+        and (problem.groups == 1 or out % config.BLOCK_N == 0)
+    )
+
+
+@lru_cache(maxsize=1024)
+def steps_in_order(axis: Axis, side: int, by_tap: bool) -> np.ndarray:
+    """Steps of the walks along an axis, in the kernels' order: of each tap, or of each block of
+    `side` outputs, the middle ones first."""
+    if by_tap:
+        return np.maximum(axis.steps_out([side])[:, 0], 1)
+    blocks = np.arange(-(-axis.out // side))
+    first, last = axis._spans[..., None] // side
+    live = ((first <= blocks) & (blocks <= last)).sum(0)
+    return live[(len(blocks) - 1) // 2 + np.where(blocks % 2, blocks // 2 + 1, -(blocks // 2))]
+
+
+def grouped(steps: np.ndarray, problem: Problem, pass_: str, c: dict[str, Any]) -> np.ndarray:
+    """The steps of all tiles in their order, of those of all pixel boxes of an image; c: fields of a
+    config."""
+    tiles_n = -(-channels(problem, pass_)[1] // c["BLOCK_N"])
+    images = -(-problem.n // c["BLOCK_IMG"]) * problem.groups
+    return np.concatenate(
+        [
+            np.repeat(steps, images * min(c["GROUP"], tiles_n - first))
+            for first in range(0, tiles_n, c["GROUP"])
+        ]
+    )
