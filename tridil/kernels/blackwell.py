@@ -9,10 +9,10 @@ rows, or 256, of which both halves are multiplied with the same buffer of the ot
 from typing import TYPE_CHECKING
 
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia import blackwell
 from triton.experimental.gluon.language.nvidia.blackwell import (
     TensorMemoryLayout,
     allocate_tensor_memory,
-    get_tmem_reg_layout,
     mbarrier,
     tcgen05_commit,
     tcgen05_mma,
@@ -42,6 +42,24 @@ if TYPE_CHECKING:
     import triton as gluon  # its `jit` has overloads, Gluon's has none
 else:
     from triton.experimental import gluon
+
+
+if hasattr(blackwell, "get_tmem_reg_layout"):  # until 3.7
+
+    @gluon.jit
+    def load_sums(sums):
+        """Sums [128, columns] in tensor memory, a row for each thread of four warps."""
+        layout: gl.constexpr = blackwell.get_tmem_reg_layout(
+            gl.float32, sums.shape, sums.layout, 4
+        )
+        return sums.load(layout)
+
+else:
+
+    @gluon.jit
+    def load_sums(sums):
+        """The same with a layout that Triton chooses, which is that."""
+        return sums.load()
 
 
 @gluon.jit
@@ -150,9 +168,6 @@ def finish(
     SLOTS: gl.constexpr = y_bufs.shape[0]
     BOX_1: gl.constexpr = 1 if WGRAD else BLOCK_P  # dw's rows are channels
     BOX_2: gl.constexpr = 1 if WGRAD else BLOCK_Q
-    layout: gl.constexpr = get_tmem_reg_layout(
-        gl.float32, [128, PART], TensorMemoryLayout([128, PART], col_stride=1), 4
-    )
     at = 0
     done = 0
     if WGRAD:
@@ -195,7 +210,7 @@ def finish(
         for half in range(HALVES):
             row = 128 * half
             for i in gl.static_range(BLOCK_N // PART):
-                t = sums.index(at * HALVES + half).slice(i * PART, PART).load(layout)
+                t = load_sums(sums.index(at * HALVES + half).slice(i * PART, PART))
                 if i == BLOCK_N // PART - 1:
                     mbarrier.arrive(read.index(at), count=1, pred=half == HALVES - 1)
                 parts = None
