@@ -258,13 +258,18 @@ class Persistent(Gemm):
         alone: np.ndarray,
         device: Device,
     ) -> np.ndarray:
+        m, n, _ = self._tiles(c, pass_)
+        # clocks of adding a part: an SM reads it through L2
+        parts = (4 * m * n / (device.l2_clock * assumed.L2)).tolist()
         rows = zip(*(values.tolist() for values in c.values()))
         found = []
-        for row, most, tiles in zip(rows, total.tolist(), count.tolist()):
+        for row, most, tiles, part in zip(rows, total.tolist(), count.tolist(), parts):
             one = dict(zip(c, row))
             programs = one["PROGRAMS"]
             if one["STREAM"]:
-                most, tiles = most / programs, tiles / programs + 1
+                # one program adds all parts of a tile; one of them is counted with the sums
+                most = most / programs + max(programs / tiles - 1, 0) * part
+                tiles = tiles / programs + 1
             else:
                 programs = min(programs, tiles)
                 share, tiles = self.busiest(problem, pass_, one, axes, tiles)
