@@ -7,7 +7,15 @@ from pathlib import Path
 
 import pytest
 from test_aot import child
-from test_hopper import BOXES, P, draw_problem, launched, mutant, run_geometries, survive  # noqa: F401
+from test_hopper import (  # noqa: F401
+    BOXES,
+    P,
+    check_shares,
+    launched,
+    mutant,
+    run_geometries,
+    survive,
+)
 
 pytest.importorskip("triton.experimental.gluon")
 
@@ -68,6 +76,11 @@ def test_random_geometries(device, seed, poisoned, launched):  # noqa: F811
     count = run_geometries("BLACKWELL", seed, device, draw_config)
     assert set(launched) == {"correlate_blackwell", "wgrad_blackwell"}
     assert launched["correlate_blackwell"] >= 2 * count and launched["wgrad_blackwell"] >= count
+
+
+@compiled
+def test_shares(device, poisoned, launched):  # noqa: F811
+    check_shares(make, device)
 
 
 @pytest.fixture
@@ -182,11 +195,11 @@ MUTANTS = {
     "the sums of one half": [("sums.index(at * HALVES + half)", "sums.index(at * HALVES)")],
     "one place for the sums of two tiles": [("sums.index(at * HALVES + half)", "sums.index(half)")],
     "the other tile's turn": [("    at = 0\n    done = 0\n", "    at = 0\n    done = 1\n")],
-    "columns in one place": [("i3 + i * PART", "i3")],
+    "columns in one place": [("i3 + i * STORED", "i3")],
     "parts of one half": [("part_ptr + row, share, t", "part_ptr, share, t")],
     "no wait for a part": [("            wait_for_parts(flag_ptr, share + 1, end)\n", "")],
-    "one buffer for two stores": [("(half * (BLOCK_N // PART) + i) % SLOTS", "0")],
-    "too many buffers for one part": [("2 if HALVES * N > PART else 1", "2")],
+    "one buffer for two stores": [("(half * (BLOCK_N // STORED) + i) % SLOTS", "0")],
+    "too many buffers for one part": [("2 if HALVES * N > STORED else 1", "2")],
     "tiles without live taps": [
         ("                    t = gl.where(count > 0, t, 0.0)\n", "                    pass\n")
     ],

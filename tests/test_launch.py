@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -118,26 +117,3 @@ def test_config_is_checked_against_the_target(pass_, monkeypatch):
             P, *{"fprop": (x, w, bias), "dgrad": (dy, w), "wgrad": (dy, x)}[pass_], big
         )
     assert drivers.target() == "cuda:86"
-
-
-def test_flags_belong_to_a_stream(monkeypatch):
-    """Kernels of one stream share them; a graph that is captured has its own."""
-    zeros, stream, capturing = torch.zeros, [1], [False]
-    monkeypatch.setattr(launch, "_flags", {})
-    monkeypatch.setattr(torch, "zeros", lambda *size, device, **kw: zeros(*size, **kw))
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
-    monkeypatch.setattr(
-        torch.cuda, "current_stream", lambda on: SimpleNamespace(cuda_stream=stream[0])
-    )
-    on, other = torch.device("cuda", 0), torch.device("cuda", 1)
-    first = launch.flags(on)
-    assert first.dtype == torch.int32 and first.shape == (launch.FLAGS,) and not first.any()
-    assert launch.flags(on) is first and launch.flags(other) is not first
-    stream[0] = 2
-    assert launch.flags(on) is not first
-    stream[0], capturing[0] = 1, True
-    captured = launch.flags(on)
-    assert captured is not first and launch.flags(on) is not captured
-    capturing[0] = False
-    assert launch.flags(on) is first
-    assert launch.flags(torch.device("cpu")) is launch.flags(torch.device("cpu"))

@@ -63,7 +63,8 @@ MARGIN = 1.1
 
 # family hopper (measured on an H200, fp16: 700 ns a step of 128x256x64 at the power limit, 6 us
 # beside the steps; with these figures 35 of 43 times of the quick suite come out within 15%:
-# the times of the fit, without two that a fault of the clock had spoiled)
+# the times of the fit, without two that a fault of the clock had spoiled; with STREAM a second launch
+# then added the parts)
 # warp instructions of a step that are not products, all consumers and the producer together (static
 # counts: 330 to 430)
 HOPPER_STEP = 360

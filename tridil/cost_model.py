@@ -65,11 +65,15 @@ def cudnn(problem: Problem, pass_: str, device: Device, precision: str = "tf32")
     return aten.seconds(same, pass_, device, precision)
 
 
-def _ranked(problem: Problem, pass_: str, device: Device, precision: str) -> Iterator[Config]:
-    """The candidates of all families, the fastest prediction first; made as they are asked for.
-    Raises ValueError when there is none."""
+def _ranked(
+    problem: Problem, pass_: str, device: Device, precision: str, experimental: bool = True
+) -> Iterator[Config]:
+    """The candidates of all families, or of all that are not experimental, the fastest prediction
+    first; made as they are asked for. Raises ValueError when there is none."""
     found, none = [], True
     for family in families.FAMILIES:
+        if family.experimental > experimental:
+            continue
         seconds, config = family.search(problem, pass_, device, precision)
         if not len(seconds):
             continue
@@ -94,11 +98,7 @@ def rank(problem: Problem, pass_: str, device: Device, precision: str = "tf32") 
 def _best(
     problem: Problem, pass_: str, device: Device, precision: str, experimental: bool
 ) -> Config:
-    return next(
-        config
-        for config in _ranked(problem, pass_, device, precision)
-        if families.of(config.kernel).experimental <= experimental
-    )
+    return next(_ranked(problem, pass_, device, precision, experimental))
 
 
 def best(problem: Problem, pass_: str, device: Device | str, precision: str = "tf32") -> Config:

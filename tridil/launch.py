@@ -28,8 +28,6 @@ if TYPE_CHECKING:
     from triton.runtime.interpreter import InterpretedFunction
 
 _interpreted = interpreted()  # decided when the kernels are imported
-FLAGS = 8192
-_flags: dict[tuple[torch.device, int], torch.Tensor] = {}  # by device and stream
 
 
 def kernel_of(launch: Launch) -> JITFunction[Any] | InterpretedFunction[Any]:
@@ -147,19 +145,6 @@ def device() -> int | None:
     return None if _interpreted else driver.active.get_current_device()
 
 
-def flags(on: torch.device) -> torch.Tensor:
-    """FLAGS zeros, int32, which launches leave as they found them: those of the current stream, whose
-    kernels run one after another; new ones in a graph, which may be replayed on any stream."""
-    stream = 0
-    if on.type == "cuda":
-        if torch.cuda.is_current_stream_capturing():
-            return torch.zeros(FLAGS, dtype=torch.int32, device=on)
-        stream = torch.cuda.current_stream(on).cuda_stream
-    if (on, stream) not in _flags:
-        _flags[on, stream] = torch.zeros(FLAGS, dtype=torch.int32, device=on)
-    return _flags[on, stream]
-
-
 def plan(
     problem: Problem | Branches,
     pass_: str,
@@ -246,7 +231,8 @@ def _prepare(problem, pass_, config, precision, epilogue, target):
         _operand(*family.operand_format(problem, tensor)) for tensor in ROLES[pass_][:2]
     )
     workspace = max((launch.workspace for launch in launches), default=0)
-    shares = any(role == "flags" for launch in launches for _, role, _ in launch.places)
+    shared = [launch for launch in launches if "flags" in {role for _, role, _ in launch.places}]
+    flags = 2 * max((launch.grid[0] for launch in shared), default=0)
     partials = getattr(torch, accumulator(problem))
 
     def run(a, b, bias=None):
@@ -257,8 +243,8 @@ def _prepare(problem, pass_, config, precision, epilogue, target):
         tensors = {"a": a, "b": b, "bias": b if bias is None else bias.contiguous(), "out": out}
         if workspace:
             tensors["partials"] = torch.empty(workspace, dtype=partials, device=a.device)
-        if shares:
-            tensors["flags"] = flags(a.device)
+        if flags:
+            tensors["flags"] = torch.zeros(flags, dtype=torch.int32, device=a.device)
         for launch in launches:
             launch(tensors)
         return out

@@ -97,7 +97,8 @@ class Launch:
 
     kernel: "module:function". tensors: (argument, role, Box or None for a pointer), roles being "a"
     and "b" (the pass's operands), "bias", "out", "partials" (fp32, or fp64 for fp64; `workspace`
-    elements) and "flags" (int32, 0 before and after; at most launch.FLAGS). constexprs: Triton's types by their names. options are num_warps and the like.
+    elements) and "flags" (int32, two for each program, 0 before and after). constexprs: Triton's
+    types by their names. options are num_warps and the like.
     """
 
     kernel: str

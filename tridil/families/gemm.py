@@ -324,14 +324,13 @@ class Gemm(Family):
     legality, candidates and launches.
 
     least: steps along an axis that wgrad takes for a tap that reads padding only. joins: whether a
-    launch can run several branches (`branch_plan`). sums_in_registers: whether a tile's sums are. sums_apart: whether a
-    launch of its own adds partial results.
+    launch can run several branches (`branch_plan`). sums_in_registers: whether a tile's
+    sums are.
     """
 
     least = 0
     joins = False
     sums_in_registers = True
-    sums_apart = True
 
     def flat(self, kernel: str) -> bool:
         """Whether a kernel's reduction is flattened."""
@@ -406,8 +405,7 @@ class Gemm(Family):
             return f"tiles of {columns_} output channels take at most 2 warps, got num_warps={config.num_warps}"
         if pixels(config) > 1024:
             return f"a pixel box has at most 1024 pixels, got {config.BLOCK_IMG}x{config.BLOCK_P}x{config.BLOCK_Q}"
-        most = 256 * 32 * config.num_warps if self.sums_in_registers else m * n
-        if config.num_warps > 16 or m * n > most:
+        if config.num_warps > 16 or self.sums_in_registers and m * n > 256 * 32 * config.num_warps:
             return f"an accumulator of {m}x{n} spills with num_warps={config.num_warps} (at most 16 warps, 256 registers a thread)"
         if 32 * config.num_warps * (config.maxnreg or 0) > 65536:
             return f"maxnreg={config.maxnreg} with num_warps={config.num_warps} exceeds the 65536 registers of an SM"
@@ -725,7 +723,7 @@ class Gemm(Family):
         result, dram_rate = prod(result_shape(problem, pass_)), device.dram * 1e9 * assumed.DRAM
         sums = self.sums(problem, pass_, c, tile)
         partial = partial_seconds(sums, device)
-        launches = launches * np.where((sums > 0) & self.sums_apart, 2, 1)
+        launches = launches * np.where(sums > 0, 2, 1)
         dram = problem.bytes / dram_rate
         if not self.covers(problem, pass_):  # dx begins as zeros
             launches, dram = launches + 1, dram + result * DTYPE_BYTES[problem.dtype] / dram_rate

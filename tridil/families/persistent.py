@@ -87,7 +87,6 @@ class Persistent(Gemm):
     fixed: dict[str, int | None]  # fields that are the same in all configs
     shapes: Callable[..., tuple[list[tuple[Any, ...]], dict[str, np.ndarray]]]
     least = 1
-    sums_apart = False
 
     def operand_format(self, problem: Problem, tensor: str) -> tuple[str, int]:
         return "nhwc", 16
@@ -147,9 +146,9 @@ class Persistent(Gemm):
                 f"with groups={problem.groups}, {block} (={getattr(config, block)}) must divide the {reduced // problem.groups} channels of a "
                 "group"
             )
-        if config.STREAM and self.executed_macs(problem, pass_, config) >= 2**31 * prod(
-            self.tile(config, pass_)
-        ):
+        if config.STREAM and self.executed_macs(problem, pass_, config) >= (
+            2**31 - config.PROGRAMS
+        ) * prod(self.tile(config, pass_)):
             return f"STREAM counts steps in 32 bits, {problem.key()} has more"
         if (
             config.STREAM
@@ -307,8 +306,9 @@ class Persistent(Gemm):
 
     def sums(self, problem: Problem, pass_: str, c: Fields, tile: Tiles) -> np.ndarray:
         m, n, _ = tile
-        # a part of all programs but one, in fp32, written and read
-        return np.where(c["STREAM"], c["PROGRAMS"] - 1, 0) * m * n * 8
+        # of each launch a part of all programs but one, in fp32, written and read
+        shared = np.where(c["STREAM"], c["PROGRAMS"] - 1, 0) * len(problem.axes(pass_))
+        return shared * m * n * 8
 
     def partial_bytes(self, problem: Problem, pass_: str, config: Config) -> int:
         m, n, _ = self.tile(config, pass_)
@@ -375,7 +375,7 @@ class Persistent(Gemm):
             ("w", "b", weights),
             ("bias_ptr", "bias", None),
             ("y", "out", y if store else None),
-            *shared(config),
+            *stream_arguments(config),
         )
         constexprs = dict(
             TRANSPOSED=pass_ == "dgrad",
@@ -429,7 +429,7 @@ class Persistent(Gemm):
             ("x", "b", replace(x, swizzle=WIDTH)),
             ("dy", "a", dy),
             ("dw", "out", dw if store else None),
-            *shared(config),
+            *stream_arguments(config),
         )
         return self.launches(
             "wgrad",
@@ -500,7 +500,7 @@ class Persistent(Gemm):
         return Box((p.k, p.r * p.s, c), (p.r * p.s * c, c, 1), tile, 0, WIDTH)
 
 
-def shared(config: Config) -> tuple[tuple[str, str, None], ...]:
+def stream_arguments(config: Config) -> tuple[tuple[str, str, None], ...]:
     """The arguments of STREAM: of each program a part of a tile, two flags."""
     roles = ("partials", "flags") if config.STREAM else ("out", "out")
     return ("part_ptr", roles[0], None), ("flag_ptr", roles[1], None)

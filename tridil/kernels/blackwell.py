@@ -71,13 +71,13 @@ def ring(a, b, M: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr):
     TILES: gl.constexpr = 1 if HALVES * N > 256 else 2
     BITS: gl.constexpr = a.dtype.primitive_bitwidth
     # columns that are stored at once: 128 bytes, the widest swizzle
-    PART: gl.constexpr = 1024 // BITS
+    STORED: gl.constexpr = 1024 // BITS
     # which the parts of a tile take in turn
-    SLOTS: gl.constexpr = 2 if HALVES * N > PART else 1
+    SLOTS: gl.constexpr = 2 if HALVES * N > STORED else 1
     a_bufs = gl.allocate_shared_memory(a.dtype, [STAGES] + a.block_type.shape, a.layout)
     b_bufs = gl.allocate_shared_memory(b.dtype, [STAGES] + b.block_type.shape, b.layout)
     y_bufs = gl.allocate_shared_memory(
-        a.dtype, [SLOTS, 128, PART], gl.NVMMASharedLayout(128, BITS, 2)
+        a.dtype, [SLOTS, 128, STORED], gl.NVMMASharedLayout(128, BITS, 2)
     )
     sums = allocate_tensor_memory(
         gl.float32, [TILES * HALVES, 128, N], TensorMemoryLayout([128, N], col_stride=1)
@@ -164,7 +164,7 @@ def finish(
     """Stores all tiles of a program, 128 bytes of columns at a time."""
     HALVES: gl.constexpr = BLOCK_M // 128
     TILES: gl.constexpr = sums.shape[0] // HALVES
-    PART: gl.constexpr = y_bufs.shape[2]
+    STORED: gl.constexpr = y_bufs.shape[2]
     SLOTS: gl.constexpr = y_bufs.shape[0]
     BOX_1: gl.constexpr = 1 if WGRAD else BLOCK_P  # dw's rows are channels
     BOX_2: gl.constexpr = 1 if WGRAD else BLOCK_Q
@@ -209,9 +209,9 @@ def finish(
         mbarrier.wait(ready.index(at), done)
         for half in range(HALVES):
             row = 128 * half
-            for i in gl.static_range(BLOCK_N // PART):
-                t = load_sums(sums.index(at * HALVES + half).slice(i * PART, PART))
-                if i == BLOCK_N // PART - 1:
+            for i in gl.static_range(BLOCK_N // STORED):
+                t = load_sums(sums.index(at * HALVES + half).slice(i * STORED, STORED))
+                if i == BLOCK_N // STORED - 1:
                     mbarrier.arrive(read.index(at), count=1, pred=half == HALVES - 1)
                 parts = None
                 if STREAM:
@@ -220,14 +220,14 @@ def finish(
                     t = gl.where(count > 0, t, 0.0)
                 if whole:
                     store_columns(
-                        y, bias_ptr, y_bufs.index((half * (BLOCK_N // PART) + i) % SLOTS), t, parts,
+                        y, bias_ptr, y_bufs.index((half * (BLOCK_N // STORED) + i) % SLOTS), t, parts,
                         i0 + row // (BOX_1 * BOX_2), i1 + row // BOX_2 % BOX_1, i2 + row % BOX_2,
-                        i3 + i * PART, sizes, strides, BOX_1, BOX_2, EPILOGUE, TMA_STORE, ROWS_FIRST,
-                        ALIGN_Y, SLOTS, i * PART
+                        i3 + i * STORED, sizes, strides, BOX_1, BOX_2, EPILOGUE, TMA_STORE, ROWS_FIRST,
+                        ALIGN_Y, SLOTS, i * STORED
                     )
                 elif STREAM:
                     part_ptrs = part_of(
-                        part_ptr + row, share, t, i * PART, BLOCK_M * BLOCK_N, 1, BLOCK_M
+                        part_ptr + row, share, t, i * STORED, BLOCK_M * BLOCK_N, 1, BLOCK_M
                     )
                     gl.store(part_ptrs, t)
         if STREAM:

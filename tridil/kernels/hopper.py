@@ -202,13 +202,13 @@ def ring(a, b, M: gl.constexpr, N: gl.constexpr, PINGPONG: gl.constexpr, STAGES:
     ROWS: gl.constexpr = M if PINGPONG else M // 2
     BITS: gl.constexpr = a.dtype.primitive_bitwidth
     # columns that are stored at once: 128 bytes, the widest swizzle
-    PART: gl.constexpr = 1024 // BITS
+    STORED: gl.constexpr = 1024 // BITS
     # two for each consumer, which the parts of a tile take in turn
-    BUFFERS: gl.constexpr = 4 if ROWS == 64 and N > PART else 2
+    BUFFERS: gl.constexpr = 4 if ROWS == 64 and N > STORED else 2
     a_bufs = gl.allocate_shared_memory(a.dtype, [STAGES] + a.block_type.shape, a.layout)
     b_bufs = gl.allocate_shared_memory(b.dtype, [STAGES] + b.block_type.shape, b.layout)
     y_bufs = gl.allocate_shared_memory(
-        a.dtype, [BUFFERS, ROWS, PART], gl.NVMMASharedLayout(128, BITS, 2)
+        a.dtype, [BUFFERS, ROWS, STORED], gl.NVMMASharedLayout(128, BITS, 2)
     )
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -416,8 +416,8 @@ def store_result(
     """`store_columns` of t [rows, columns], 128 bytes of columns at a time, through SLOTS buffers
     from FIRST on."""
     COLUMNS: gl.constexpr = t.shape[1]
-    PART: gl.constexpr = bufs.shape[2]
-    if COLUMNS > PART:
+    STORED: gl.constexpr = bufs.shape[2]
+    if COLUMNS > STORED:
         left, right = halves(t)
         store_result(
             y, bias_ptr, bufs, left, parts, i0, i1, i2, i3, sizes, strides, BOX_1, BOX_2, EPILOGUE,
@@ -426,12 +426,12 @@ def store_result(
         store_result(
             y, bias_ptr, bufs, right, parts, i0, i1, i2, i3 + COLUMNS // 2, sizes, strides, BOX_1,
             BOX_2, EPILOGUE, TMA_STORE, ROWS_FIRST, ALIGN_Y, FIRST, SLOTS,
-            SLOT + COLUMNS // (2 * PART)
+            SLOT + COLUMNS // (2 * STORED)
         )
     else:
         store_columns(
             y, bias_ptr, bufs.index(FIRST + SLOT % SLOTS), t, parts, i0, i1, i2, i3, sizes, strides,
-            BOX_1, BOX_2, EPILOGUE, TMA_STORE, ROWS_FIRST, ALIGN_Y, SLOTS, SLOT * PART
+            BOX_1, BOX_2, EPILOGUE, TMA_STORE, ROWS_FIRST, ALIGN_Y, SLOTS, SLOT * STORED
         )
 
 
@@ -500,15 +500,13 @@ def consume(
                 acc, a_bufs, b_bufs, full, empty, order, count, stage, phase, prev, go, ROW, WGRAD,
                 WGRAD or TRANSPOSED, PINGPONG, STAGES, ME
             )
-            whole = count == steps
-            parts = None
-            if STREAM:
-                # this program stores the tiles that it begins
-                whole = begin == 0
-                end = gl.where(whole, share + 1 + gl.cdiv(steps - count, much), 0)
-                wait_for_parts(flag_ptr, share + 1, end)
-                parts = (part_ptr, share + 1, end, BLOCK_M * BLOCK_N, BLOCK_N, 1)
-            if whole:
+            # with STREAM a program stores the tiles that it begins
+            if begin == 0 if STREAM else count == steps:
+                parts = None
+                if STREAM:
+                    end = share + 1 + gl.cdiv(steps - count, much)
+                    wait_for_parts(flag_ptr, share + 1, end)
+                    parts = (part_ptr, share + 1, end, BLOCK_M * BLOCK_N, BLOCK_N, 1)
                 store_result(
                     y, bias_ptr, y_bufs, acc, parts, i0 + ROW // (BOX_1 * BOX_2),
                     i1 + ROW // BOX_2 % BOX_1, i2 + ROW % BOX_2, i3, sizes, strides, BOX_1, BOX_2,
