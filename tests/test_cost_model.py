@@ -208,7 +208,7 @@ def test_the_reasons():
     assert found.limiter in ("shared memory", "instruction issue")
     assert predicted(dense, "fprop", replace(H100, l2_clock=8)).limiter == "L2 bandwidth"
     limiters = {
-        predicted(w.problem, pass_, H100).limiter
+        predicted(w.problem, pass_, A100).limiter
         for w in workloads.suite("aspp")
         for pass_ in PASSES
     }
@@ -241,9 +241,9 @@ def test_small_grids_are_split(pass_):
     small = small if pass_ == "fprop" else replace(small, c=256, k=2048)
     for target in ("cuda:80", "cuda:90", "cuda:100"):
         cfg = cost_model.best(small, pass_, target)
-        assert (
-            cfg.SPLIT_K > 1 and config.grid(small, pass_, cfg) >= devices.of_target(target).sms // 2
-        ), cfg
+        splits = cfg.SPLIT_K > 1 or getattr(cfg, "STREAM", False)
+        enough = config.grid(small, pass_, cfg) >= devices.of_target(target).sms // 2
+        assert splits and enough, cfg
         assert cfg.SPLIT_K * 4 * 33 * 33 * 256 <= 2**26
         assert cost_model.best(replace(small, n=64), pass_, target).SPLIT_K == 1
 

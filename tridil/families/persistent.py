@@ -328,16 +328,15 @@ class Persistent(Gemm):
                 f"kernel {self.name} multiplies float32 in tf32 only, got precision={precision!r}"
             )
         if pass_ == "wgrad":
-            return self._wgrad(problem, config)
+            return [self._wgrad(problem, config)]
         return [
-            item
+            self._correlation(problem, pass_, h, w, config, epilogue)
             for h, w in problem.axes(pass_)
-            for item in self._correlation(problem, pass_, h, w, config, epilogue)
         ]
 
     def _correlation(
         self, p: Problem, pass_: str, h: Axis, w: Axis, config: Config, epilogue: str
-    ) -> list[Launch]:
+    ) -> Launch:
         """fprop, or one residue class of dgrad; axes h, w."""
         c, k = p.c // p.groups, p.k // p.groups
         source, out = (c, k) if pass_ == "fprop" else (k, c)
@@ -384,9 +383,9 @@ class Persistent(Gemm):
             ROWS_FIRST=p.layout != "nhwc",
             ALIGN_Y=known["ALIGN_Y"],
         ) | self.constants(config)
-        return self.launches("correlate", tiles, tensors, scalars, constexprs, config, pass_)
+        return self._launch("correlate", tiles, tensors, scalars, constexprs, config, pass_)
 
-    def _wgrad(self, p: Problem, config: Config) -> list[Launch]:
+    def _wgrad(self, p: Problem, config: Config) -> Launch:
         c, (h, w) = p.c // p.groups, p.fprop_axes
         tiles = self.programs(p, "wgrad", config, (h, w))
         walked = [
@@ -431,7 +430,7 @@ class Persistent(Gemm):
             ("dw", "out", dw if store else None),
             *stream_arguments(config),
         )
-        return self.launches(
+        return self._launch(
             "wgrad",
             tiles,
             tensors,
@@ -441,7 +440,7 @@ class Persistent(Gemm):
             "wgrad",
         )
 
-    def launches(
+    def _launch(
         self,
         name: str,
         programs: int,
@@ -450,19 +449,17 @@ class Persistent(Gemm):
         constexprs: dict[str, object],
         config: Config,
         pass_: str,
-    ) -> list[Launch]:
+    ) -> Launch:
         m, n, _ = self.tile(config, pass_)
-        return [
-            launch(
-                f"{self.name}:{name}_{self.name}",
-                programs,
-                tensors,
-                scalars,
-                constexprs,
-                config.options(),
-                programs * m * n if config.STREAM else 0,
-            )
-        ]
+        return launch(
+            f"{self.name}:{name}_{self.name}",
+            programs,
+            tensors,
+            scalars,
+            constexprs,
+            config.options(),
+            programs * m * n if config.STREAM else 0,
+        )
 
     def images(self, problem: Problem, config: Config) -> int:
         """Blocks of images, of all groups."""

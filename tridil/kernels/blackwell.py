@@ -1,9 +1,9 @@
 """Implicit GEMM for sm_100, warp-specialised and persistent, in Gluon: one warp loads boxes by
-descriptor (TMA) into a ring of STAGES buffers, one issues the products (tcgen05), whose sums stay in
-tensor memory, and four warps store a tile while the next one is multiplied.
+descriptor (TMA) into a ring of STAGES buffers, one issues the products (tcgen05), whose sums stay
+in tensor memory, and four warps store a tile while the next one is multiplied.
 
-Operands, the sequence of tiles and its shares (STREAM) are those of kernels/hopper.py. A tile has 128
-rows, or 256, of which both halves are multiplied with the same buffer of the other operand.
+Operands, the sequence of tiles and its shares (STREAM) are those of kernels/hopper.py. A tile has
+128 rows, or 256, of which both halves are multiplied with the same buffer of the other operand.
 """
 
 from typing import TYPE_CHECKING
@@ -64,9 +64,9 @@ else:
 
 @gluon.jit
 def ring(a, b, M: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr):
-    """Memory of a program: STAGES boxes of both operands and buffers of the result in shared memory,
-    sums in tensor memory, of two tiles where they fit, barriers (full and empty boxes, full and
-    empty sums)."""
+    """Memory of a program: STAGES boxes of both operands and buffers of the result in shared
+    memory, sums in tensor memory, of two tiles where they fit, barriers (full and empty boxes, sums
+    that are ready and that are read)."""
     HALVES: gl.constexpr = M // 128
     TILES: gl.constexpr = 1 if HALVES * N > 256 else 2
     BITS: gl.constexpr = a.dtype.primitive_bitwidth
@@ -156,8 +156,8 @@ def multiply(
 
 @gluon.jit
 def finish(
-    y, bias_ptr, part_ptr, flag_ptr, strides, y_bufs, sums, ready, read, geo, total, WGRAD: gl.constexpr,
-    EPILOGUE: gl.constexpr, TMA_STORE: gl.constexpr, ROWS_FIRST: gl.constexpr,
+    y, bias_ptr, part_ptr, flag_ptr, strides, y_bufs, sums, ready, read, geo, total,
+    WGRAD: gl.constexpr, EPILOGUE: gl.constexpr, TMA_STORE: gl.constexpr, ROWS_FIRST: gl.constexpr,
     ALIGN_Y: gl.constexpr, STREAM: gl.constexpr, BLOCK_IMG: gl.constexpr, BLOCK_P: gl.constexpr,
     BLOCK_Q: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr,
 ):
@@ -220,10 +220,10 @@ def finish(
                     t = gl.where(count > 0, t, 0.0)
                 if whole:
                     store_columns(
-                        y, bias_ptr, y_bufs.index((half * (BLOCK_N // STORED) + i) % SLOTS), t, parts,
-                        i0 + row // (BOX_1 * BOX_2), i1 + row // BOX_2 % BOX_1, i2 + row % BOX_2,
-                        i3 + i * STORED, sizes, strides, BOX_1, BOX_2, EPILOGUE, TMA_STORE, ROWS_FIRST,
-                        ALIGN_Y, SLOTS, i * STORED
+                        y, bias_ptr, y_bufs.index((half * (BLOCK_N // STORED) + i) % SLOTS), t,
+                        parts, i0 + row // (BOX_1 * BOX_2), i1 + row // BOX_2 % BOX_1,
+                        i2 + row % BOX_2, i3 + i * STORED, sizes, strides, BOX_1, BOX_2, EPILOGUE,
+                        TMA_STORE, ROWS_FIRST, ALIGN_Y, SLOTS, i * STORED
                     )
                 elif STREAM:
                     part_ptrs = part_of(
@@ -244,9 +244,9 @@ def finish(
 
 @gluon.jit(do_not_specialize=RUNTIME, launch_metadata=launch_metadata)
 def correlate_blackwell(
-    x, w, bias_ptr, y, part_ptr, flag_ptr, N, H, W, P, Q, C, K, G, R, S, FILTER_S, off_h, off_w, dil_h, dil_w,
-    tap_r, tap_s, step_r, step_s, group_steps, sum_w, total, GROUP, sy_n, sy_p, sy_q, sy_k, y0,
-    TRANSPOSED: gl.constexpr, EPILOGUE: gl.constexpr, TMA_STORE: gl.constexpr,
+    x, w, bias_ptr, y, part_ptr, flag_ptr, N, H, W, P, Q, C, K, G, R, S, FILTER_S, off_h, off_w,
+    dil_h, dil_w, tap_r, tap_s, step_r, step_s, group_steps, sum_w, total, GROUP, sy_n, sy_p, sy_q,
+    sy_k, y0, TRANSPOSED: gl.constexpr, EPILOGUE: gl.constexpr, TMA_STORE: gl.constexpr,
     ROWS_FIRST: gl.constexpr, ALIGN_Y: gl.constexpr, STREAM: gl.constexpr, BLOCK_IMG: gl.constexpr,
     BLOCK_P: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr,
     STAGES: gl.constexpr,
@@ -264,9 +264,9 @@ def correlate_blackwell(
             (
                 finish,
                 (
-                    y, bias_ptr, part_ptr, flag_ptr, strides, y_bufs, sums, ready, read, geo, total, False,
-                    EPILOGUE, TMA_STORE, ROWS_FIRST, ALIGN_Y, STREAM, BLOCK_IMG, BLOCK_P, BLOCK_Q,
-                    M, BLOCK_N, BLOCK_K
+                    y, bias_ptr, part_ptr, flag_ptr, strides, y_bufs, sums, ready, read, geo, total,
+                    False, EPILOGUE, TMA_STORE, ROWS_FIRST, ALIGN_Y, STREAM, BLOCK_IMG, BLOCK_P,
+                    BLOCK_Q, M, BLOCK_N, BLOCK_K
                 ),
             ),
             (
@@ -291,10 +291,10 @@ def correlate_blackwell(
 
 @gluon.jit(do_not_specialize=RUNTIME, launch_metadata=launch_metadata)
 def wgrad_blackwell(
-    x, dy, dw, part_ptr, flag_ptr, N, H, W, P, Q, C, K, G, R, S, off_h, off_w, dil_h, dil_w, sum_w, total,
-    sw_k, sw_c, sw_r, sw_s, TMA_STORE: gl.constexpr, STREAM: gl.constexpr, BLOCK_IMG: gl.constexpr,
-    BLOCK_P: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
-    STAGES: gl.constexpr,
+    x, dy, dw, part_ptr, flag_ptr, N, H, W, P, Q, C, K, G, R, S, off_h, off_w, dil_h, dil_w, sum_w,
+    total, sw_k, sw_c, sw_r, sw_s, TMA_STORE: gl.constexpr, STREAM: gl.constexpr,
+    BLOCK_IMG: gl.constexpr, BLOCK_P: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_M: gl.constexpr,
+    BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
 ):
     """Arguments as of `wgrad_hopper`."""
     a_bufs, b_bufs, y_bufs, sums, full, empty, ready, read = ring(dy, x, BLOCK_M, BLOCK_N, STAGES)
@@ -305,9 +305,9 @@ def wgrad_blackwell(
             (
                 finish,
                 (
-                    dw, part_ptr, part_ptr, flag_ptr, strides, y_bufs, sums, ready, read, geo, total, True,
-                    "", TMA_STORE, False, 1, STREAM, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_M, BLOCK_N,
-                    0
+                    dw, part_ptr, part_ptr, flag_ptr, strides, y_bufs, sums, ready, read, geo,
+                    total, True, "", TMA_STORE, False, 1, STREAM, BLOCK_IMG, BLOCK_P, BLOCK_Q,
+                    BLOCK_M, BLOCK_N, 0
                 ),
             ),
             (

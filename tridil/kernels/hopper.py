@@ -311,9 +311,9 @@ def epilogue(t, bias_ptr, first, end, EPILOGUE: gl.constexpr):
 
 @gluon.jit
 def part_of(part_ptr, share, t, column, size, step_m, step_n):
-    """Where the rows of t and its columns, from `column` of the tile on, lie in a share's part of its
-    first tile: one of `size` elements, through these strides; part_ptr points to t's first row in
-    that of share 0."""
+    """Where the rows of t and its columns, from `column` of the tile on, lie in a share's part of
+    its first tile: one of `size` elements, through these strides; part_ptr points to t's first row
+    in that of share 0."""
     m = gl.arange(0, t.shape[0], gl.SliceLayout(1, t.type.layout))
     n = gl.arange(0, t.shape[1], gl.SliceLayout(0, t.type.layout))
     return part_ptr + share * size + (m * step_m)[:, None] + ((column + n) * step_n)[None, :]
@@ -328,7 +328,7 @@ def announce_part(flag_ptr, share):
 
 @gluon.jit
 def wait_for_parts(flag_ptr, first, end):
-    """Until the parts of the shares [first, end) are said to be written; takes back what says so."""
+    """Until the parts of the shares [first, end) are said to be written; takes the word back."""
     for share in range(first, end):
         while gl.atomic_xchg(flag_ptr + 2 * share, 0, sem="acquire") == 0:
             pass
@@ -360,8 +360,8 @@ def store_columns(
 ):
     """t [rows of a box with sides ..., BOX_1, BOX_2, columns of a tile from COLUMN on], what other
     programs wrote of it and the epilogue -> y at these coordinates, through a buffer, one of SLOTS
-    that take turns: by descriptor, or through y's strides within `sizes`, where rows (ROWS_FIRST) or
-    runs of ALIGN_Y columns are neighbours in memory.
+    that take turns: by descriptor, or through y's strides within `sizes`, where rows (ROWS_FIRST)
+    or runs of ALIGN_Y columns are neighbours in memory.
 
     parts: None, or (pointer, first share and end of those that have parts of the tile, size of a
     part, strides): `part_of`.
@@ -438,10 +438,11 @@ def store_result(
 @gluon.jit
 def consume(
     y, bias_ptr, part_ptr, flag_ptr, strides, a_bufs, b_bufs, y_bufs, full, empty, order, geo,
-    total, WGRAD: gl.constexpr, TRANSPOSED: gl.constexpr, EPILOGUE: gl.constexpr, TMA_STORE: gl.constexpr,
-    ROWS_FIRST: gl.constexpr, ALIGN_Y: gl.constexpr, PINGPONG: gl.constexpr, STREAM: gl.constexpr,
-    BLOCK_IMG: gl.constexpr, BLOCK_P: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_M: gl.constexpr,
-    BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr, ME: gl.constexpr,
+    total, WGRAD: gl.constexpr, TRANSPOSED: gl.constexpr, EPILOGUE: gl.constexpr,
+    TMA_STORE: gl.constexpr, ROWS_FIRST: gl.constexpr, ALIGN_Y: gl.constexpr,
+    PINGPONG: gl.constexpr, STREAM: gl.constexpr, BLOCK_IMG: gl.constexpr, BLOCK_P: gl.constexpr,
+    BLOCK_Q: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr,
+    STAGES: gl.constexpr, ME: gl.constexpr,
 ):
     """Consumer ME of any pass: multiplies its tiles, or its half of each, and stores them."""
     ROWS: gl.constexpr = BLOCK_M if PINGPONG else BLOCK_M // 2
@@ -608,8 +609,8 @@ def produce_tile(
 @gluon.jit(do_not_specialize=RUNTIME, launch_metadata=launch_metadata)
 def correlate_hopper(
     x, w, bias_ptr, y, part_ptr, flag_ptr, N, H, W, P, Q, C, K, G, R, S, FILTER_S, off_h, off_w,
-    dil_h, dil_w, tap_r, tap_s, step_r, step_s, group_steps, sum_w, total, GROUP, sy_n, sy_p, sy_q, sy_k, y0,
-    TRANSPOSED: gl.constexpr, EPILOGUE: gl.constexpr, TMA_STORE: gl.constexpr,
+    dil_h, dil_w, tap_r, tap_s, step_r, step_s, group_steps, sum_w, total, GROUP, sy_n, sy_p, sy_q,
+    sy_k, y0, TRANSPOSED: gl.constexpr, EPILOGUE: gl.constexpr, TMA_STORE: gl.constexpr,
     ROWS_FIRST: gl.constexpr, ALIGN_Y: gl.constexpr, PINGPONG: gl.constexpr, STREAM: gl.constexpr,
     BLOCK_IMG: gl.constexpr, BLOCK_P: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_N: gl.constexpr,
     BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
@@ -649,8 +650,8 @@ def correlate_hopper(
             (
                 produce,
                 (
-                    x, w, a_bufs, b_bufs, full, empty, geo, total, TRANSPOSED, STREAM, BLOCK_IMG, BLOCK_P,
-                    BLOCK_Q, BLOCK_N, BLOCK_K, STAGES
+                    x, w, a_bufs, b_bufs, full, empty, geo, total, TRANSPOSED, STREAM, BLOCK_IMG,
+                    BLOCK_P, BLOCK_Q, BLOCK_N, BLOCK_K, STAGES
                 ),
             ),
         ],
@@ -836,10 +837,10 @@ def produce_boxes_of(
 
 @gluon.jit(do_not_specialize=RUNTIME, launch_metadata=launch_metadata)
 def wgrad_hopper(
-    x, dy, dw, part_ptr, flag_ptr, N, H, W, P, Q, C, K, G, R, S, off_h, off_w, dil_h, dil_w, sum_w, total,
-    sw_k, sw_c, sw_r, sw_s, TMA_STORE: gl.constexpr, PINGPONG: gl.constexpr, STREAM: gl.constexpr,
-    BLOCK_IMG: gl.constexpr, BLOCK_P: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_M: gl.constexpr,
-    BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+    x, dy, dw, part_ptr, flag_ptr, N, H, W, P, Q, C, K, G, R, S, off_h, off_w, dil_h, dil_w, sum_w,
+    total, sw_k, sw_c, sw_r, sw_s, TMA_STORE: gl.constexpr, PINGPONG: gl.constexpr,
+    STREAM: gl.constexpr, BLOCK_IMG: gl.constexpr, BLOCK_P: gl.constexpr, BLOCK_Q: gl.constexpr,
+    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
 ):
     """For STREAM sum_w: boxes of all taps of a row; total: steps of all tiles."""
     a_bufs, b_bufs, y_bufs, full, empty, order = ring(dy, x, BLOCK_M, BLOCK_N, PINGPONG, STAGES)
@@ -851,23 +852,23 @@ def wgrad_hopper(
                 consume,
                 (
                     dw, part_ptr, part_ptr, flag_ptr, strides, a_bufs, b_bufs, y_bufs, full, empty,
-                    order, geo, total, True, False, "", TMA_STORE, False, 1, PINGPONG, STREAM, BLOCK_IMG,
-                    BLOCK_P, BLOCK_Q, BLOCK_M, BLOCK_N, 0, STAGES, 0
+                    order, geo, total, True, False, "", TMA_STORE, False, 1, PINGPONG, STREAM,
+                    BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_M, BLOCK_N, 0, STAGES, 0
                 ),
             ),
             (
                 consume,
                 (
                     dw, part_ptr, part_ptr, flag_ptr, strides, a_bufs, b_bufs, y_bufs, full, empty,
-                    order, geo, total, True, False, "", TMA_STORE, False, 1, PINGPONG, STREAM, BLOCK_IMG,
-                    BLOCK_P, BLOCK_Q, BLOCK_M, BLOCK_N, 0, STAGES, 1
+                    order, geo, total, True, False, "", TMA_STORE, False, 1, PINGPONG, STREAM,
+                    BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_M, BLOCK_N, 0, STAGES, 1
                 ),
             ),
             (
                 produce_boxes,
                 (
-                    x, dy, a_bufs, b_bufs, full, empty, geo, total, STREAM, BLOCK_IMG, BLOCK_P, BLOCK_Q,
-                    BLOCK_M, BLOCK_N, STAGES
+                    x, dy, a_bufs, b_bufs, full, empty, geo, total, STREAM, BLOCK_IMG, BLOCK_P,
+                    BLOCK_Q, BLOCK_M, BLOCK_N, STAGES
                 ),
             ),
         ],
