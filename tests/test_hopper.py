@@ -158,11 +158,13 @@ def check(p, pass_, cfg, tensors, rerun=True):
     return error / budget if budget else 0.0
 
 
-def run_geometry(seed, index, device, draw=draw_config):
+def run_geometry(seed, index, device, draw=draw_config, legal=lambda p: True):
     """All passes of one geometry, every third time fprop in tf32, too, with configs that `draw` draws;
     the share of a budget used."""
     rng = random.Random(f"{seed}/{index}")
     geometry, most = draw_problem(rng), 0.0
+    while not legal(geometry):
+        geometry = draw_problem(rng)
     for dtype, passes in ((geometry.dtype, PASSES), ("float32", PASSES[:1]))[
         : 1 + (index % 3 == 0)
     ]:
@@ -175,7 +177,7 @@ def run_geometry(seed, index, device, draw=draw_config):
     return most
 
 
-def run_geometries(name, seed, device, draw=draw_config):
+def run_geometries(name, seed, device, *family):
     """<name>_GEOMETRIES of them, 10 by default; <name>_SEED repeats a run, from <name>_START on.
     Returns how many."""
     seed, start, count = (
@@ -185,7 +187,7 @@ def run_geometries(name, seed, device, draw=draw_config):
     most = 0.0
     for index in range(start, start + count):
         print(f"{name}_SEED={seed} {name}_START={index}", flush=True)
-        most = max(most, run_geometry(seed, index, device, draw))
+        most = max(most, run_geometry(seed, index, device, *family))
     print(f"{count} geometries, at most {most:.0%} of a budget used")
     return count
 
