@@ -10,6 +10,7 @@ from test_aot import child
 from test_hopper import (  # noqa: F401
     BOXES,
     P,
+    available,
     check_shares,
     launched,
     mutant,
@@ -20,7 +21,7 @@ from test_hopper import (  # noqa: F401
 pytest.importorskip("triton.experimental.gluon")
 
 from tridil import config, cost_model, devices, drivers
-from tridil.families import blackwell, persistent
+from tridil.families import blackwell
 from tridil.kernels import blackwell as kernels
 from tridil.problem import PASSES
 
@@ -85,21 +86,8 @@ def test_shares(device, poisoned, launched):  # noqa: F811
     check_shares(make, device)
 
 
-@pytest.fixture
-def available(monkeypatch):
-    """As where the kernels can be compiled."""
-    monkeypatch.setattr(
-        persistent,
-        "unavailable",
-        lambda kernel, meant, target: None if target == meant else "another target",
-    )
-    cost_model._best.cache_clear()
-    yield
-    cost_model._best.cache_clear()
-
-
 @pytest.mark.parametrize("pass_", PASSES)
-def test_candidates_and_the_default(pass_, available, monkeypatch):
+def test_candidates_and_the_default(pass_, available, monkeypatch):  # noqa: F811
     """Offered to the tuner on sm_100 alone; what no GPU has timed runs by prediction where it is
     allowed to."""
     wide = replace(P, c=2048)
@@ -140,7 +128,7 @@ def test_candidates_and_the_default(pass_, available, monkeypatch):
         ({}, "fprop", replace(P, n=10**4), "32 bits"),
     ],
 )
-def test_what_is_legal(change, pass_, problem, reason, available):
+def test_what_is_legal(change, pass_, problem, reason, available):  # noqa: F811
     found = config.fits(make(pass_, **change), problem, pass_, blackwell.TARGET)
     assert found is None if reason is None else reason in found, found
 

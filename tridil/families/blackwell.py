@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from .. import assumed, devices
+from .. import assumed
 from ..devices import Device
 from ..problem import DTYPE_BYTES, Problem
 from .base import Config
-from .gemm import Fields, Tiles, as_fields, suits
-from .persistent import EXTRA, WIDTH, Persistent, Shares
+from .gemm import Fields, Tiles
+from .persistent import WIDTH, Persistent, Shares, rings
 
 TARGET = "cuda:100"
 # (M, N)
@@ -42,25 +42,7 @@ def tiles(
     nbytes: int, rows: int | None, cols: int, reduced: int | None
 ) -> tuple[list[tuple[Any, ...]], dict[str, np.ndarray]]:
     """(boxes, fields) of the tiles for so many channels: gemm.as_fields."""
-    device, found = devices.of_target(TARGET), []
-    for m, n in TILES:
-        if not suits(m, n, rows, cols, 2):
-            continue
-        for k in (WIDTH // nbytes, 2 * WIDTH // nbytes):
-            stages = int((device.limits[1] - EXTRA) // ((m + n) * k * nbytes))
-            if stages < 3 or reduced and -(-reduced // k) * k > 1.1 * -(-reduced // 32) * 32:
-                continue
-            tile: dict[str, int] = dict(BLOCK_M=m) if rows else dict(BLOCK_K=k, GROUP=8)
-            tile |= dict(
-                SPLIT_K=1,
-                num_warps=4,
-                num_stages=stages,
-                BLOCK_N=n,
-                STREAM=False,
-                PROGRAMS=device.sms,
-            )
-            found.append(((k if rows else m, True), tile))
-    return as_fields(found)
+    return rings(TARGET, [(m, n, {}) for m, n in TILES], nbytes, rows, cols, reduced)
 
 
 class Blackwell(Persistent):
@@ -82,11 +64,6 @@ class Blackwell(Persistent):
             return (
                 f"kernel blackwell multiplies 128 or 256 rows, 64 to 256 columns and {WIDTH} or {2 * WIDTH} bytes of the reduction, "
                 f"got {m}x{n}x{k}"
-            )
-        if (config.num_warps, config.maxnreg, config.SPLIT_K) != (4, None, 1):
-            return (
-                "kernel blackwell has num_warps=4, maxnreg=None and SPLIT_K=1 (STREAM splits), "
-                f"got {config.num_warps}, {config.maxnreg} and {config.SPLIT_K}"
             )
         return self.no_ring(config, problem, pass_)
 
@@ -114,10 +91,9 @@ class Blackwell(Persistent):
             "l2": moved / device.l2_clock / assumed.L2,
         }
 
-    def tile_clocks(self, c: dict[str, Any]) -> float:
+    def tile_clocks(self, c: dict[str, Any], m: int, n: int) -> float:
         """Less where the sums of the next tile have tensor memory of their own."""
-        m = c["BLOCK_M"] if "BLOCK_M" in c else c["BLOCK_IMG"] * c["BLOCK_P"] * c["BLOCK_Q"]
-        return assumed.BLACKWELL_TILE[2 * (m // 128) * c["BLOCK_N"] <= TENSOR_COLUMNS]
+        return assumed.BLACKWELL_TILE[2 * (m // 128) * n <= TENSOR_COLUMNS]
 
 
 FAMILY = Blackwell()

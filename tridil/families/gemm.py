@@ -324,8 +324,8 @@ class Gemm(Family):
     legality, candidates and launches.
 
     least: steps along an axis that wgrad takes for a tap that reads padding only. joins: whether a
-    launch can run several branches (`branch_plan`). sums_in_registers: whether a tile's
-    sums are.
+    launch can run several branches (`branch_plan`). sums_in_registers: whether those of a
+    tile are.
     """
 
     least = 0

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from .. import assumed, devices
+from .. import assumed
 from ..branches import Branches
 from ..devices import Device
 from ..problem import DTYPE_BYTES, Axis, Problem
@@ -30,11 +30,9 @@ from .gemm import (
     Fields,
     Gemm,
     Tiles,
-    as_fields,
     channels,
-    suits,
 )
-from .persistent import EXTRA, WIDTH, Persistent, Shares, grouped, steps_in_order
+from .persistent import WIDTH, Persistent, Shares, grouped, rings, steps_in_order
 from .tma import box_of, nhwc_strides, reads_others, source_box, stores_in_branch
 
 TARGET = "cuda:90"
@@ -72,26 +70,8 @@ def tiles(
     nbytes: int, rows: int | None, cols: int, reduced: int | None
 ) -> tuple[list[tuple[Any, ...]], dict[str, np.ndarray]]:
     """(boxes, fields) of the tiles for so many channels: gemm.as_fields."""
-    device, found = devices.of_target(TARGET), []
-    for m, n, pingpong in TILES:
-        if not suits(m, n, rows, cols, 2):
-            continue
-        for k in (WIDTH // nbytes, 2 * WIDTH // nbytes):
-            stages = int((device.limits[1] - EXTRA) // ((m + n) * k * nbytes))
-            if stages < 3 or reduced and -(-reduced // k) * k > 1.1 * -(-reduced // 32) * 32:
-                continue
-            tile: dict[str, int] = dict(BLOCK_M=m) if rows else dict(BLOCK_K=k, GROUP=8)
-            tile |= dict(
-                SPLIT_K=1,
-                num_warps=4,
-                num_stages=stages,
-                BLOCK_N=n,
-                PINGPONG=pingpong,
-                STREAM=False,
-                PROGRAMS=device.sms,
-            )
-            found.append(((k if rows else m, True), tile))
-    return as_fields(found)
+    shapes = [(m, n, {"PINGPONG": pingpong}) for m, n, pingpong in TILES]
+    return rings(TARGET, shapes, nbytes, rows, cols, reduced)
 
 
 class HopperFamily(Persistent):
@@ -123,11 +103,6 @@ class HopperFamily(Persistent):
                 f"a consumer multiplies 64 or 128 rows, 64 to 256 columns, at most 64x256 or 128x128, and {WIDTH} or {2 * WIDTH} bytes of the "
                 f"reduction, got {rows} rows of {m}x{n}x{k} with PINGPONG={config.PINGPONG}"
             )
-        if (config.num_warps, config.maxnreg, config.SPLIT_K) != (4, REGISTERS, 1):
-            return (
-                f"kernel hopper has num_warps=4, maxnreg={REGISTERS} and SPLIT_K=1 (STREAM splits), "
-                f"got {config.num_warps}, {config.maxnreg} and {config.SPLIT_K}"
-            )
         return self.no_ring(config, problem, pass_)
 
     def rows(self, config: Config, pass_: str) -> int:
@@ -154,7 +129,7 @@ class HopperFamily(Persistent):
             "l2": moved / device.l2_clock / assumed.L2,
         }
 
-    def tile_clocks(self, c: dict[str, Any]) -> float:
+    def tile_clocks(self, c: dict[str, Any], m: int, n: int) -> float:
         return assumed.HOPPER_TILE[c["PINGPONG"]]
 
     # ---- several convolutions in one launch

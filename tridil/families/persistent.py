@@ -3,7 +3,7 @@ what the families hopper and blackwell have in common."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib import import_module
@@ -31,12 +31,14 @@ from .gemm import (
     GemmConfig,
     Options,
     Tiles,
+    as_fields,
     channels,
     correlation_result,
     has_mma,
     is_flat,
+    suits,
 )
-from .tma import box_of, nhwc_strides, no_descriptors, source_box
+from .tma import box_of, nhwc_strides, no_descriptors, reaches_over_groups, source_box
 
 # bytes of a row of boxes in shared memory, and of what is stored at once
 WIDTH = 128
@@ -75,6 +77,38 @@ def unavailable(kernel: str, meant: str, target: str) -> str | None:
         if drivers.interpreted()
         else lacks(kernel)
     )
+
+
+def rings(
+    target: str,
+    shapes: Sequence[tuple[int, int, dict[str, bool]]],
+    nbytes: int,
+    rows: int | None,
+    cols: int,
+    reduced: int | None,
+) -> tuple[list[tuple[Any, ...]], dict[str, np.ndarray]]:
+    """(boxes, fields) of the tiles for so many channels, with as many stages as fit: gemm.as_fields.
+    shapes: (M, N, further fields)."""
+    device, found = devices.of_target(target), []
+    for m, n, further in shapes:
+        if not suits(m, n, rows, cols, 2):
+            continue
+        for k in (WIDTH // nbytes, 2 * WIDTH // nbytes):
+            stages = int((device.limits[1] - EXTRA) // ((m + n) * k * nbytes))
+            if stages < 3 or reduced and -(-reduced // k) * k > 1.1 * -(-reduced // 32) * 32:
+                continue
+            tile: dict[str, int] = dict(BLOCK_M=m) if rows else dict(BLOCK_K=k, GROUP=8)
+            tile |= dict(
+                SPLIT_K=1,
+                num_warps=4,
+                num_stages=stages,
+                BLOCK_N=n,
+                **further,
+                STREAM=False,
+                PROGRAMS=device.sms,
+            )
+            found.append(((k if rows else m, True), tile))
+    return as_fields(found)
 
 
 class Persistent(Gemm):
@@ -117,7 +151,13 @@ class Persistent(Gemm):
         raise NotImplementedError
 
     def no_ring(self, config: Config, problem: Problem, pass_: str) -> str | None:
-        """Why a tile has no ring of boxes."""
+        """Why a tile has no ring of boxes, or not these warps."""
+        wanted = 4, self.fixed["maxnreg"], 1
+        if (config.num_warps, config.maxnreg, config.SPLIT_K) != wanted:
+            return (
+                f"kernel {self.name} has num_warps=4, maxnreg={wanted[1]} and SPLIT_K=1 (STREAM splits), "
+                f"got {config.num_warps}, {config.maxnreg} and {config.SPLIT_K}"
+            )
         if (
             pass_ == "wgrad"
             and config.BLOCK_M > 256
@@ -137,15 +177,8 @@ class Persistent(Gemm):
             value = getattr(config, name)
             if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 4096:
                 return f"{name} must be an int from 1 to 4096, got {value!r}"
-        reduced, block = (
-            problem.c if pass_ == "fprop" else problem.k,
-            "BLOCK_M" if pass_ == "wgrad" else "BLOCK_K",
-        )
-        if problem.groups > 1 and reduced // problem.groups % getattr(config, block):
-            return (
-                f"with groups={problem.groups}, {block} (={getattr(config, block)}) must divide the {reduced // problem.groups} channels of a "
-                "group"
-            )
+        if reason := reaches_over_groups(config, problem, pass_):
+            return reason
         if config.STREAM and self.executed_macs(problem, pass_, config) >= (
             2**31 - config.PROGRAMS
         ) * prod(self.tile(config, pass_)):
@@ -240,8 +273,9 @@ class Persistent(Gemm):
     ) -> np.ndarray:
         return np.ones_like(c["PROGRAMS"])
 
-    def tile_clocks(self, c: dict[str, Any]) -> float:
-        """Clocks that storing a tile keeps the tensor cores from working; c: fields of a config."""
+    def tile_clocks(self, c: dict[str, Any], m: int, n: int) -> float:
+        """Clocks that storing a tile of m x n keeps the tensor cores from working; c: fields of a
+        config."""
         raise NotImplementedError
 
     def waves(
@@ -258,22 +292,23 @@ class Persistent(Gemm):
         device: Device,
     ) -> np.ndarray:
         m, n, _ = self._tiles(c, pass_)
-        # clocks of adding a part: an SM reads it through L2
-        parts = (4 * m * n / (device.l2_clock * assumed.L2)).tolist()
         rows = zip(*(values.tolist() for values in c.values()))
+        sizes = (values.tolist() for values in (total, count, m, n))
         found = []
-        for row, most, tiles, part in zip(rows, total.tolist(), count.tolist(), parts):
+        for row, most, tiles, m, n in zip(rows, *sizes):
             one = dict(zip(c, row))
             programs = one["PROGRAMS"]
             if one["STREAM"]:
-                # one program adds all parts of a tile; one of them is counted with the sums
+                # one program adds all parts of a tile, which its SM reads through L2; one of them
+                # is counted with the sums
+                part = 4 * m * n / (device.l2_clock * assumed.L2)
                 most = most / programs + max(programs / tiles - 1, 0) * part
                 tiles = tiles / programs + 1
             else:
                 programs = min(programs, tiles)
                 share, tiles = self.busiest(problem, pass_, one, axes, tiles)
                 most *= share
-            each = most + tiles * self.tile_clocks(one)
+            each = most + tiles * self.tile_clocks(one, m, n)
             found.append(-(-programs // device.sms) * each + assumed.PROGRAM)
         return np.array(found)
 

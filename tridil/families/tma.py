@@ -169,16 +169,7 @@ class Tma(Gemm):
     ) -> str | None:
         if max(sides) > 256:
             return f"box sides must be at most 256, got {sides}"
-        reduced, block = (
-            problem.c if pass_ == "fprop" else problem.k,
-            "BLOCK_M" if pass_ == "wgrad" else "BLOCK_K",
-        )
-        if problem.groups > 1 and reduced // problem.groups % getattr(config, block):
-            return (
-                f"with groups={problem.groups}, {block} (={getattr(config, block)}) must divide the {reduced // problem.groups} channels of a "
-                "group"
-            )
-        return None
+        return reaches_over_groups(config, problem, pass_)
 
     # ---- candidates
     def tile_options(
@@ -466,6 +457,20 @@ class Tma(Gemm):
             )
         ]
         return found + sum_branches(branches, order, split, constexprs) if partial else found
+
+
+def reaches_over_groups(config: Config, problem: Problem, pass_: str) -> str | None:
+    """Why a block of channels would reach from a group into the next one."""
+    reduced, block = (
+        problem.c if pass_ == "fprop" else problem.k,
+        "BLOCK_M" if pass_ == "wgrad" else "BLOCK_K",
+    )
+    if problem.groups > 1 and reduced // problem.groups % getattr(config, block):
+        return (
+            f"with groups={problem.groups}, {block} (={getattr(config, block)}) must divide the {reduced // problem.groups} channels of a "
+            "group"
+        )
+    return None
 
 
 def reads_others(config: Config, branches: Branches, pass_: str) -> str | None:

@@ -24,14 +24,12 @@ from .hopper import (
     RUNTIME,
     advance,
     announce_part,
-    correlation_share,
-    correlation_tile,
     flat,
     part_of,
+    place_of_tile,
     produce,
     produce_boxes,
-    reduction_share,
-    reduction_tile,
+    share_of_pass,
     share_of_program,
     steps_of_share,
     store_columns,
@@ -72,7 +70,7 @@ def ring(a, b, M: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr):
     BITS: gl.constexpr = a.dtype.primitive_bitwidth
     # columns that are stored at once: 128 bytes, the widest swizzle
     STORED: gl.constexpr = 1024 // BITS
-    # which the parts of a tile take in turn
+    # which the columns of a tile take in turn
     SLOTS: gl.constexpr = 2 if HALVES * N > STORED else 1
     a_bufs = gl.allocate_shared_memory(a.dtype, [STAGES] + a.block_type.shape, a.layout)
     b_bufs = gl.allocate_shared_memory(b.dtype, [STAGES] + b.block_type.shape, b.layout)
@@ -110,23 +108,13 @@ def multiply(
     phase = 0
     at = 0
     free = 1
-    if WGRAD:
-        tile, begin, left, tiles = reduction_share(
-            geo, total, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_M, BLOCK_N, STREAM
-        )
-    else:
-        tile, begin, left, tiles = correlation_share(
-            geo, total, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_N, BLOCK_K, STREAM
-        )
+    tile, begin, left, tiles = share_of_pass(
+        geo, total, WGRAD, STREAM, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_M, BLOCK_N, BLOCK_K
+    )
     while (tile < tiles) & (left > 0):
-        if WGRAD:
-            g, i0, i3, i1, i2, p_lo, q_lo, boxes_p, boxes_q, steps = reduction_tile(
-                tile, geo, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_M, BLOCK_N
-            )
-        else:
-            g, i0, i1, i2, i3, r_lo, nr, s_lo, ns, steps = correlation_tile(
-                tile, geo, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_N, BLOCK_K, STREAM
-            )
+        i0, i1, i2, i3, sizes, steps = place_of_tile(
+            tile, geo, WGRAD, STREAM, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_M, BLOCK_N, BLOCK_K
+        )
         count = gl.minimum(steps - begin, left)
         mbarrier.wait(read.index(at), free)
         for i in range(count):
@@ -170,35 +158,16 @@ def finish(
     BOX_2: gl.constexpr = 1 if WGRAD else BLOCK_Q
     at = 0
     done = 0
-    if WGRAD:
-        tile, begin, left, tiles = reduction_share(
-            geo, total, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_M, BLOCK_N, STREAM
-        )
-    else:
-        tile, begin, left, tiles = correlation_share(
-            geo, total, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_N, BLOCK_K, STREAM
-        )
+    tile, begin, left, tiles = share_of_pass(
+        geo, total, WGRAD, STREAM, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_M, BLOCK_N, BLOCK_K
+    )
     if STREAM:
         share = share_of_program()
         much = steps_of_share(total)
     while (tile < tiles) & (left > 0):
-        if WGRAD:
-            N, H, W, P, Q, C, K, G, R, S, off_h, off_w, dil_h, dil_w, sum_w = geo
-            g, k0, i3, i1, i2, p_lo, q_lo, boxes_p, boxes_q, steps = reduction_tile(
-                tile, geo, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_M, BLOCK_N
-            )
-            i0 = g * K + k0
-            sizes = ((g + 1) * K, R, S, C)
-        else:
-            (
-                N, H, W, P, Q, C, K, G, R, S, FILTER_S, off_h, off_w, dil_h, dil_w, tap_r, tap_s,
-                step_r, step_s, group_steps, sum_w, GROUP
-            ) = geo
-            g, i0, i1, i2, n0, r_lo, nr, s_lo, ns, steps = correlation_tile(
-                tile, geo, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_N, BLOCK_K, STREAM
-            )
-            i3 = g * K + n0
-            sizes = (N, P, Q, (g + 1) * K)
+        i0, i1, i2, i3, sizes, steps = place_of_tile(
+            tile, geo, WGRAD, STREAM, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_M, BLOCK_N, BLOCK_K
+        )
         count = gl.minimum(steps - begin, left)
         whole = count == steps
         if STREAM:

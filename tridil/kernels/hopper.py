@@ -203,7 +203,7 @@ def ring(a, b, M: gl.constexpr, N: gl.constexpr, PINGPONG: gl.constexpr, STAGES:
     BITS: gl.constexpr = a.dtype.primitive_bitwidth
     # columns that are stored at once: 128 bytes, the widest swizzle
     STORED: gl.constexpr = 1024 // BITS
-    # two for each consumer, which the parts of a tile take in turn
+    # two for each consumer, which the columns of a tile take in turn
     BUFFERS: gl.constexpr = 4 if ROWS == 64 and N > STORED else 2
     a_bufs = gl.allocate_shared_memory(a.dtype, [STAGES] + a.block_type.shape, a.layout)
     b_bufs = gl.allocate_shared_memory(b.dtype, [STAGES] + b.block_type.shape, b.layout)
@@ -435,6 +435,48 @@ def store_result(
         )
 
 
+@triton.jit
+def share_of_pass(
+    geo, total, WGRAD: tl.constexpr, STREAM: tl.constexpr, BLOCK_IMG: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """`reduction_share` or `correlation_share`."""
+    if WGRAD:
+        return reduction_share(
+            geo, total, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_M, BLOCK_N, STREAM
+        )
+    else:
+        return correlation_share(
+            geo, total, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_N, BLOCK_K, STREAM
+        )
+
+
+@triton.jit
+def place_of_tile(
+    tile, geo, WGRAD: tl.constexpr, STREAM: tl.constexpr, BLOCK_IMG: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """(coordinates of the result where a tile begins, its ends, steps of the tile): of dw (k, r, s,
+    c), else (image, row, column, channel)."""
+    if WGRAD:
+        N, H, W, P, Q, C, K, G, R, S, off_h, off_w, dil_h, dil_w, sum_w = geo
+        g, k0, n0, r, s, p_lo, q_lo, boxes_p, boxes_q, steps = reduction_tile(
+            tile, geo, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_M, BLOCK_N
+        )
+        return g * K + k0, r, s, n0, ((g + 1) * K, R, S, C), steps
+    else:
+        (
+            N, H, W, P, Q, C, K, G, R, S, FILTER_S, off_h, off_w, dil_h, dil_w, tap_r, tap_s,
+            step_r, step_s, group_steps, sum_w, GROUP
+        ) = geo
+        g, img, p0, q0, n0, r_lo, nr, s_lo, ns, steps = correlation_tile(
+            tile, geo, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_N, BLOCK_K, STREAM
+        )
+        return img, p0, q0, g * K + n0, (N, P, Q, (g + 1) * K), steps
+
+
 @gluon.jit
 def consume(
     y, bias_ptr, part_ptr, flag_ptr, strides, a_bufs, b_bufs, y_bufs, full, empty, order, geo,
@@ -458,14 +500,9 @@ def consume(
     prev = STAGES - 1
     turn = 0
     go = 1 - ME
-    if WGRAD:
-        tile, begin, left, tiles = reduction_share(
-            geo, total, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_M, BLOCK_N, STREAM
-        )
-    else:
-        tile, begin, left, tiles = correlation_share(
-            geo, total, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_N, BLOCK_K, STREAM
-        )
+    tile, begin, left, tiles = share_of_pass(
+        geo, total, WGRAD, STREAM, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_M, BLOCK_N, BLOCK_K
+    )
     if STREAM:
         share = share_of_program()
         # each consumer has its rows of the parts and, for each share, a flag
@@ -473,23 +510,9 @@ def consume(
         flag_ptr += 0 if PINGPONG else ME
         much = steps_of_share(total)
     while (tile < tiles) & (left > 0):
-        if WGRAD:
-            N, H, W, P, Q, C, K, G, R, S, off_h, off_w, dil_h, dil_w, sum_w = geo
-            g, k0, i3, i1, i2, p_lo, q_lo, boxes_p, boxes_q, steps = reduction_tile(
-                tile, geo, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_M, BLOCK_N
-            )
-            i0 = g * K + k0
-            sizes = ((g + 1) * K, R, S, C)
-        else:
-            (
-                N, H, W, P, Q, C, K, G, R, S, FILTER_S, off_h, off_w, dil_h, dil_w, tap_r, tap_s,
-                step_r, step_s, group_steps, sum_w, GROUP
-            ) = geo
-            g, i0, i1, i2, n0, r_lo, nr, s_lo, ns, steps = correlation_tile(
-                tile, geo, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_N, BLOCK_K, STREAM
-            )
-            i3 = g * K + n0
-            sizes = (N, P, Q, (g + 1) * K)
+        i0, i1, i2, i3, sizes, steps = place_of_tile(
+            tile, geo, WGRAD, STREAM, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_M, BLOCK_N, BLOCK_K
+        )
         count = gl.minimum(steps - begin, left)
         mine = True
         if PINGPONG:
