@@ -187,7 +187,7 @@ MUTANTS = {
     "the other tile's turn": [("    at = 0\n    done = 0\n", "    at = 0\n    done = 1\n")],
     "columns in one place": [("i3 + i * STORED", "i3")],
     "parts of one half": [("part_ptr + row, share, t", "part_ptr, share, t")],
-    "no wait for a part": [("            wait_for_parts(flag_ptr, share + 1, end)\n", "")],
+    "no wait for a part": [("            wait_for_parts(flag_ptr, share, parts)\n", "")],
     "one buffer for two stores": [("(half * (BLOCK_N // STORED) + i) % SLOTS", "0")],
     "too many buffers for one part": [("2 if HALVES * N > STORED else 1", "2")],
     "tiles without live taps": [

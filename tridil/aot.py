@@ -88,7 +88,7 @@ def sources(
             dict(launch.constexprs(item.constexprs)),
         )
         tensors = {
-            name: ({"partials": partial, "flags": "i32"}.get(role, element), box)
+            name: (partial if role == "partials" else element, box)
             for name, role, box in item.tensors
         }
         # written as the JIT writes them: Triton's cache is keyed by their text

@@ -231,8 +231,6 @@ def _prepare(problem, pass_, config, precision, epilogue, target):
         _operand(*family.operand_format(problem, tensor)) for tensor in ROLES[pass_][:2]
     )
     workspace = max((launch.workspace for launch in launches), default=0)
-    shared = [launch for launch in launches if "flags" in {role for _, role, _ in launch.places}]
-    flags = 2 * max((launch.grid[0] for launch in shared), default=0)
     partials = getattr(torch, accumulator(problem))
 
     def run(a, b, bias=None):
@@ -243,8 +241,6 @@ def _prepare(problem, pass_, config, precision, epilogue, target):
         tensors = {"a": a, "b": b, "bias": b if bias is None else bias.contiguous(), "out": out}
         if workspace:
             tensors["partials"] = torch.empty(workspace, dtype=partials, device=a.device)
-        if flags:
-            tensors["flags"] = torch.zeros(flags, dtype=torch.int32, device=a.device)
         for launch in launches:
             launch(tensors)
         return out

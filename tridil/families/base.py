@@ -96,9 +96,8 @@ class Launch:
     """One kernel launch but for its tensors.
 
     kernel: "module:function". tensors: (argument, role, Box or None for a pointer), roles being "a"
-    and "b" (the pass's operands), "bias", "out", "partials" (fp32, or fp64 for fp64; `workspace`
-    elements) and "flags" (int32, two for each program, 0 before and after). constexprs: Triton's
-    types by their names. options are num_warps and the like.
+    and "b" (the pass's operands), "bias", "out" and "partials" (fp32, or fp64 for fp64; `workspace`
+    elements). constexprs: Triton's types by their names. options are num_warps and the like.
     """
 
     kernel: str

@@ -323,7 +323,7 @@ class Gemm(Family):
     """The work and the time of tiles. A family adds what its loop costs (`step_clocks`) and its
     legality, candidates and launches.
 
-    least: steps along an axis that wgrad takes for a tap that reads padding only. joins: whether a
+    least: steps that wgrad takes for a tap that reads padding only. joins: whether a
     launch can run several branches (`branch_plan`). sums_in_registers: whether those of a
     tile are.
     """
@@ -606,19 +606,17 @@ class Gemm(Family):
             return total, total * c["SPLIT_K"] / np.maximum(
                 self._programs(problem, pass_, c, tile, axes, flat), 1
             )
-        sums, most = others, images if pass_ == "wgrad" else 1
-        for axis, sizes in ((h, p), (w, q)):
-            # beyond the map nothing changes
-            sizes = np.minimum(sizes, min(axis.out, 1024))
-            if pass_ == "wgrad":
-                blocks = np.maximum(axis.walks_out[:, sizes], self.least)
-                total, longest = blocks.sum(0), blocks.max(0)
-            else:
-                total, longest = axis.walks[:, sizes]
-            sums, most = sums * total, most * longest
+        # beyond the map nothing changes
+        p, q = (np.minimum(sizes, min(axis.out, 1024)) for axis, sizes in ((h, p), (w, q)))
         if pass_ == "wgrad":
-            return sums * -(-cols // n), most
-        return sums * -(-reduced // step), most * -(-reduced // step)
+            height, width = h.walks_out[:, p], w.walks_out[:, q]
+            dead = h.taps * w.taps - (height > 0).sum(0) * (width > 0).sum(0)
+            total = images * height.sum(0) * width.sum(0) + self.least * dead
+            longest = np.maximum(images * height.max(0) * width.max(0), self.least)
+            return total * problem.groups * -(-rows // m) * -(-cols // n), longest
+        (height, tallest), (width, widest) = h.walks[:, p], w.walks[:, q]
+        blocks = -(-reduced // step)
+        return others * height * width * blocks, tallest * widest * blocks
 
     def _executed(self, problem: Problem, pass_: str, c: dict, kernel: str) -> np.ndarray:
         """`executed_macs` of many configs of one sort."""
@@ -721,10 +719,11 @@ class Gemm(Family):
                 np.maximum(programs, count),
             )
         result, dram_rate = prod(result_shape(problem, pass_)), device.dram * 1e9 * assumed.DRAM
-        sums = self.sums(problem, pass_, c, tile)
-        partial = partial_seconds(sums, device)
-        launches = launches * np.where(sums > 0, 2, 1)
-        dram = problem.bytes / dram_rate
+        split, sums = splits > 1, self.sums(problem, pass_, c, tile)
+        # parts of tiles (no splits) are written during the steps, with the operands in L2
+        partial = partial_seconds(sums, np.where(split, 0, problem.bytes), device)
+        launches = launches * np.where(split, 2, 1)
+        dram = (problem.bytes + np.where(split, 0, sums)) / dram_rate
         if not self.covers(problem, pass_):  # dx begins as zeros
             launches, dram = launches + 1, dram + result * DTYPE_BYTES[problem.dtype] / dram_rate
         waves, work, launching = waves / hertz, work / hertz, launches * assumed.LAUNCH
@@ -758,7 +757,7 @@ class Gemm(Family):
         return waves_of(count, total, most, device.sms, fit, alone)
 
     def sums(self, problem: Problem, pass_: str, c: Fields, tile: Tiles) -> np.ndarray:
-        """Bytes that partial results and their sum move."""
+        """Bytes that partial results and their sum move after the steps."""
         return np.where(
             c["SPLIT_K"] > 1, 4 * prod(result_shape(problem, pass_)) * (2 * c["SPLIT_K"] + 1), 0
         )
@@ -895,7 +894,7 @@ class Gemm(Family):
         weights = sum(map(prod, branches.w_shapes))
         sums = np.where(c["SPLIT_K"] > 1, 4 * weights * (2 * c["SPLIT_K"] + 1), 0)
         launches = np.where(sums > 0, 2, len(launched))
-        partial = partial_seconds(sums, device)
+        partial = partial_seconds(sums, np.zeros_like(sums), device)
         return (
             np.maximum(waves / hertz, branches.bytes / dram_rate)
             + partial
@@ -941,10 +940,12 @@ class Gemm(Family):
         )
 
 
-def partial_seconds(sums: np.ndarray, device: Device) -> np.ndarray:
-    """Seconds of so many bytes of partial sums: through L2 where half of it holds them."""
+def partial_seconds(sums: np.ndarray, beside: np.ndarray, device: Device) -> np.ndarray:
+    """Seconds of so many bytes of partial sums: through L2 where half of it holds them and what is
+    `beside` them."""
     l2 = device.l2_clock * assumed.L2 * device.sms * device.clock * 1e9
-    return sums / np.where(sums < device.l2 * 2**19, l2, device.dram * 1e9 * assumed.DRAM)
+    held = sums + beside < device.l2 * 2**19
+    return sums / np.where(held, l2, device.dram * 1e9 * assumed.DRAM)
 
 
 def waves_of(

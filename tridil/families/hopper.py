@@ -32,7 +32,7 @@ from .gemm import (
     Tiles,
     channels,
 )
-from .persistent import WIDTH, Persistent, Shares, grouped, rings, steps_in_order
+from .persistent import WIDTH, Persistent, Shares, grouped, rings, steps_in_order, steps_of_taps
 from .tma import box_of, nhwc_strides, reads_others, source_box, stores_in_branch
 
 TARGET = "cuda:90"
@@ -192,7 +192,7 @@ class HopperFamily(Persistent):
         for i in heaviest_first(branches, pass_):
             p = branches.problems[i]
             sides = zip(p.axes(pass_)[0], (config.BLOCK_P, config.BLOCK_Q))
-            walked = np.outer(*(steps_in_order(axis, side, False) for axis, side in sides)).ravel()
+            walked = np.outer(*(steps_in_order(axis, side) for axis, side in sides)).ravel()
             blocks = -(-channels(p, pass_)[2] // config.BLOCK_K)
             walks.append(grouped(walked, p, pass_, vars(config)) * blocks)
         return walks
@@ -296,10 +296,9 @@ def taps_in_order(branches: Branches, config: Config) -> list[tuple[int, int, in
     """(branch, tap, steps of its tiles) of all filters, the longest first."""
     found = []
     for i, p in enumerate(branches.problems):
-        sides = zip(p.fprop_axes, (config.BLOCK_P, config.BLOCK_Q))
-        steps = np.outer(*(steps_in_order(axis, side, True) for axis, side in sides)).ravel()
-        images = -(-p.n // config.BLOCK_IMG)
-        found += [(i, tap, int(much) * images) for tap, much in enumerate(steps)]
+        sides, images = (config.BLOCK_P, config.BLOCK_Q), -(-p.n // config.BLOCK_IMG)
+        steps = steps_of_taps(p.fprop_axes, sides, images).tolist()
+        found += [(i, tap, much) for tap, much in enumerate(steps)]
     return sorted(found, key=lambda item: -item[2])
 
 

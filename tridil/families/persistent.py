@@ -299,10 +299,10 @@ class Persistent(Gemm):
             one = dict(zip(c, row))
             programs = one["PROGRAMS"]
             if one["STREAM"]:
-                # one program adds all parts of a tile, which its SM reads through L2; one of them
-                # is counted with the sums
+                # the parts of a tile are added in a tree, in each level one, which an SM reads
+                # through L2; one is counted with the sums
                 part = 4 * m * n / (device.l2_clock * assumed.L2)
-                most = most / programs + max(programs / tiles - 1, 0) * part
+                most = most / programs + max(np.log2(programs / tiles + 1) - 1, 0) * part
                 tiles = tiles / programs + 1
             else:
                 programs = min(programs, tiles)
@@ -323,11 +323,12 @@ class Persistent(Gemm):
         """(share of all steps, tiles) of the program with the most steps, when programs take every
         PROGRAMS-th of `tiles`; c: fields of a config."""
         by_tap = pass_ == "wgrad"
-        h, w = (
-            steps_in_order(axis, c[side], by_tap)
-            for axis, side in zip(axes, ("BLOCK_P", "BLOCK_Q"))
-        )
-        walked = (h[:, None] * w).ravel()
+        sides = c["BLOCK_P"], c["BLOCK_Q"]
+        if by_tap:
+            walked = steps_of_taps(axes, sides, -(-problem.n // c["BLOCK_IMG"]))
+        else:
+            h, w = (steps_in_order(axis, side) for axis, side in zip(axes, sides))
+            walked = (h[:, None] * w).ravel()
         total = max(int(walked.sum()) * (tiles // len(walked)), 1)
         if tiles <= c["PROGRAMS"]:
             return walked.max() / total, 1
@@ -341,9 +342,9 @@ class Persistent(Gemm):
 
     def sums(self, problem: Problem, pass_: str, c: Fields, tile: Tiles) -> np.ndarray:
         m, n, _ = tile
-        # of each launch a part of all programs but one, in fp32, written and read
+        # of each launch a part of all programs but one, in fp32, which is read
         shared = np.where(c["STREAM"], c["PROGRAMS"] - 1, 0) * len(problem.axes(pass_))
-        return shared * m * n * 8
+        return shared * m * n * 4
 
     def partial_bytes(self, problem: Problem, pass_: str, config: Config) -> int:
         m, n, _ = self.tile(config, pass_)
@@ -409,7 +410,7 @@ class Persistent(Gemm):
             ("w", "b", weights),
             ("bias_ptr", "bias", None),
             ("y", "out", y if store else None),
-            *stream_arguments(config),
+            part_argument(config),
         )
         constexprs = dict(
             TRANSPOSED=pass_ == "dgrad",
@@ -423,12 +424,9 @@ class Persistent(Gemm):
     def _wgrad(self, p: Problem, config: Config) -> Launch:
         c, (h, w) = p.c // p.groups, p.fprop_axes
         tiles = self.programs(p, "wgrad", config, (h, w))
-        walked = [
-            int(np.maximum(axis.steps_out([side]), 1).sum())
-            for axis, side in ((h, config.BLOCK_P), (w, config.BLOCK_Q))
-        ]
-        many = prod(walked) * self.images(p, config)
-        many *= -(-(p.k // p.groups) // config.BLOCK_M) * -(-c // config.BLOCK_N)
+        sides = config.BLOCK_P, config.BLOCK_Q
+        many = int(steps_of_taps((h, w), sides, -(-p.n // config.BLOCK_IMG)).sum())
+        many *= -(-(p.k // p.groups) // config.BLOCK_M) * -(-c // config.BLOCK_N) * p.groups
         s_k, s_c, s_r, s_s = strides(p.w_shape, p.layout)
         x, h, w = source_box(p.n, p.c, h, w, config, config.BLOCK_N)
         dy = Box(
@@ -452,7 +450,7 @@ class Persistent(Gemm):
             R=p.r,
             S=p.s,
             **steps(h, w),
-            sum_w=walked[1],
+            sum_w=int(w.steps_out([config.BLOCK_Q]).sum()),
             total=many if config.STREAM else 0,
             sw_k=s_k,
             sw_c=s_c,
@@ -463,7 +461,7 @@ class Persistent(Gemm):
             ("x", "b", replace(x, swizzle=WIDTH)),
             ("dy", "a", dy),
             ("dw", "out", dw if store else None),
-            *stream_arguments(config),
+            part_argument(config),
         )
         return self._launch(
             "wgrad",
@@ -493,7 +491,7 @@ class Persistent(Gemm):
             scalars,
             constexprs,
             config.options(),
-            programs * m * n if config.STREAM else 0,
+            programs * (m * n + 4) if config.STREAM else 0,
         )
 
     def images(self, problem: Problem, config: Config) -> int:
@@ -532,10 +530,9 @@ class Persistent(Gemm):
         return Box((p.k, p.r * p.s, c), (p.r * p.s * c, c, 1), tile, 0, WIDTH)
 
 
-def stream_arguments(config: Config) -> tuple[tuple[str, str, None], ...]:
-    """The arguments of STREAM: of each program a part of a tile, two flags."""
-    roles = ("partials", "flags") if config.STREAM else ("out", "out")
-    return ("part_ptr", roles[0], None), ("flag_ptr", roles[1], None)
+def part_argument(config: Config) -> tuple[str, str, None]:
+    """The argument of STREAM: of each program a part of a tile and two flags of 64 bits."""
+    return "part_ptr", "partials" if config.STREAM else "out", None
 
 
 def stores_boxes(config: Config, problem: Problem, pass_: str) -> bool:
@@ -549,11 +546,17 @@ def stores_boxes(config: Config, problem: Problem, pass_: str) -> bool:
 
 
 @lru_cache(maxsize=1024)
-def steps_in_order(axis: Axis, side: int, by_tap: bool) -> np.ndarray:
-    """Steps of the walks along an axis, in the kernels' order: of each tap, or of each block of
-    `side` outputs, the middle ones first."""
-    if by_tap:
-        return np.maximum(axis.steps_out([side])[:, 0], 1)
+def steps_of_taps(axes: tuple[Axis, Axis], sides: tuple[int, int], images: int) -> np.ndarray:
+    """Steps of a tile of each tap (R, S), flat: through the boxes of its live outputs, whose sides
+    these are, or one."""
+    h, w = (axis.steps_out([side])[:, 0] for axis, side in zip(axes, sides))
+    return np.maximum(images * h[:, None] * w, 1).ravel()
+
+
+@lru_cache(maxsize=1024)
+def steps_in_order(axis: Axis, side: int) -> np.ndarray:
+    """Steps of the walks along an axis, in the kernels' order: of each block of `side` outputs, the
+    middle ones first."""
     blocks = np.arange(-(-axis.out // side))
     first, last = axis._spans[..., None] // side
     live = ((first <= blocks) & (blocks <= last)).sum(0)

@@ -22,10 +22,13 @@ from triton.experimental.gluon.language.nvidia.blackwell import (
 from .common import launch_metadata
 from .hopper import (
     RUNTIME,
+    add_parts,
     advance,
     announce_part,
+    flags_of,
     flat,
     part_of,
+    parts_to_add,
     place_of_tile,
     produce,
     produce_boxes,
@@ -144,7 +147,7 @@ def multiply(
 
 @gluon.jit
 def finish(
-    y, bias_ptr, part_ptr, flag_ptr, strides, y_bufs, sums, ready, read, geo, total,
+    y, bias_ptr, part_ptr, strides, y_bufs, sums, ready, read, geo, total,
     WGRAD: gl.constexpr, EPILOGUE: gl.constexpr, TMA_STORE: gl.constexpr, ROWS_FIRST: gl.constexpr,
     ALIGN_Y: gl.constexpr, STREAM: gl.constexpr, BLOCK_IMG: gl.constexpr, BLOCK_P: gl.constexpr,
     BLOCK_Q: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr,
@@ -163,18 +166,16 @@ def finish(
     )
     if STREAM:
         share = share_of_program()
+        flag_ptr = flags_of(part_ptr, BLOCK_M * BLOCK_N)
         much = steps_of_share(total)
     while (tile < tiles) & (left > 0):
         i0, i1, i2, i3, sizes, steps = place_of_tile(
             tile, geo, WGRAD, STREAM, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_M, BLOCK_N, BLOCK_K
         )
         count = gl.minimum(steps - begin, left)
-        whole = count == steps
         if STREAM:
-            # this program stores the tiles that it begins
-            whole = begin == 0
-            end = gl.where(whole, share + 1 + gl.cdiv(steps - count, much), 0)
-            wait_for_parts(flag_ptr, share + 1, end)
+            parts = parts_to_add(begin, steps - begin - count, much)
+            wait_for_parts(flag_ptr, share, parts)
         mbarrier.wait(ready.index(at), done)
         for half in range(HALVES):
             row = 128 * half
@@ -182,17 +183,18 @@ def finish(
                 t = load_sums(sums.index(at * HALVES + half).slice(i * STORED, STORED))
                 if i == BLOCK_N // STORED - 1:
                     mbarrier.arrive(read.index(at), count=1, pred=half == HALVES - 1)
-                parts = None
                 if STREAM:
-                    parts = (part_ptr + row, share + 1, end, BLOCK_M * BLOCK_N, 1, BLOCK_M)
+                    t = add_parts(
+                        t, part_ptr + row, share, parts, i * STORED, BLOCK_M * BLOCK_N, 1, BLOCK_M
+                    )
                 else:  # of a tile without live taps nothing was multiplied
                     t = gl.where(count > 0, t, 0.0)
-                if whole:
+                if begin == 0:  # with STREAM a program stores the tiles that it begins
                     store_columns(
                         y, bias_ptr, y_bufs.index((half * (BLOCK_N // STORED) + i) % SLOTS), t,
-                        parts, i0 + row // (BOX_1 * BOX_2), i1 + row // BOX_2 % BOX_1,
+                        i0 + row // (BOX_1 * BOX_2), i1 + row // BOX_2 % BOX_1,
                         i2 + row % BOX_2, i3 + i * STORED, sizes, strides, BOX_1, BOX_2, EPILOGUE,
-                        TMA_STORE, ROWS_FIRST, ALIGN_Y, SLOTS, i * STORED
+                        TMA_STORE, ROWS_FIRST, ALIGN_Y, SLOTS
                     )
                 elif STREAM:
                     part_ptrs = part_of(
@@ -200,7 +202,7 @@ def finish(
                     )
                     gl.store(part_ptrs, t)
         if STREAM:
-            if not whole:
+            if begin > 0:
                 announce_part(flag_ptr, share)
             left -= count
             begin = 0
@@ -213,7 +215,7 @@ def finish(
 
 @gluon.jit(do_not_specialize=RUNTIME, launch_metadata=launch_metadata)
 def correlate_blackwell(
-    x, w, bias_ptr, y, part_ptr, flag_ptr, N, H, W, P, Q, C, K, G, R, S, FILTER_S, off_h, off_w,
+    x, w, bias_ptr, y, part_ptr, N, H, W, P, Q, C, K, G, R, S, FILTER_S, off_h, off_w,
     dil_h, dil_w, tap_r, tap_s, step_r, step_s, group_steps, sum_w, total, GROUP, sy_n, sy_p, sy_q,
     sy_k, y0, TRANSPOSED: gl.constexpr, EPILOGUE: gl.constexpr, TMA_STORE: gl.constexpr,
     ROWS_FIRST: gl.constexpr, ALIGN_Y: gl.constexpr, STREAM: gl.constexpr, BLOCK_IMG: gl.constexpr,
@@ -233,7 +235,7 @@ def correlate_blackwell(
             (
                 finish,
                 (
-                    y, bias_ptr, part_ptr, flag_ptr, strides, y_bufs, sums, ready, read, geo, total,
+                    y, bias_ptr, part_ptr, strides, y_bufs, sums, ready, read, geo, total,
                     False, EPILOGUE, TMA_STORE, ROWS_FIRST, ALIGN_Y, STREAM, BLOCK_IMG, BLOCK_P,
                     BLOCK_Q, M, BLOCK_N, BLOCK_K
                 ),
@@ -260,7 +262,7 @@ def correlate_blackwell(
 
 @gluon.jit(do_not_specialize=RUNTIME, launch_metadata=launch_metadata)
 def wgrad_blackwell(
-    x, dy, dw, part_ptr, flag_ptr, N, H, W, P, Q, C, K, G, R, S, off_h, off_w, dil_h, dil_w, sum_w,
+    x, dy, dw, part_ptr, N, H, W, P, Q, C, K, G, R, S, off_h, off_w, dil_h, dil_w, sum_w,
     total, sw_k, sw_c, sw_r, sw_s, TMA_STORE: gl.constexpr, STREAM: gl.constexpr,
     BLOCK_IMG: gl.constexpr, BLOCK_P: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
@@ -274,7 +276,7 @@ def wgrad_blackwell(
             (
                 finish,
                 (
-                    dw, part_ptr, part_ptr, flag_ptr, strides, y_bufs, sums, ready, read, geo,
+                    dw, part_ptr, part_ptr, strides, y_bufs, sums, ready, read, geo,
                     total, True, "", TMA_STORE, False, 1, STREAM, BLOCK_IMG, BLOCK_P, BLOCK_Q,
                     BLOCK_M, BLOCK_N, 0
                 ),

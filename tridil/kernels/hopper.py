@@ -44,6 +44,8 @@ else:
 tma_load: Any = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 tma_store: Any = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
 barrier: Any = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
+# of 64 bits, which no memory holds by chance: flags begin as they are, and end as something else
+WRITTEN = gl.constexpr(0x5DA1_93C7_0E6B_F284)
 RUNTIME = RUNTIME + "C G R S FILTER_S step_s sy_k sw_c group_steps sum_w GROUP".split()
 
 
@@ -320,57 +322,72 @@ def part_of(part_ptr, share, t, column, size, step_m, step_n):
 
 
 @gluon.jit
-def announce_part(flag_ptr, share):
-    """Says that these warps have written a share's part."""
-    barrier()
-    gl.atomic_xchg(flag_ptr + 2 * share, 1, sem="release")
+def flags_of(part_ptr, SIZE: gl.constexpr):
+    """Where the flags lie, two for each share, behind the parts of SIZE elements."""
+    end = part_ptr + gl.num_programs(0) * SIZE
+    return end.to(gl.pointer_type(gl.int64), bitcast=True)
 
 
 @gluon.jit
-def wait_for_parts(flag_ptr, first, end):
-    """Until the parts of the shares [first, end) are said to be written; takes the word back."""
-    for share in range(first, end):
-        while gl.atomic_xchg(flag_ptr + 2 * share, 0, sem="acquire") == 0:
+def announce_part(flag_ptr, share):
+    """Says that these warps have written a share's part."""
+    barrier()
+    gl.atomic_xchg(flag_ptr + 2 * share, WRITTEN, sem="release")
+
+
+@triton.jit
+def parts_to_add(begin, left, much):
+    """How many parts a share adds to what it multiplies of a tile, between the steps before `begin`
+    and the last `left`: those of the shares 1, 2, 4, ... after it, as long as its own number in the
+    tile is a multiple of twice that. So the sums of a tile are a tree."""
+    number = tl.cdiv(begin, much)
+    further = tl.cdiv(left, much)
+    parts = 0
+    while ((number >> parts) % 2 == 0) & (1 << parts <= further):
+        parts += 1
+    return parts
+
+
+@gluon.jit
+def wait_for_parts(flag_ptr, share, count):
+    """Until the parts that a share adds are said to be written; takes the word back."""
+    for i in range(count):
+        while gl.atomic_xchg(flag_ptr + 2 * (share + (1 << i)), 0, sem="acquire") != WRITTEN:
             pass
 
 
 @gluon.jit
-def add_parts(t, parts, COLUMN: gl.constexpr):
-    """t, columns of a tile from COLUMN on, plus all parts, in their order."""
+def add_parts(t, part_ptr, share, count, column, size, step_m, step_n):
+    """t, columns of a tile from `column` on, plus the parts that a share adds, in their order."""
     COLUMNS: gl.constexpr = t.shape[1]
     if COLUMNS * t.shape[0] > 32 * 128:
         layout: gl.constexpr = t.type.layout
         left, right = halves(t)
-        left = add_parts(left, parts, COLUMN)
-        right = add_parts(right, parts, COLUMN + COLUMNS // 2)
+        left = add_parts(left, part_ptr, share, count, column, size, step_m, step_n)
+        right = add_parts(
+            right, part_ptr, share, count, column + COLUMNS // 2, size, step_m, step_n
+        )
         t = gl.join(left, right).permute([0, 2, 1]).reshape([t.shape[0], COLUMNS])
         return gl.convert_layout(t, layout, assert_trivial=True)
     else:
-        part_ptr, first, end, size, step_m, step_n = parts
-        for share in range(first, end):
-            t += gl.load(part_of(part_ptr, share, t, COLUMN, size, step_m, step_n))
+        for i in range(count):
+            t += gl.load(part_of(part_ptr, share + (1 << i), t, column, size, step_m, step_n))
         return t
 
 
 @gluon.jit
 def store_columns(
-    y, bias_ptr, buf, t, parts, i0, i1, i2, i3, sizes, strides, BOX_1: gl.constexpr,
+    y, bias_ptr, buf, t, i0, i1, i2, i3, sizes, strides, BOX_1: gl.constexpr,
     BOX_2: gl.constexpr, EPILOGUE: gl.constexpr, TMA_STORE: gl.constexpr, ROWS_FIRST: gl.constexpr,
-    ALIGN_Y: gl.constexpr, SLOTS: gl.constexpr, COLUMN: gl.constexpr,
+    ALIGN_Y: gl.constexpr, SLOTS: gl.constexpr,
 ):
-    """t [rows of a box with sides ..., BOX_1, BOX_2, columns of a tile from COLUMN on], what other
-    programs wrote of it and the epilogue -> y at these coordinates, through a buffer, one of SLOTS
-    that take turns: by descriptor, or through y's strides within `sizes`, where rows (ROWS_FIRST)
-    or runs of ALIGN_Y columns are neighbours in memory.
-
-    parts: None, or (pointer, first share and end of those that have parts of the tile, size of a
-    part, strides): `part_of`.
-    """
+    """t [rows of a box with sides ..., BOX_1, BOX_2, columns] and the epilogue -> y at these
+    coordinates, through a buffer, one of SLOTS that take turns: by descriptor, or through y's
+    strides within `sizes`, where rows (ROWS_FIRST) or runs of ALIGN_Y columns are neighbours in
+    memory."""
     COLUMNS: gl.constexpr = t.shape[1]
     n_0, n_1, n_2, n_3 = sizes
     s_0, s_1, s_2, s_3, y0 = strides
-    if parts is not None:
-        t = add_parts(t, parts, COLUMN)
     t = epilogue(t, bias_ptr, i3, n_3, EPILOGUE)
     if TMA_STORE:
         tma.store_wait(SLOTS - 1)
@@ -409,7 +426,7 @@ def store_columns(
 
 @gluon.jit
 def store_result(
-    y, bias_ptr, bufs, t, parts, i0, i1, i2, i3, sizes, strides, BOX_1: gl.constexpr,
+    y, bias_ptr, bufs, t, i0, i1, i2, i3, sizes, strides, BOX_1: gl.constexpr,
     BOX_2: gl.constexpr, EPILOGUE: gl.constexpr, TMA_STORE: gl.constexpr, ROWS_FIRST: gl.constexpr,
     ALIGN_Y: gl.constexpr, FIRST: gl.constexpr, SLOTS: gl.constexpr, SLOT: gl.constexpr,
 ):
@@ -420,18 +437,18 @@ def store_result(
     if COLUMNS > STORED:
         left, right = halves(t)
         store_result(
-            y, bias_ptr, bufs, left, parts, i0, i1, i2, i3, sizes, strides, BOX_1, BOX_2, EPILOGUE,
+            y, bias_ptr, bufs, left, i0, i1, i2, i3, sizes, strides, BOX_1, BOX_2, EPILOGUE,
             TMA_STORE, ROWS_FIRST, ALIGN_Y, FIRST, SLOTS, SLOT
         )
         store_result(
-            y, bias_ptr, bufs, right, parts, i0, i1, i2, i3 + COLUMNS // 2, sizes, strides, BOX_1,
+            y, bias_ptr, bufs, right, i0, i1, i2, i3 + COLUMNS // 2, sizes, strides, BOX_1,
             BOX_2, EPILOGUE, TMA_STORE, ROWS_FIRST, ALIGN_Y, FIRST, SLOTS,
             SLOT + COLUMNS // (2 * STORED)
         )
     else:
         store_columns(
-            y, bias_ptr, bufs.index(FIRST + SLOT % SLOTS), t, parts, i0, i1, i2, i3, sizes, strides,
-            BOX_1, BOX_2, EPILOGUE, TMA_STORE, ROWS_FIRST, ALIGN_Y, SLOTS, SLOT * STORED
+            y, bias_ptr, bufs.index(FIRST + SLOT % SLOTS), t, i0, i1, i2, i3, sizes, strides,
+            BOX_1, BOX_2, EPILOGUE, TMA_STORE, ROWS_FIRST, ALIGN_Y, SLOTS
         )
 
 
@@ -479,7 +496,7 @@ def place_of_tile(
 
 @gluon.jit
 def consume(
-    y, bias_ptr, part_ptr, flag_ptr, strides, a_bufs, b_bufs, y_bufs, full, empty, order, geo,
+    y, bias_ptr, part_ptr, strides, a_bufs, b_bufs, y_bufs, full, empty, order, geo,
     total, WGRAD: gl.constexpr, TRANSPOSED: gl.constexpr, EPILOGUE: gl.constexpr,
     TMA_STORE: gl.constexpr, ROWS_FIRST: gl.constexpr, ALIGN_Y: gl.constexpr,
     PINGPONG: gl.constexpr, STREAM: gl.constexpr, BLOCK_IMG: gl.constexpr, BLOCK_P: gl.constexpr,
@@ -506,8 +523,8 @@ def consume(
     if STREAM:
         share = share_of_program()
         # each consumer has its rows of the parts and, for each share, a flag
+        flag_ptr = flags_of(part_ptr, BLOCK_M * BLOCK_N) + (0 if PINGPONG else ME)
         part_ptr += ROW * BLOCK_N
-        flag_ptr += 0 if PINGPONG else ME
         much = steps_of_share(total)
     while (tile < tiles) & (left > 0):
         i0, i1, i2, i3, sizes, steps = place_of_tile(
@@ -524,15 +541,13 @@ def consume(
                 acc, a_bufs, b_bufs, full, empty, order, count, stage, phase, prev, go, ROW, WGRAD,
                 WGRAD or TRANSPOSED, PINGPONG, STAGES, ME
             )
-            # with STREAM a program stores the tiles that it begins
-            if begin == 0 if STREAM else count == steps:
-                parts = None
-                if STREAM:
-                    end = share + 1 + gl.cdiv(steps - count, much)
-                    wait_for_parts(flag_ptr, share + 1, end)
-                    parts = (part_ptr, share + 1, end, BLOCK_M * BLOCK_N, BLOCK_N, 1)
+            if STREAM:
+                parts = parts_to_add(begin, steps - begin - count, much)
+                wait_for_parts(flag_ptr, share, parts)
+                acc = add_parts(acc, part_ptr, share, parts, 0, BLOCK_M * BLOCK_N, BLOCK_N, 1)
+            if begin == 0:  # with STREAM a program stores the tiles that it begins
                 store_result(
-                    y, bias_ptr, y_bufs, acc, parts, i0 + ROW // (BOX_1 * BOX_2),
+                    y, bias_ptr, y_bufs, acc, i0 + ROW // (BOX_1 * BOX_2),
                     i1 + ROW // BOX_2 % BOX_1, i2 + ROW % BOX_2, i3, sizes, strides, BOX_1, BOX_2,
                     EPILOGUE, TMA_STORE, ROWS_FIRST, ALIGN_Y, SLOTS * ME, SLOTS, 0
                 )
@@ -631,7 +646,7 @@ def produce_tile(
 
 @gluon.jit(do_not_specialize=RUNTIME, launch_metadata=launch_metadata)
 def correlate_hopper(
-    x, w, bias_ptr, y, part_ptr, flag_ptr, N, H, W, P, Q, C, K, G, R, S, FILTER_S, off_h, off_w,
+    x, w, bias_ptr, y, part_ptr, N, H, W, P, Q, C, K, G, R, S, FILTER_S, off_h, off_w,
     dil_h, dil_w, tap_r, tap_s, step_r, step_s, group_steps, sum_w, total, GROUP, sy_n, sy_p, sy_q,
     sy_k, y0, TRANSPOSED: gl.constexpr, EPILOGUE: gl.constexpr, TMA_STORE: gl.constexpr,
     ROWS_FIRST: gl.constexpr, ALIGN_Y: gl.constexpr, PINGPONG: gl.constexpr, STREAM: gl.constexpr,
@@ -655,7 +670,7 @@ def correlate_hopper(
             (
                 consume,
                 (
-                    y, bias_ptr, part_ptr, flag_ptr, strides, a_bufs, b_bufs, y_bufs, full, empty,
+                    y, bias_ptr, part_ptr, strides, a_bufs, b_bufs, y_bufs, full, empty,
                     order, geo, total, False, TRANSPOSED, EPILOGUE, TMA_STORE, ROWS_FIRST, ALIGN_Y,
                     PINGPONG, STREAM,
                     BLOCK_IMG, BLOCK_P, BLOCK_Q, M, BLOCK_N, BLOCK_K, STAGES, 0
@@ -664,7 +679,7 @@ def correlate_hopper(
             (
                 consume,
                 (
-                    y, bias_ptr, part_ptr, flag_ptr, strides, a_bufs, b_bufs, y_bufs, full, empty,
+                    y, bias_ptr, part_ptr, strides, a_bufs, b_bufs, y_bufs, full, empty,
                     order, geo, total, False, TRANSPOSED, EPILOGUE, TMA_STORE, ROWS_FIRST, ALIGN_Y,
                     PINGPONG, STREAM,
                     BLOCK_IMG, BLOCK_P, BLOCK_Q, M, BLOCK_N, BLOCK_K, STAGES, 1
@@ -691,7 +706,7 @@ def reduction_tile(
 ):
     """(group, row, column, tap (r, s), first live output (row, column), boxes of live outputs
     (rows, columns), steps) of a tile of dw; taps are the outer loops. A tap that reads padding only
-    has one box, where x is zero."""
+    has one step, where x or dy is zero."""
     N, H, W, P, Q, C, K, G, R, S, off_h, off_w, dil_h, dil_w, sum_w = geo
     tiles_m = tl.cdiv(K, BLOCK_M)
     tiles_n = tl.cdiv(C, BLOCK_N)
@@ -705,28 +720,35 @@ def reduction_tile(
     r = t // S
     p_lo, boxes_p = live_boxes(r, H, off_h, dil_h, P, BLOCK_P)
     q_lo, boxes_q = live_boxes(s, W, off_w, dil_w, Q, BLOCK_Q)
-    return g, k0, n0, r, s, p_lo, q_lo, boxes_p, boxes_q, tl.cdiv(N, BLOCK_IMG) * boxes_p * boxes_q
+    steps = steps_of_tap(boxes_p, boxes_q, N, BLOCK_IMG)
+    return g, k0, n0, r, s, p_lo, q_lo, tl.maximum(boxes_p, 1), tl.maximum(boxes_q, 1), steps
+
+
+@triton.jit
+def steps_of_tap(boxes_p, boxes_q, N, BLOCK_IMG: tl.constexpr):
+    return tl.maximum(tl.cdiv(N, BLOCK_IMG) * boxes_p * boxes_q, 1)
 
 
 @triton.jit
 def live_boxes(t, size, offset, dilation, out, BLOCK: tl.constexpr):
-    """(first live output of tap t, boxes of live outputs, at least one)."""
+    """(first live output of tap t, boxes of live outputs)."""
     lo, hi = live_outputs(t, size, offset, 1, dilation, out)
-    return lo, tl.maximum(tl.cdiv(hi - lo, BLOCK), 1)
+    return lo, tl.cdiv(hi - lo, BLOCK)
 
 
 @triton.jit
-def find_tap(step, unit, size, offset, dilation, out, BLOCK: tl.constexpr):
-    """(tap, boxes of the taps before it) of an axis that holds a step, when each box is worth
-    `unit` steps."""
+def find_tap(step, unit, further, least, size, offset, dilation, out, BLOCK: tl.constexpr):
+    """(tap of an axis that holds a step, step of the tap, its boxes): a tap has `unit` steps for
+    each box and `further` ones, or, without boxes, `least`."""
     tap = 0
-    before = 0
     _, boxes = live_boxes(0, size, offset, dilation, out, BLOCK)
-    while (before + boxes) * unit <= step:
-        before += boxes
+    steps = tl.where(boxes > 0, boxes * unit + further, least)
+    while steps <= step:
+        step -= steps
         tap += 1
         _, boxes = live_boxes(tap, size, offset, dilation, out, BLOCK)
-    return tap, before
+        steps = tl.where(boxes > 0, boxes * unit + further, least)
+    return tap, step, boxes
 
 
 @triton.jit
@@ -737,15 +759,16 @@ def reduction_start(
     """(tile, step of the tile) of a step of the sequence."""
     N, H, W, P, Q, C, K, G, R, S, off_h, off_w, dil_h, dil_w, sum_w = geo
     tiles = tl.cdiv(K, BLOCK_M) * tl.cdiv(C, BLOCK_N) * G  # of one tap
-    unit = tiles * tl.cdiv(N, BLOCK_IMG) * sum_w
-    r, before = find_tap(step, unit, H, off_h, dil_h, P, BLOCK_P)
-    step -= before * unit
-    _, boxes = live_boxes(r, H, off_h, dil_h, P, BLOCK_P)
-    unit = tiles * tl.cdiv(N, BLOCK_IMG) * boxes
-    s, before = find_tap(step, unit, W, off_w, dil_w, Q, BLOCK_Q)
-    step -= before * unit
-    _, boxes_q = live_boxes(s, W, off_w, dil_w, Q, BLOCK_Q)
-    steps = tl.cdiv(N, BLOCK_IMG) * boxes * boxes_q
+    unit = tiles * tl.cdiv(N, BLOCK_IMG)
+    _, live = live_taps(0, Q - 1, W, off_w, 1, dil_w, S)
+    r, step, boxes_p = find_tap(
+        step, unit * sum_w, tiles * (S - live), tiles * S, H, off_h, dil_h, P, BLOCK_P
+    )
+    further = tl.where(boxes_p > 0, 0, tiles)
+    s, step, boxes_q = find_tap(
+        step, unit * boxes_p, further, tiles, W, off_w, dil_w, Q, BLOCK_Q
+    )
+    steps = steps_of_tap(boxes_p, boxes_q, N, BLOCK_IMG)
     return (r * S + s) * tiles + step // steps, step % steps
 
 
@@ -860,12 +883,12 @@ def produce_boxes_of(
 
 @gluon.jit(do_not_specialize=RUNTIME, launch_metadata=launch_metadata)
 def wgrad_hopper(
-    x, dy, dw, part_ptr, flag_ptr, N, H, W, P, Q, C, K, G, R, S, off_h, off_w, dil_h, dil_w, sum_w,
+    x, dy, dw, part_ptr, N, H, W, P, Q, C, K, G, R, S, off_h, off_w, dil_h, dil_w, sum_w,
     total, sw_k, sw_c, sw_r, sw_s, TMA_STORE: gl.constexpr, PINGPONG: gl.constexpr,
     STREAM: gl.constexpr, BLOCK_IMG: gl.constexpr, BLOCK_P: gl.constexpr, BLOCK_Q: gl.constexpr,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
 ):
-    """For STREAM sum_w: boxes of all taps of a row; total: steps of all tiles."""
+    """For STREAM sum_w: boxes of a row of taps; total: steps of all tiles."""
     a_bufs, b_bufs, y_bufs, full, empty, order = ring(dy, x, BLOCK_M, BLOCK_N, PINGPONG, STAGES)
     geo = (N, H, W, P, Q, C, K, G, R, S, off_h, off_w, dil_h, dil_w, sum_w)
     strides = (sw_k, sw_r, sw_s, sw_c, 0)
@@ -874,7 +897,7 @@ def wgrad_hopper(
             (
                 consume,
                 (
-                    dw, part_ptr, part_ptr, flag_ptr, strides, a_bufs, b_bufs, y_bufs, full, empty,
+                    dw, part_ptr, part_ptr, strides, a_bufs, b_bufs, y_bufs, full, empty,
                     order, geo, total, True, False, "", TMA_STORE, False, 1, PINGPONG, STREAM,
                     BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_M, BLOCK_N, 0, STAGES, 0
                 ),
@@ -882,7 +905,7 @@ def wgrad_hopper(
             (
                 consume,
                 (
-                    dw, part_ptr, part_ptr, flag_ptr, strides, a_bufs, b_bufs, y_bufs, full, empty,
+                    dw, part_ptr, part_ptr, strides, a_bufs, b_bufs, y_bufs, full, empty,
                     order, geo, total, True, False, "", TMA_STORE, False, 1, PINGPONG, STREAM,
                     BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_M, BLOCK_N, 0, STAGES, 1
                 ),
@@ -1032,7 +1055,7 @@ def consume_branches(
                 TRANSPOSED, PINGPONG, STAGES, ME
             )
             store_result(
-                y, bias_ptr, y_bufs, acc, None, i0 + ROW // (BLOCK_P * BLOCK_Q),
+                y, bias_ptr, y_bufs, acc, i0 + ROW // (BLOCK_P * BLOCK_Q),
                 i1 + ROW // BLOCK_Q % BLOCK_P, i2 + ROW % BLOCK_Q, i3, (N, P, Q, end), strides,
                 BLOCK_P, BLOCK_Q, EPILOGUE, TMA_STORE, ROWS_FIRST, ALIGN_Y, SLOTS * ME, SLOTS, 0
             )
@@ -1195,7 +1218,7 @@ def store_filter(
     TAP: gl.constexpr = C if CHANNELS_LAST else 1
     CHANNEL: gl.constexpr = 1 if CHANNELS_LAST else R * S
     store_result(
-        dw, None, y_bufs, acc, None, i0, i1, i2, i3, ((i0 // K + 1) * K, R, S, C),
+        dw, None, y_bufs, acc, i0, i1, i2, i3, ((i0 // K + 1) * K, R, S, C),
         (R * S * C, S * TAP, TAP, CHANNEL, 0), 1, 1, False, TMA_STORE, False, 1, FIRST, SLOTS, 0
     )
 
