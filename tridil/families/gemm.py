@@ -720,9 +720,9 @@ class Gemm(Family):
             )
         result, dram_rate = prod(result_shape(problem, pass_)), device.dram * 1e9 * assumed.DRAM
         split, sums = splits > 1, self.sums(problem, pass_, c, tile)
-        # parts of tiles (no splits) are written during the steps, with the operands in L2
-        partial = partial_seconds(sums, np.where(split, 0, problem.bytes), device)
+        partial = partial_seconds(sums, device)
         launches = launches * np.where(split, 2, 1)
+        # parts of tiles (no splits) are written during the steps
         dram = (problem.bytes + np.where(split, 0, sums)) / dram_rate
         if not self.covers(problem, pass_):  # dx begins as zeros
             launches, dram = launches + 1, dram + result * DTYPE_BYTES[problem.dtype] / dram_rate
@@ -894,7 +894,7 @@ class Gemm(Family):
         weights = sum(map(prod, branches.w_shapes))
         sums = np.where(c["SPLIT_K"] > 1, 4 * weights * (2 * c["SPLIT_K"] + 1), 0)
         launches = np.where(sums > 0, 2, len(launched))
-        partial = partial_seconds(sums, np.zeros_like(sums), device)
+        partial = partial_seconds(sums, device)
         return (
             np.maximum(waves / hertz, branches.bytes / dram_rate)
             + partial
@@ -940,12 +940,10 @@ class Gemm(Family):
         )
 
 
-def partial_seconds(sums: np.ndarray, beside: np.ndarray, device: Device) -> np.ndarray:
-    """Seconds of so many bytes of partial sums: through L2 where half of it holds them and what is
-    `beside` them."""
+def partial_seconds(sums: np.ndarray, device: Device) -> np.ndarray:
+    """Seconds of so many bytes of partial sums: through L2 where half of it holds them."""
     l2 = device.l2_clock * assumed.L2 * device.sms * device.clock * 1e9
-    held = sums + beside < device.l2 * 2**19
-    return sums / np.where(held, l2, device.dram * 1e9 * assumed.DRAM)
+    return sums / np.where(sums < device.l2 * 2**19, l2, device.dram * 1e9 * assumed.DRAM)
 
 
 def waves_of(

@@ -200,7 +200,7 @@ def finish(
                     part_ptrs = part_of(
                         part_ptr + row, share, t, i * STORED, BLOCK_M * BLOCK_N, 1, BLOCK_M
                     )
-                    gl.store(part_ptrs, t)
+                    gl.store(part_ptrs, t, eviction_policy="evict_last")
         if STREAM:
             if begin > 0:
                 announce_part(flag_ptr, share)

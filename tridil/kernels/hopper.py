@@ -371,7 +371,8 @@ def add_parts(t, part_ptr, share, count, column, size, step_m, step_n):
         return gl.convert_layout(t, layout, assert_trivial=True)
     else:
         for i in range(count):
-            t += gl.load(part_of(part_ptr, share + (1 << i), t, column, size, step_m, step_n))
+            part_ptrs = part_of(part_ptr, share + (1 << i), t, column, size, step_m, step_n)
+            t += gl.load(part_ptrs, eviction_policy="evict_first")
         return t
 
 
@@ -552,7 +553,9 @@ def consume(
                     EPILOGUE, TMA_STORE, ROWS_FIRST, ALIGN_Y, SLOTS * ME, SLOTS, 0
                 )
             elif STREAM:
-                gl.store(part_of(part_ptr, share, acc, 0, BLOCK_M * BLOCK_N, BLOCK_N, 1), acc)
+                # to stay in L2 until it is added
+                part_ptrs = part_of(part_ptr, share, acc, 0, BLOCK_M * BLOCK_N, BLOCK_N, 1)
+                gl.store(part_ptrs, acc, eviction_policy="evict_last")
                 announce_part(flag_ptr, share)
         else:  # the other consumer's stages
             stage, phase = skip(stage, phase, count, STAGES)
