@@ -479,8 +479,8 @@ def test_deeplab_is_predicted_to_gain(target, n, monkeypatch):
             cost_model.predict(p, pass_, cost_model.best(p, pass_, device), device).seconds
             for p in branches.problems
         )
-    # at four images hopper's equal steps serve the branches one by one well
-    assert together <= (0.8 if (target, n) == ("cuda:90", 4) else 0.75) * apart
+    # hopper's equal steps, which joined branches do not have, serve the branches one by one well
+    assert together <= (0.9 if target == "cuda:90" else 0.75) * apart
 
 
 def test_launches_of_deeplabs_head():
