@@ -22,6 +22,7 @@ pytest.importorskip("triton.experimental.gluon")
 
 from tridil import config, cost_model, devices, drivers
 from tridil.families import blackwell
+from tridil.families.persistent import NO_EDGE
 from tridil.kernels import blackwell as kernels
 from tridil.problem import PASSES
 
@@ -47,7 +48,7 @@ def make(pass_, **change):
         STREAM=False,
         PROGRAMS=3,
     )
-    values |= dict(BLOCK_M=128) if pass_ == "wgrad" else dict(BLOCK_K=64, GROUP=8)
+    values |= dict(BLOCK_M=128) if pass_ == "wgrad" else dict(BLOCK_K=64, GROUP=8) | NO_EDGE
     return config.from_json(values | change, pass_)
 
 
@@ -59,6 +60,9 @@ def draw_config(p, pass_, rng):
         sides = rng.choice(BOXES[k if pass_ == "wgrad" else m])
         box = dict(zip(("BLOCK_IMG", "BLOCK_P", "BLOCK_Q"), sides))
         tile = dict(BLOCK_M=m) if pass_ == "wgrad" else dict(BLOCK_K=k, GROUP=rng.choice([1, 2, 8]))
+        if pass_ != "wgrad":
+            edge = rng.choice(BOXES[m]) if rng.random() < 0.5 else (0, 0, 0)
+            tile |= dict(zip(NO_EDGE, edge))
         cfg = make(
             pass_,
             **box,
@@ -138,11 +142,13 @@ import json
 from tridil import aot, config
 from tridil.families import blackwell
 from tridil.problem import Problem
-p = Problem(4, 256, 64, 64, 256, 3, 3, padding=((2, 2), (2, 2)), dilation=(2, 2))
+p = Problem(4, 256, 64, 68, 256, 3, 3, padding=((2, 2), (2, 2)), dilation=(2, 2))
 for pass_ in ("fprop", "dgrad", "wgrad"):
     for m, n in blackwell.TILES:
         for stream in (False, True):
-            tile = dict(BLOCK_M=m, BLOCK_P=4) if pass_ == "wgrad" else dict(BLOCK_K=64, GROUP=8, BLOCK_P=m // 16)
+            edge = (1, m // 4, 4) if stream else (0, 0, 0)
+            tile = dict(BLOCK_M=m, BLOCK_P=4) if pass_ == "wgrad" else dict(
+                BLOCK_K=64, GROUP=8, BLOCK_P=m // 16, EDGE_IMG=edge[0], EDGE_P=edge[1], EDGE_Q=edge[2])
             cfg = config.from_json(dict(kernel="blackwell", SPLIT_K=1, num_warps=4, num_stages=3, maxnreg=None, BLOCK_IMG=1, BLOCK_Q=16,
                                         BLOCK_N=n, PROGRAMS=148, STREAM=stream, **tile), pass_)
             for item, kernel in aot.compile_pass(p, pass_, cfg, "cuda:100"):
@@ -187,6 +193,7 @@ MUTANTS = {
     "the other tile's turn": [("    at = 0\n    done = 0\n", "    at = 0\n    done = 1\n")],
     "columns in one place": [("i3 + i * STORED", "i3")],
     "parts of one half": [("part_ptr + row, share, t", "part_ptr, share, t")],
+    "the edge's boxes are the others'": [("y, y_edge, tile >= before, bias", "y, y, False, bias")],
     "no wait for a part": [("            wait_for_parts(flag_ptr, share, parts)\n", "")],
     "one buffer for two stores": [("(half * (BLOCK_N // STORED) + i) % SLOTS", "0")],
     "too many buffers for one part": [("2 if HALVES * N > STORED else 1", "2")],
@@ -223,5 +230,6 @@ def test_mutants(name, device, poisoned, launched, tmp_path, monkeypatch, reques
         ("fprop", make("fprop", BLOCK_P=16, BLOCK_N=256, PROGRAMS=1)),
         ("wgrad", make("wgrad", BLOCK_M=256, STREAM=True, PROGRAMS=7)),
         ("fprop", make("fprop"), ((30, 3), (3, 3))),
+        ("dgrad", make("dgrad", **two | dict(BLOCK_Q=8), EDGE_IMG=1, EDGE_P=32, EDGE_Q=4)),
     ]
     assert survive(module, monkeypatch, device, runs) == (name == "none")

@@ -32,7 +32,8 @@ from tridil import (
     reference,
     testing,
 )
-from tridil.families import hopper, persistent, tma
+from tridil.families import gemm, hopper, persistent, tma
+from tridil.families.persistent import NO_EDGE
 from tridil.kernels import hopper as kernels
 from tridil.problem import PASSES, Problem
 
@@ -73,7 +74,7 @@ def make(pass_, **change):
         STREAM=False,
         PROGRAMS=3,
     )
-    values |= dict(BLOCK_M=64) if pass_ == "wgrad" else dict(BLOCK_K=64, GROUP=8)
+    values |= dict(BLOCK_M=64) if pass_ == "wgrad" else dict(BLOCK_K=64, GROUP=8) | NO_EDGE
     return config.from_json(values | change, pass_)
 
 
@@ -111,6 +112,9 @@ def draw_config(p, pass_, rng):
             )
         )
         tile = dict(BLOCK_M=m) if pass_ == "wgrad" else dict(BLOCK_K=k, GROUP=rng.choice([1, 2, 8]))
+        if pass_ != "wgrad":
+            edge = rng.choice(BOXES[m]) if rng.random() < 0.5 else (0, 0, 0)
+            tile |= dict(zip(NO_EDGE, edge))
         cfg = make(
             pass_,
             **box,
@@ -255,42 +259,39 @@ def correlation_shares(
     step_s,
     group_steps,
     sum_w,
+    main_total,
+    edge_group_steps,
+    edge_sum_w,
     total,
     GROUP,
+    split,
     tiles,
     BLOCK_IMG: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_Q: tl.constexpr,
+    EDGE_IMG: tl.constexpr,
+    EDGE_P: tl.constexpr,
+    EDGE_Q: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     STREAM: tl.constexpr,
 ):
-    geo = (
-        N,
-        H,
-        W,
-        P,
-        Q,
-        C,
-        K,
-        G,
-        R,
-        S,
-        FILTER_S,
-        off_h,
-        off_w,
-        dil_h,
-        dil_w,
-        tap_r,
-        tap_s,
-        step_r,
-        step_s,
-        group_steps,
-        sum_w,
-        GROUP,
-    )
-    tile, begin, left, count = kernels.correlation_share(
-        geo, total, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_N, BLOCK_K, STREAM
+    axes = (off_h, off_w, dil_h, dil_w, tap_r, tap_s, step_r, step_s)
+    geo = (N, H, W, P, Q, C, K, G, R, S, FILTER_S, *axes, group_steps, sum_w, GROUP)
+    edge = (split, main_total, edge_group_steps, edge_sum_w)
+    tile, begin, left, count, before = kernels.correlation_share(
+        geo,
+        edge,
+        total,
+        BLOCK_IMG,
+        BLOCK_P,
+        BLOCK_Q,
+        EDGE_IMG,
+        EDGE_P,
+        EDGE_Q,
+        BLOCK_N,
+        BLOCK_K,
+        STREAM,
     )
     out_ptr += 4 * tl.program_id(0)
     tl.store(out_ptr, tile)
@@ -298,8 +299,20 @@ def correlation_shares(
     tl.store(out_ptr + 2, left)
     tl.store(out_ptr + 3, count)
     for i in range(tl.program_id(0), tiles, tl.num_programs(0)):
-        g, img, p0, q0, n0, r_lo, nr, s_lo, ns, steps = kernels.correlation_tile(
-            i, geo, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_N, BLOCK_K, STREAM
+        g, img, p0, q0, n0, r_lo, nr, s_lo, ns, steps = kernels.edged_tile(
+            i,
+            before,
+            geo,
+            edge,
+            BLOCK_IMG,
+            BLOCK_P,
+            BLOCK_Q,
+            EDGE_IMG,
+            EDGE_P,
+            EDGE_Q,
+            BLOCK_N,
+            BLOCK_K,
+            STREAM,
         )
         tl.store(tiles_ptr + 6 * i, g)
         tl.store(tiles_ptr + 6 * i + 1, img)
@@ -340,7 +353,7 @@ def reduction_shares(
     STREAM: tl.constexpr,
 ):
     geo = (N, H, W, P, Q, C, K, G, R, S, off_h, off_w, dil_h, dil_w, sum_w)
-    tile, begin, left, count = kernels.reduction_share(
+    tile, begin, left, count, _ = kernels.reduction_share(
         geo, total, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_M, BLOCK_N, STREAM
     )
     out_ptr += 4 * tl.program_id(0)
@@ -401,19 +414,17 @@ def expected_tiles(p, pass_, cfg, axes):
         lo, hi = axis.live(first, min(first + side, axis.out) - 1)
         return hi - lo
 
+    split = w.out // cfg.BLOCK_Q * cfg.BLOCK_Q if cfg.EDGE_IMG else w.out
+    boxes = [(0, split, cfg.BLOCK_IMG, cfg.BLOCK_P, cfg.BLOCK_Q)]
+    if cfg.EDGE_IMG:
+        boxes.append((split, w.out, cfg.EDGE_IMG, cfg.EDGE_P, cfg.EDGE_Q))
     return [
-        (
-            g,
-            i,
-            p0,
-            q0,
-            n0,
-            live(h, p0, cfg.BLOCK_P) * live(w, q0, cfg.BLOCK_Q) * -(-reduced // cfg.BLOCK_K),
-        )
+        (g, i, p0, q0, n0, live(h, p0, height) * live(w, q0, width) * -(-reduced // cfg.BLOCK_K))
+        for first, end, images, height, width in boxes
         for g in range(p.groups)
-        for i in range(0, p.n, cfg.BLOCK_IMG)
-        for p0 in range(0, h.out, cfg.BLOCK_P)
-        for q0 in range(0, w.out, cfg.BLOCK_Q)
+        for i in range(0, p.n, images)
+        for p0 in range(0, h.out, height)
+        for q0 in range(first, end, width)
         for n0 in range(0, out, cfg.BLOCK_N)
     ]
 
@@ -627,6 +638,12 @@ def test_a_gluon_that_lacks_a_name_is_no_error(monkeypatch):
         ),
         ({}, "fprop", replace(P, padding=((40, 12), (12, 12))), None),
         ({"STREAM": True}, "wgrad", replace(P, h=9, w=9), None),
+        ({"EDGE_IMG": 1, "EDGE_P": 16, "EDGE_Q": 4}, "dgrad", P, None),
+        ({"EDGE_IMG": 1, "EDGE_P": 16, "EDGE_Q": 4}, "fprop", replace(P, w=64), "got 64"),
+        ({"EDGE_IMG": 1, "EDGE_P": 16, "EDGE_Q": 4}, "fprop", replace(P, w=7), "got 7"),
+        ({"EDGE_IMG": 1, "EDGE_P": 8, "EDGE_Q": 4}, "fprop", P, "the 64 pixels of a tile"),
+        ({"EDGE_IMG": 0, "EDGE_P": 16, "EDGE_Q": 4}, "fprop", P, "sides of the edge's boxes"),
+        ({"EDGE_IMG": 1, "EDGE_P": 16.0, "EDGE_Q": 4}, "fprop", P, "sides of the edge's boxes"),
         ({}, "fprop", replace(P, n=10**4), "32 bits"),
     ],
 )
@@ -680,6 +697,21 @@ def test_equal_steps_are_predicted_to_pay_where_tiles_are_unequal(available):
     )
 
 
+def test_the_edge_of_a_map_has_boxes_of_its_own(available):
+    """65 columns are 64 and one: no box of a power of two serves both well."""
+    for side, most in ((65, 0.8), (41, 0.95), (33, 0.75)):
+        p = replace(P, n=1, c=2048, h=side, w=side)
+        cfg = cost_model.best(p, "fprop", H100)
+        assert cfg.kernel == "hopper" and cfg.EDGE_IMG, cfg
+        box = gemm.search(p, "fprop").box(config.tile(cfg, "fprop")[0], True)
+        plain = replace(cfg, **dict(zip(persistent.BOX, box)), **NO_EDGE)
+        assert config.fits(plain, p, "fprop", "cuda:90") is None
+        executed, without = (config.executed_macs(p, "fprop", c) for c in (cfg, plain))
+        assert executed < most * without, (side, executed / without)
+    found = hopper.FAMILY.options(replace(P, h=64, w=64), "dgrad", "cuda:90", "tf32")
+    assert found and not any(c.EDGE_IMG for c in found)
+
+
 def test_workspace_is_a_tile_a_program(available):
     for pass_ in PASSES:
         cfg = make(pass_, STREAM=True, PROGRAMS=132)
@@ -698,11 +730,12 @@ STATIC = """
 import json
 from tridil import aot, config, sass
 from tridil.problem import Problem
-p = Problem(4, 256, 64, 64, 256, 3, 3, padding=((2, 2), (2, 2)), dilation=(2, 2), dtype=DTYPE)
+p = Problem(4, 256, 64, 68, 256, 3, 3, padding=((2, 2), (2, 2)), dilation=(2, 2), dtype=DTYPE)
 for pass_ in PASSES:
+    edges = [{}] if pass_ == "wgrad" else [dict(EDGE_IMG=0, EDGE_P=0, EDGE_Q=0), dict(EDGE_IMG=1, EDGE_P=32, EDGE_Q=4)]
     for options in (dict(BLOCK_N=256, PINGPONG=False), dict(BLOCK_N=128, PINGPONG=True)):
-        for stream in (False, True):
-            tile = dict(BLOCK_M=128, BLOCK_P=4) if pass_ == "wgrad" else dict(BLOCK_K=128 // (4 if p.dtype == "float32" else 2), GROUP=8, BLOCK_P=8)
+        for stream, edge in ((stream, edge) for stream in (False, True) for edge in edges):
+            tile = edge | (dict(BLOCK_M=128, BLOCK_P=4) if pass_ == "wgrad" else dict(BLOCK_K=128 // (4 if p.dtype == "float32" else 2), GROUP=8, BLOCK_P=8))
             cfg = config.from_json(dict(kernel="hopper", SPLIT_K=1, num_warps=4, num_stages=4, maxnreg=168, BLOCK_IMG=1, BLOCK_Q=16, PROGRAMS=132,
                                         STREAM=stream, **options, **tile), pass_)
             for item, kernel in aot.compile_pass(p, pass_, cfg, "cuda:90"):
@@ -731,7 +764,7 @@ def test_machine_code(dtype, passes):
     out = child("-c", STATIC.replace("DTYPE", repr(dtype)).replace("PASSES", repr(passes)))
     assert out.returncode == 0, out.stderr
     rows = [json.loads(line) for line in out.stdout.splitlines()]
-    assert len(rows) == 4 * len(passes)
+    assert len(rows) == sum(4 if pass_ == "wgrad" else 8 for pass_ in passes)
     slack = 1.0 if triton.__version__.startswith("3.7") else 1.1
     for row in rows:
         assert row["spills"] == 0, row
@@ -813,6 +846,13 @@ MUTANTS = {
     "boxes are not counted from the first program's": [
         ("    return first - tl.cdiv(first - begin, much) * much\n", "    return begin + 1\n")
     ],
+    "the edge's boxes are the others'": [
+        ("        if on_edge if EDGED else False:\n", "        if False:\n")
+    ],
+    "the edge begins at the first column": [("q0 + first, n0", "q0, n0")],
+    "rows of the edge are the others'": [
+        ("tl.where(on_edge, row // EDGE_2 % EDGE_1, row // BOX_2 % BOX_1)", "row // BOX_2 % BOX_1")
+    ],
     "branches: no turns": [
         (
             "        mbarrier.wait(order.index(ME), go)\n        go ^= 1\n    acc",
@@ -821,7 +861,7 @@ MUTANTS = {
     ],
     "branches: programs only go to": [("2 * tl.num_programs(0) - step", "step")],
     "branches: the filters of the first": [
-        ("                x, filters[b], a_bufs", "                x, filters[0], a_bufs")
+        ("                x, x, filters[b], a_bufs", "                x, x, filters[0], a_bufs")
     ],
     "branches: the channels of the first": [
         (
@@ -882,6 +922,8 @@ def survives(module, monkeypatch, device, branches):
             ("dgrad", make("dgrad", **one, STREAM=True)),
             ("fprop", make("fprop", **one, BLOCK_N=128)),
             ("dgrad", make("dgrad", **one)),
+            ("fprop", make("fprop", STREAM=True, EDGE_IMG=1, EDGE_P=16, EDGE_Q=4)),
+            ("dgrad", make("dgrad", **one, EDGE_IMG=1, EDGE_P=32, EDGE_Q=4)),
             ("wgrad", make("wgrad", STREAM=True, PROGRAMS=7)),
         ],
     )

@@ -92,11 +92,14 @@ def moved_bytes(problem: Problem, pass_: str, config: Config) -> tuple[int, int]
 
 
 def describe(config: Config) -> str:
-    """A config in one word: pixel box, channel tile(s), reduction step or split, warps, stages,
-    switches that are on."""
+    """A config in one word: pixel box and the edge's, channel tile(s), reduction step or split,
+    warps, stages, switches that are on."""
     values = vars(config)
-    box = "x".join(
-        str(values[f"BLOCK_{side}"]) for side in ("IMG", "P", "Q") if f"BLOCK_{side}" in values
+    box, edge = (
+        "x".join(str(values[f"{name}_{side}"]) for side in ("IMG", "P", "Q"))
+        if values.get(f"{name}_IMG")
+        else ""
+        for name in ("BLOCK", "EDGE")
     )
     names = (
         ("m", "BLOCK_M"),
@@ -114,7 +117,8 @@ def describe(config: Config) -> str:
         if name in values and (name, values[name]) != ("BUNDLE", 1)
     )
     switches = "".join(f" {name.lower()}" for name in config.names() if values[name] is True)
-    return f"{f'box {box} ' if box else ''}{sizes} warps{config.num_warps} stages{config.num_stages}{switches}"
+    boxes = (f"box {box} " if box else "") + (f"edge {edge} " if edge else "")
+    return f"{boxes}{sizes} warps{config.num_warps} stages{config.num_stages}{switches}"
 
 
 def to_json(config: Config) -> dict[str, Any]:

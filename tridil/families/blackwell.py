@@ -14,7 +14,7 @@ from ..devices import Device
 from ..problem import DTYPE_BYTES, Problem
 from .base import Config
 from .gemm import Fields, Tiles
-from .persistent import WIDTH, Persistent, Shares, rings
+from .persistent import WIDTH, Edge, Persistent, Shares, rings
 
 TARGET = "cuda:100"
 # (M, N)
@@ -23,7 +23,7 @@ TENSOR_COLUMNS = 512  # of tensor memory, 128 rows of fp32 each
 
 
 @dataclass(frozen=True)
-class Correlation(Shares):
+class Correlation(Edge, Shares):
     """fprop and dgrad. GROUP: channel tiles that are walked together for the same pixels."""
 
     BLOCK_K: int

@@ -15,7 +15,7 @@ at once.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from math import prod
 from typing import Any
@@ -272,6 +272,36 @@ class Search:
         least = work.argmin()
         return int(b[least]), int(p[least]), int(q[least])
 
+    def edged(self, count: int) -> tuple[tuple[int, int, int], tuple[int, int, int]] | None:
+        """The boxes of a tile of `count` rows and of the edge (`split_axis`), where these execute
+        fewer multiply-accumulates than one does by 3%."""
+        if self.pass_ == "wgrad" or any(len(axes) != 1 for axes in self.axes):
+            return None
+        (h,), (w,) = self.axes
+
+        def best(axis: Axis, width: int, wanted: int = 0) -> tuple[int, tuple[int, int, int]]:
+            sides = (min(up(side), count) for side in (self.sides[0], h.out, width))
+            b, p, q = boxes(count, *sides, True)
+            if wanted:
+                b, p, q = (side[q == wanted] for side in (b, p, q))
+            work = -(-self.problem.n // b) * self.steps[0][np.minimum(p, len(self.steps[0]) - 1)]
+            work = work * axis.steps(q)
+            least = work.argmin()
+            return int(work[least]), (int(b[least]), int(p[least]), int(q[least]))
+
+        whole, _ = best(w, w.out)
+        found = []
+        for side in np.unique(
+            boxes(count, *(min(up(s), count) for s in self.sides), True)[2]
+        ).tolist():
+            if side < w.out and w.out % side:
+                main, rest = split_axis(w, side)
+                (work, box), (more, edge) = best(main, w.out, side), best(rest, rest.out)
+                found.append((work + more, box, edge))
+        if not found or min(found)[0] > 0.97 * whole:
+            return None
+        return min(found)[1:]
+
     def most_splits(self, step: np.ndarray) -> np.ndarray:
         """Splits of at least eight steps of `step` pixels or channels each, at most 64 MiB of
         partial results."""
@@ -282,6 +312,13 @@ class Search:
             count = problem.r * problem.s * -(-channels(problem, self.pass_)[2] // step)
         nbytes = max(DTYPE_BYTES[problem.dtype], 4) * prod(result_shape(problem, self.pass_))
         return np.minimum(count // 8, min(128, 2**26 // max(nbytes, 1)))
+
+
+def split_axis(axis: Axis, side: int) -> tuple[Axis, Axis]:
+    """An axis' outputs in whole blocks of `side`, and the others: the edge."""
+    main = axis.out // side * side
+    rest = replace(axis, out=axis.out - main, offset=axis.offset + main * axis.stride)
+    return replace(axis, out=main), rest
 
 
 def flat_steps(

@@ -32,7 +32,17 @@ from .gemm import (
     Tiles,
     channels,
 )
-from .persistent import WIDTH, Persistent, Shares, grouped, rings, steps_in_order, steps_of_taps
+from .persistent import (
+    NO_EDGE,
+    WIDTH,
+    Edge,
+    Persistent,
+    Shares,
+    grouped,
+    rings,
+    steps_in_order,
+    steps_of_taps,
+)
 from .tma import box_of, nhwc_strides, reads_others, source_box, stores_in_branch
 
 TARGET = "cuda:90"
@@ -51,7 +61,7 @@ class Hopper(Shares):
 
 
 @dataclass(frozen=True)
-class Correlation(Hopper):
+class Correlation(Edge, Hopper):
     """fprop and dgrad. GROUP: channel tiles that are walked together for the same pixels."""
 
     BLOCK_K: int
@@ -143,6 +153,8 @@ class HopperFamily(Persistent):
             return reason
         if config.STREAM or branches.first.stride != (1, 1):
             return f"kernel hopper joins branches of stride 1, without STREAM, got {branches.first.stride} and STREAM={config.STREAM}"
+        if pass_ != "wgrad" and config.EDGE_IMG:
+            return f"kernel hopper joins branches without an edge, got EDGE_IMG={config.EDGE_IMG}"
         if branches.largest >= 2**31:
             return f"kernel hopper counts elements in 32 bits, got a tensor of {branches.largest}"
         return reads_others(config, branches, pass_)
@@ -211,7 +223,8 @@ class HopperFamily(Persistent):
         constexprs = self.constants(config) | dict(
             BRANCHES=branch_geometry(branches, pass_, order, axes), COUNT=len(order)
         )
-        constexprs.pop("STREAM")
+        for name in ("STREAM", *NO_EDGE):
+            constexprs.pop(name, None)
         programs = self.branch_programs(branches, pass_, config, axes)
         if pass_ == "wgrad":
             return self._wgrad_branches(branches, config, order, programs, scalars, constexprs)

@@ -3,7 +3,7 @@ what the families hopper and blackwell have in common."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib import import_module
@@ -19,6 +19,7 @@ from .base import (
     Box,
     Config,
     Launch,
+    columns,
     elements,
     launch,
     steps,
@@ -36,12 +37,16 @@ from .gemm import (
     correlation_result,
     has_mma,
     is_flat,
+    search,
+    split_axis,
     suits,
 )
 from .tma import box_of, nhwc_strides, no_descriptors, reaches_over_groups, source_box
 
 # bytes of a row of boxes in shared memory, and of what is stored at once
 WIDTH = 128
+BOX = "BLOCK_IMG", "BLOCK_P", "BLOCK_Q"
+NO_EDGE = dict.fromkeys(("EDGE_IMG", "EDGE_P", "EDGE_Q"), 0)
 # bytes of shared memory beside the ring: what is being stored, barriers
 EXTRA = 2 * 128 * WIDTH + 1024
 
@@ -53,6 +58,29 @@ class Shares(GemmConfig):
 
     STREAM: bool
     PROGRAMS: int
+
+
+@dataclass(frozen=True)
+class Edge:
+    """Of fprop and dgrad: sides of the boxes of the columns beyond the last whole BLOCK_Q, 0 where
+    they have the boxes of the others."""
+
+    EDGE_IMG: int
+    EDGE_P: int
+    EDGE_Q: int
+
+
+def rectangles(
+    c: Mapping[str, Any], axes: tuple[Axis, Axis]
+) -> list[tuple[dict[str, Any], tuple[Axis, Axis]]]:
+    """(fields, axes) of the parts of a correlation that have boxes of their own; c: fields of a
+    config."""
+    if not c.get("EDGE_IMG"):
+        return [(dict(c), axes)]
+    h, w = axes
+    main, rest = split_axis(w, int(np.ravel(c["BLOCK_Q"])[0]))
+    edge = {f"BLOCK_{side}": c[f"EDGE_{side}"] for side in ("IMG", "P", "Q")}
+    return [(dict(c) | NO_EDGE, (h, main)), (dict(c) | edge | NO_EDGE, (h, rest))]
 
 
 @lru_cache
@@ -97,7 +125,7 @@ def rings(
             stages = int((device.limits[1] - EXTRA) // ((m + n) * k * nbytes))
             if stages < 3 or reduced and -(-reduced // k) * k > 1.1 * -(-reduced // 32) * 32:
                 continue
-            tile: dict[str, int] = dict(BLOCK_M=m) if rows else dict(BLOCK_K=k, GROUP=8)
+            tile: dict[str, int] = dict(BLOCK_M=m) if rows else dict(BLOCK_K=k, GROUP=8) | NO_EDGE
             tile |= dict(
                 SPLIT_K=1,
                 num_warps=4,
@@ -179,6 +207,8 @@ class Persistent(Gemm):
                 return f"{name} must be an int from 1 to 4096, got {value!r}"
         if reason := reaches_over_groups(config, problem, pass_):
             return reason
+        if pass_ != "wgrad" and (reason := self._no_edge(config, problem, pass_)):
+            return reason
         if config.STREAM and self.executed_macs(problem, pass_, config) >= (
             2**31 - config.PROGRAMS
         ) * prod(self.tile(config, pass_)):
@@ -189,10 +219,34 @@ class Persistent(Gemm):
             and any(
                 (axis.live_blocks([side])[:1].sum() < -(-axis.out // side))
                 for axes in problem.axes(pass_)
-                for axis, side in zip(axes, (config.BLOCK_P, config.BLOCK_Q))
+                for c, pair in rectangles(vars(config), axes)
+                for axis, side in zip(pair, (c["BLOCK_P"], c["BLOCK_Q"]))
             )
         ):
             return f"STREAM needs a live tap in every tile, {problem.key()} has tiles without"
+        return None
+
+    def _no_edge(self, config: Config, problem: Problem, pass_: str) -> str | None:
+        """What is wrong with the boxes of the edge."""
+        edge = config.EDGE_IMG, config.EDGE_P, config.EDGE_Q
+        if edge == (0, 0, 0):
+            return None
+        if any(
+            isinstance(side, bool)
+            or not isinstance(side, int)
+            or side < 1
+            or side & (side - 1)
+            or side > 256
+            for side in edge
+        ):
+            return f"sides of the edge's boxes must be 0, or powers of two up to 256, got {edge}"
+        if prod(edge) != self.tile(config, pass_)[0]:
+            return f"a box of the edge must have the {self.tile(config, pass_)[0]} pixels of a tile, got {edge}"
+        for _, w in problem.axes(pass_):
+            if w.out < config.BLOCK_Q or w.out % config.BLOCK_Q == 0:
+                return (
+                    f"an edge needs more columns than whole blocks of {config.BLOCK_Q}, got {w.out}"
+                )
         return None
 
     def rows(self, config: Config, pass_: str) -> int:
@@ -206,6 +260,8 @@ class Persistent(Gemm):
         whole = self._whole(problem, pass_, target, precision)
         if whole is None:
             return []
+        if pass_ != "wgrad":
+            whole = self._with_edges(problem, pass_, whole)
         tile, sms = self._tiles(whole.c, pass_), devices.of_target(self.target).sms
         total = sum(
             self._steps(problem, pass_, whole.c, tile, axes, False)[0]
@@ -217,6 +273,16 @@ class Persistent(Gemm):
         found = whole.some(tiles_)
         programs = np.where(streams, programs[tiles_], found.c["PROGRAMS"])
         return [found.but(STREAM=streams > 0, PROGRAMS=programs)]
+
+    def _with_edges(self, problem: Problem, pass_: str, whole: Options) -> Options:
+        """The options, the edge with boxes of its own where that executes less."""
+        fields = {name: whole.c[name].copy() for name in (*BOX, *NO_EDGE)}
+        pixels = self._tiles(whole.c, pass_)[0]
+        for m in np.unique(pixels).tolist():
+            if boxes := search(problem, pass_).edged(m):
+                for name, side in zip(fields, (*boxes[0], *boxes[1])):
+                    fields[name][pixels == m] = side
+        return whole.but(**fields)
 
     def _whole(self, problem: Problem, pass_: str, target: str, precision: str) -> Options | None:
         """Those whose tiles programs do not share."""
@@ -322,21 +388,20 @@ class Persistent(Gemm):
     ) -> tuple[float, int]:
         """(share of all steps, tiles) of the program with the most steps, when programs take every
         PROGRAMS-th of `tiles`; c: fields of a config."""
-        by_tap = pass_ == "wgrad"
-        sides = c["BLOCK_P"], c["BLOCK_Q"]
-        if by_tap:
+        if pass_ == "wgrad":
+            sides = c["BLOCK_P"], c["BLOCK_Q"]
             walked = steps_of_taps(axes, sides, -(-problem.n // c["BLOCK_IMG"]))
+            walked = np.repeat(walked, tiles // len(walked))
         else:
-            h, w = (steps_in_order(axis, side) for axis, side in zip(axes, sides))
-            walked = (h[:, None] * w).ravel()
-        total = max(int(walked.sum()) * (tiles // len(walked)), 1)
+            parts = []
+            for one, pair in rectangles(c, axes):
+                sides = one["BLOCK_P"], one["BLOCK_Q"]
+                h, w = (steps_in_order(axis, side) for axis, side in zip(pair, sides))
+                parts.append(grouped((h[:, None] * w).ravel(), problem, pass_, one))
+            walked = np.concatenate(parts)
+        total = max(int(walked.sum()), 1)
         if tiles <= c["PROGRAMS"]:
             return walked.max() / total, 1
-        walked = (
-            np.repeat(walked, tiles // len(walked))
-            if by_tap
-            else grouped(walked, problem, pass_, c)
-        )
         loads = np.bincount(np.arange(tiles) % c["PROGRAMS"], walked)
         return loads.max() / total, -(-tiles // c["PROGRAMS"])
 
@@ -379,20 +444,36 @@ class Persistent(Gemm):
         tiles = self.programs(p, pass_, config, (h, w))
         scalars, known, _, _, _ = correlation_result(p, pass_, h, w, config, epilogue)
         scalars = {name: scalars[name] for name in scalars if name not in ("SPLIT_K", "sy_split")}
-        walked = [
-            int(axis.steps([side])[0]) for axis, side in ((h, config.BLOCK_P), (w, config.BLOCK_Q))
-        ]
-        # of all tiles of BLOCK_N channels
-        many = prod(walked) * self.images(p, config) * -(-source // config.BLOCK_K)
-        tiles_n, many = -(-out // config.BLOCK_N), many if config.STREAM else 0
+        tiles_n = -(-out // config.BLOCK_N)
         group = min(config.GROUP, tiles_n)
+        parts = [
+            (replace(config, **{name: one[name] for name in BOX}), pair)
+            for one, pair in rectangles(vars(config), (h, w))
+        ]
+        widths, many = [], []  # live taps of a row; steps of all tiles of BLOCK_N channels
+        for one, pair in parts:
+            height, width = (
+                int(axis.steps([side])[0]) for axis, side in zip(pair, (one.BLOCK_P, one.BLOCK_Q))
+            )
+            widths.append(width)
+            steps_ = height * width * self.images(p, one) * -(-source // config.BLOCK_K)
+            many.append(steps_ if config.STREAM else 0)
+        split = parts[0][1][1].out
         sizes, ends = (
             (p.n, h.out, w.out, out * p.groups),
             [scalars[name] for name in ("sy_n", "sy_p", "sy_q")],
         )
         store = stores_boxes(config, p, pass_)
-        x, h, w = source_box(p.n, source * p.groups, h, w, config, config.BLOCK_K)
-        y = Box(sizes, (*ends, 1), self.stored(config, p, pass_), scalars["y0"], WIDTH)
+        tensors: list[tuple[str, str, Box | None]] = []
+        views = [h, w]
+        for (one, _), ending in zip(parts, ("", "_edge")):
+            x, *views = source_box(p.n, source * p.groups, h, w, one, config.BLOCK_K)
+            y = Box(sizes, (*ends, 1), self.stored(one, p, pass_), scalars["y0"], WIDTH)
+            tensors += [
+                (f"x{ending}", "a", replace(x, swizzle=WIDTH)),
+                (f"y{ending}", "out", y if store else None),
+            ]
+        h, w = views  # of stride 1
         weights = self._filters(p, pass_, config)
         scalars |= dict(
             C=source,
@@ -400,18 +481,16 @@ class Persistent(Gemm):
             S=w.taps,
             FILTER_S=p.s,
             **steps(h, w),
-            sum_w=walked[1],
-            group_steps=group * many,
-            total=tiles_n * many,
+            sum_w=widths[0],
+            group_steps=group * many[0],
+            main_total=tiles_n * many[0],
+            edge_sum_w=widths[-1],
+            edge_group_steps=group * many[-1],
+            total=tiles_n * sum(many),
             GROUP=group,
+            split=split,
         )
-        tensors = (
-            ("x", "a", replace(x, swizzle=WIDTH)),
-            ("w", "b", weights),
-            ("bias_ptr", "bias", None),
-            ("y", "out", y if store else None),
-            part_argument(config),
-        )
+        tensors += [("w", "b", weights), ("bias_ptr", "bias", None), part_argument(config)]
         constexprs = dict(
             TRANSPOSED=pass_ == "dgrad",
             EPILOGUE=epilogue,
@@ -419,7 +498,7 @@ class Persistent(Gemm):
             ROWS_FIRST=p.layout != "nhwc",
             ALIGN_Y=known["ALIGN_Y"],
         ) | self.constants(config)
-        return self._launch("correlate", tiles, tensors, scalars, constexprs, config, pass_)
+        return self._launch("correlate", tiles, tuple(tensors), scalars, constexprs, config, pass_)
 
     def _wgrad(self, p: Problem, config: Config) -> Launch:
         c, (h, w) = p.c // p.groups, p.fprop_axes
@@ -514,14 +593,39 @@ class Persistent(Gemm):
         return rows // q // p, p, q, columns
 
     # ---- work
+    def _programs(self, problem, pass_, c, tile, axes, flat) -> Any:
+        count = Gemm._programs(self, problem, pass_, c, tile, axes, flat)
+        for i, parts, sides in self._edged(c, tile, axes):
+            found = [
+                Gemm._programs(self, problem, pass_, one, sides, pair, flat) for one, pair in parts
+            ]
+            count[i] = sum(found)[0]
+        return count
+
+    def _steps(self, problem, pass_, c, tile, axes, flat) -> tuple[Any, Any]:
+        total, most = Gemm._steps(self, problem, pass_, c, tile, axes, flat)
+        for i, parts, sides in self._edged(c, tile, axes):
+            found = [
+                Gemm._steps(self, problem, pass_, one, sides, pair, flat) for one, pair in parts
+            ]
+            total[i] = sum(many for many, _ in found)[0]
+            most[i] = max(longest[0] for _, longest in found)
+        return total, most
+
+    def _edged(self, c: Fields, tile: Tiles, axes: tuple[Axis, Axis]) -> Iterator[Any]:
+        """(index, `rectangles`, tile) of the configs with an edge."""
+        for i in np.flatnonzero(c.get("EDGE_IMG", 0)):
+            one = {name: values[i : i + 1] for name, values in c.items()}
+            yield i, rectangles(one, axes), [side[i : i + 1] for side in tile]
+
     def programs(
         self, problem: Problem, pass_: str, config: Config, axes: tuple[Axis, Axis]
     ) -> int:
-        return (
-            config.PROGRAMS
-            if config.STREAM
-            else min(config.PROGRAMS, super().programs(problem, pass_, config, axes))
-        )
+        if config.STREAM:
+            return config.PROGRAMS
+        tile = tuple(np.array([side]) for side in self.tile(config, pass_))
+        count = self._programs(problem, pass_, columns([config]), tile, axes, False)
+        return min(config.PROGRAMS, int(np.ravel(count)[0]))
 
     def _filters(self, p: Problem, pass_: str, config: Config) -> Box:
         """The descriptor of w (K, R*S, C) for fprop or dgrad."""

@@ -25,6 +25,7 @@ from .hopper import (
     add_parts,
     advance,
     announce_part,
+    first_row,
     flags_of,
     flat,
     part_of,
@@ -98,9 +99,10 @@ def ring(a, b, M: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr):
 
 @gluon.jit
 def multiply(
-    a_bufs, b_bufs, sums, full, empty, ready, read, geo, total, WGRAD: gl.constexpr,
+    a_bufs, b_bufs, sums, full, empty, ready, read, geo, edge, total, WGRAD: gl.constexpr,
     TRANSPOSED: gl.constexpr, STREAM: gl.constexpr, BLOCK_IMG: gl.constexpr, BLOCK_P: gl.constexpr,
-    BLOCK_Q: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr,
+    BLOCK_Q: gl.constexpr, EDGE_IMG: gl.constexpr, EDGE_P: gl.constexpr, EDGE_Q: gl.constexpr,
+    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr,
     STAGES: gl.constexpr,
 ):
     """Issues the products of all tiles of a program. Each gives its buffers back to the producer
@@ -111,12 +113,14 @@ def multiply(
     phase = 0
     at = 0
     free = 1
-    tile, begin, left, tiles = share_of_pass(
-        geo, total, WGRAD, STREAM, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_M, BLOCK_N, BLOCK_K
+    tile, begin, left, tiles, before = share_of_pass(
+        geo, edge, total, WGRAD, STREAM, BLOCK_IMG, BLOCK_P, BLOCK_Q, EDGE_IMG, EDGE_P, EDGE_Q,
+        BLOCK_M, BLOCK_N, BLOCK_K
     )
     while (tile < tiles) & (left > 0):
         i0, i1, i2, i3, sizes, steps = place_of_tile(
-            tile, geo, WGRAD, STREAM, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_M, BLOCK_N, BLOCK_K
+            tile, before, geo, edge, WGRAD, STREAM, BLOCK_IMG, BLOCK_P, BLOCK_Q, EDGE_IMG, EDGE_P,
+            EDGE_Q, BLOCK_M, BLOCK_N, BLOCK_K
         )
         count = gl.minimum(steps - begin, left)
         mbarrier.wait(read.index(at), free)
@@ -147,10 +151,11 @@ def multiply(
 
 @gluon.jit
 def finish(
-    y, bias_ptr, part_ptr, strides, y_bufs, sums, ready, read, geo, total,
+    y, y_edge, bias_ptr, part_ptr, strides, y_bufs, sums, ready, read, geo, edge, total,
     WGRAD: gl.constexpr, EPILOGUE: gl.constexpr, TMA_STORE: gl.constexpr, ROWS_FIRST: gl.constexpr,
     ALIGN_Y: gl.constexpr, STREAM: gl.constexpr, BLOCK_IMG: gl.constexpr, BLOCK_P: gl.constexpr,
-    BLOCK_Q: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr,
+    BLOCK_Q: gl.constexpr, EDGE_IMG: gl.constexpr, EDGE_P: gl.constexpr, EDGE_Q: gl.constexpr,
+    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr,
 ):
     """Stores all tiles of a program, 128 bytes of columns at a time."""
     HALVES: gl.constexpr = BLOCK_M // 128
@@ -161,8 +166,9 @@ def finish(
     BOX_2: gl.constexpr = 1 if WGRAD else BLOCK_Q
     at = 0
     done = 0
-    tile, begin, left, tiles = share_of_pass(
-        geo, total, WGRAD, STREAM, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_M, BLOCK_N, BLOCK_K
+    tile, begin, left, tiles, before = share_of_pass(
+        geo, edge, total, WGRAD, STREAM, BLOCK_IMG, BLOCK_P, BLOCK_Q, EDGE_IMG, EDGE_P, EDGE_Q,
+        BLOCK_M, BLOCK_N, BLOCK_K
     )
     if STREAM:
         share = share_of_program()
@@ -170,7 +176,8 @@ def finish(
         much = steps_of_share(total)
     while (tile < tiles) & (left > 0):
         i0, i1, i2, i3, sizes, steps = place_of_tile(
-            tile, geo, WGRAD, STREAM, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_M, BLOCK_N, BLOCK_K
+            tile, before, geo, edge, WGRAD, STREAM, BLOCK_IMG, BLOCK_P, BLOCK_Q, EDGE_IMG, EDGE_P,
+            EDGE_Q, BLOCK_M, BLOCK_N, BLOCK_K
         )
         count = gl.minimum(steps - begin, left)
         if STREAM:
@@ -190,10 +197,13 @@ def finish(
                 else:  # of a tile without live taps nothing was multiplied
                     t = gl.where(count > 0, t, 0.0)
                 if begin == 0:  # with STREAM a program stores the tiles that it begins
+                    j0, j1, j2 = first_row(
+                        i0, i1, i2, tile >= before, row, BOX_1, BOX_2, EDGE_P, EDGE_Q
+                    )
                     store_columns(
-                        y, bias_ptr, y_bufs.index((half * (BLOCK_N // STORED) + i) % SLOTS), t,
-                        i0 + row // (BOX_1 * BOX_2), i1 + row // BOX_2 % BOX_1,
-                        i2 + row % BOX_2, i3 + i * STORED, sizes, strides, BOX_1, BOX_2, EPILOGUE,
+                        y, y_edge, tile >= before, bias_ptr,
+                        y_bufs.index((half * (BLOCK_N // STORED) + i) % SLOTS), t, j0, j1, j2,
+                        i3 + i * STORED, sizes, strides, BOX_1, BOX_2, EDGE_P, EDGE_Q, EPILOGUE,
                         TMA_STORE, ROWS_FIRST, ALIGN_Y, SLOTS
                     )
                 elif STREAM:
@@ -215,12 +225,13 @@ def finish(
 
 @gluon.jit(do_not_specialize=RUNTIME, launch_metadata=launch_metadata)
 def correlate_blackwell(
-    x, w, bias_ptr, y, part_ptr, N, H, W, P, Q, C, K, G, R, S, FILTER_S, off_h, off_w,
-    dil_h, dil_w, tap_r, tap_s, step_r, step_s, group_steps, sum_w, total, GROUP, sy_n, sy_p, sy_q,
-    sy_k, y0, TRANSPOSED: gl.constexpr, EPILOGUE: gl.constexpr, TMA_STORE: gl.constexpr,
+    x, x_edge, w, bias_ptr, y, y_edge, part_ptr, N, H, W, P, Q, C, K, G, R, S, FILTER_S, off_h,
+    off_w, dil_h, dil_w, tap_r, tap_s, step_r, step_s, group_steps, sum_w, main_total,
+    edge_group_steps, edge_sum_w, total, GROUP, split, sy_n, sy_p, sy_q, sy_k, y0,
+    TRANSPOSED: gl.constexpr, EPILOGUE: gl.constexpr, TMA_STORE: gl.constexpr,
     ROWS_FIRST: gl.constexpr, ALIGN_Y: gl.constexpr, STREAM: gl.constexpr, BLOCK_IMG: gl.constexpr,
-    BLOCK_P: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr,
-    STAGES: gl.constexpr,
+    BLOCK_P: gl.constexpr, BLOCK_Q: gl.constexpr, EDGE_IMG: gl.constexpr, EDGE_P: gl.constexpr,
+    EDGE_Q: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
 ):
     """Arguments as of `correlate_hopper`."""
     M: gl.constexpr = BLOCK_IMG * BLOCK_P * BLOCK_Q
@@ -229,29 +240,30 @@ def correlate_blackwell(
         N, H, W, P, Q, C, K, G, R, S, FILTER_S, off_h, off_w, dil_h, dil_w, tap_r, tap_s, step_r,
         step_s, group_steps, sum_w, GROUP
     )
+    edge = (split, main_total, edge_group_steps, edge_sum_w)
     strides = (sy_n, sy_p, sy_q, sy_k, y0)
     gl.warp_specialize(
         [
             (
                 finish,
                 (
-                    y, bias_ptr, part_ptr, strides, y_bufs, sums, ready, read, geo, total,
-                    False, EPILOGUE, TMA_STORE, ROWS_FIRST, ALIGN_Y, STREAM, BLOCK_IMG, BLOCK_P,
-                    BLOCK_Q, M, BLOCK_N, BLOCK_K
+                    y, y_edge, bias_ptr, part_ptr, strides, y_bufs, sums, ready, read, geo, edge,
+                    total, False, EPILOGUE, TMA_STORE, ROWS_FIRST, ALIGN_Y, STREAM, BLOCK_IMG,
+                    BLOCK_P, BLOCK_Q, EDGE_IMG, EDGE_P, EDGE_Q, M, BLOCK_N, BLOCK_K
                 ),
             ),
             (
                 multiply,
                 (
-                    a_bufs, b_bufs, sums, full, empty, ready, read, geo, total, False, TRANSPOSED,
-                    STREAM, BLOCK_IMG, BLOCK_P, BLOCK_Q, M, BLOCK_N, BLOCK_K, STAGES
+                    a_bufs, b_bufs, sums, full, empty, ready, read, geo, edge, total, False,
+                    TRANSPOSED, STREAM, BLOCK_IMG, BLOCK_P, BLOCK_Q, EDGE_IMG, EDGE_P, EDGE_Q, M, BLOCK_N, BLOCK_K, STAGES
                 ),
             ),
             (
                 produce,
                 (
-                    x, w, a_bufs, b_bufs, full, empty, geo, total, TRANSPOSED, STREAM, BLOCK_IMG,
-                    BLOCK_P, BLOCK_Q, BLOCK_N, BLOCK_K, STAGES
+                    x, x_edge, w, a_bufs, b_bufs, full, empty, geo, edge, total, TRANSPOSED, STREAM,
+                    BLOCK_IMG, BLOCK_P, BLOCK_Q, EDGE_IMG, EDGE_P, EDGE_Q, BLOCK_N, BLOCK_K, STAGES
                 ),
             ),
         ],
@@ -276,16 +288,16 @@ def wgrad_blackwell(
             (
                 finish,
                 (
-                    dw, part_ptr, part_ptr, strides, y_bufs, sums, ready, read, geo,
-                    total, True, "", TMA_STORE, False, 1, STREAM, BLOCK_IMG, BLOCK_P, BLOCK_Q,
+                    dw, dw, part_ptr, part_ptr, strides, y_bufs, sums, ready, read, geo, 0, total,
+                    True, "", TMA_STORE, False, 1, STREAM, BLOCK_IMG, BLOCK_P, BLOCK_Q, 0, 0, 0,
                     BLOCK_M, BLOCK_N, 0
                 ),
             ),
             (
                 multiply,
                 (
-                    a_bufs, b_bufs, sums, full, empty, ready, read, geo, total, True, False, STREAM,
-                    BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_M, BLOCK_N, 0, STAGES
+                    a_bufs, b_bufs, sums, full, empty, ready, read, geo, 0, total, True, False,
+                    STREAM, BLOCK_IMG, BLOCK_P, BLOCK_Q, 0, 0, 0, BLOCK_M, BLOCK_N, 0, STAGES
                 ),
             ),
             (

@@ -8,7 +8,8 @@ The tiles of a launch are a sequence. A program takes every num_programs-th one,
 of the map, where most taps are live, first; or (STREAM) all programs take equally many steps, a
 contiguous part of the sequence of (tile, step): the one that begins a tile stores it, after it has
 added what later programs wrote of it as fp32 parts, in their order. Within a tile the taps are
-innermost, so that a block of channels is read while it is in L2.
+innermost, so that a block of channels is read while it is in L2. The columns of a map beyond the
+last whole box, its edge, may have boxes of another shape, whose tiles end the sequence.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -46,7 +47,7 @@ tma_store: Any = tma.async_store if hasattr(tma, "async_store") else tma.async_c
 barrier: Any = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 # of 64 bits, which no memory holds by chance: flags begin as they are, and end as something else
 WRITTEN = gl.constexpr(0x5DA1_93C7_0E6B_F284)
-RUNTIME = RUNTIME + "C G R S FILTER_S step_s sy_k sw_c group_steps sum_w GROUP".split()
+RUNTIME = RUNTIME + "C G R S FILTER_S step_s sy_k sw_c group_steps sum_w GROUP main_total edge_group_steps edge_sum_w split".split()
 
 
 # ---- the sequence of steps
@@ -63,20 +64,26 @@ def steps_of_share(total):
     return tl.cdiv(total, tl.num_programs(0))
 
 
+@triton.constexpr_function
+def bits_of(side):
+    """log2 of a power of two."""
+    return side.bit_length() - 1
+
+
 @triton.jit
-def taps_before(block, size, offset, dilation, taps, out, BLOCK: tl.constexpr):
-    """Live taps of an axis' blocks of outputs before `block`, summed."""
+def taps_before(block, size, offset, dilation, taps, out, bits):
+    """Live taps of an axis' blocks of 2**bits outputs before `block`, summed."""
     total = 0
     for t in range(taps):
         first = tl.maximum(-offset - t * dilation, 0)
         last = tl.minimum(size - offset - t * dilation, out) - 1
-        some = tl.minimum(tl.maximum(last, 0) // BLOCK + 1, block) - first // BLOCK
+        some = tl.minimum((tl.maximum(last, 0) >> bits) + 1, block) - (first >> bits)
         total += tl.where(first <= last, tl.maximum(some, 0), 0)
     return total
 
 
 @triton.jit
-def find_block(step, unit, blocks, size, offset, dilation, taps, out, BLOCK: tl.constexpr):
+def find_block(step, unit, blocks, size, offset, dilation, taps, out, bits):
     """(block, live taps before it) of an axis that holds a step, when each live tap is worth `unit`
     steps."""
     low = 0
@@ -84,7 +91,7 @@ def find_block(step, unit, blocks, size, offset, dilation, taps, out, BLOCK: tl.
     high = blocks
     while high - low > 1:
         middle = (low + high) // 2
-        live = taps_before(middle, size, offset, dilation, taps, out, BLOCK)
+        live = taps_before(middle, size, offset, dilation, taps, out, bits)
         is_below = live * unit <= step
         low = tl.where(is_below, middle, low)
         before = tl.where(is_below, live, before)
@@ -93,28 +100,54 @@ def find_block(step, unit, blocks, size, offset, dilation, taps, out, BLOCK: tl.
 
 
 @triton.jit
-def correlation_size(
-    geo, BLOCK_IMG: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+def blocks_of(size, bits):
+    """Of 2**bits."""
+    return ((size - 1) >> bits) + 1
+
+
+@triton.jit
+def live_taps_of(block, size, offset, dilation, taps, out, bits):
+    """`live_taps` of a block of 2**bits outputs."""
+    first = block << bits
+    last = tl.minimum(first + (1 << bits), out) - 1
+    return live_taps(first, last, size, offset, 1, dilation, taps)
+
+
+@triton.jit
+def part_of_map(
+    on_edge, geo, edge, BLOCK_IMG: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr,
+    EDGE_IMG: tl.constexpr, EDGE_P: tl.constexpr, EDGE_Q: tl.constexpr,
 ):
-    """(channel blocks, tiles along images and groups, rows, columns, channels)."""
-    (
-        N, H, W, P, Q, C, K, G, R, S, FILTER_S, off_h, off_w, dil_h, dil_w, tap_r, tap_s, step_r,
-        step_s, group_steps, sum_w, GROUP
-    ) = geo
-    return (
-        tl.cdiv(C, BLOCK_K), tl.cdiv(N, BLOCK_IMG) * G, tl.cdiv(P, BLOCK_P), tl.cdiv(Q, BLOCK_Q),
-        tl.cdiv(K, BLOCK_N)
-    )
+    """(`geo` of the edge, or of what is left of it, log2 of the sides of boxes, its first column)."""
+    if EDGE_IMG:
+        (
+            N, H, W, P, Q, C, K, G, R, S, FILTER_S, off_h, off_w, dil_h, dil_w, tap_r, tap_s,
+            step_r, step_s, group_steps, sum_w, GROUP
+        ) = geo
+        split, main_total, edge_group_steps, edge_sum_w = edge
+        first = tl.where(on_edge, split, 0)
+        part = (
+            N, H, W, P, tl.where(on_edge, Q - split, split), C, K, G, R, S, FILTER_S, off_h,
+            off_w + first, dil_h, dil_w, tap_r, tap_s, step_r, step_s,
+            tl.where(on_edge, edge_group_steps, group_steps), tl.where(on_edge, edge_sum_w, sum_w),
+            GROUP
+        )
+        return (
+            part, tl.where(on_edge, bits_of(EDGE_IMG), bits_of(BLOCK_IMG)),
+            tl.where(on_edge, bits_of(EDGE_P), bits_of(BLOCK_P)),
+            tl.where(on_edge, bits_of(EDGE_Q), bits_of(BLOCK_Q)), first
+        )
+    else:
+        return geo, bits_of(BLOCK_IMG), bits_of(BLOCK_P), bits_of(BLOCK_Q), 0
 
 
 @triton.jit
 def correlation_tile(
-    tile, geo, BLOCK_IMG: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STREAM: tl.constexpr,
+    tile, geo, img_bits, p_bits, q_bits, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    STREAM: tl.constexpr,
 ):
-    """(group, image, row, column, channel) where a tile begins, its first live taps and their
-    numbers (r, s), its steps.
+    """(group, image, row, column, channel) where a tile of boxes with sides of 2**..._bits begins,
+    its first live taps and their numbers (r, s), its steps.
 
     GROUP channel tiles are walked together, so that they share x in L2: rows, columns, images and
     groups, these channel tiles are the inner loops.
@@ -123,53 +156,73 @@ def correlation_tile(
         N, H, W, P, Q, C, K, G, R, S, FILTER_S, off_h, off_w, dil_h, dil_w, tap_r, tap_s, step_r,
         step_s, group_steps, sum_w, GROUP
     ) = geo
-    blocks, images, tiles_p, tiles_q, tiles_n = correlation_size(
-        geo, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_N, BLOCK_K
-    )
+    images = blocks_of(N, img_bits) * G
+    tiles_p = blocks_of(P, p_bits)
+    tiles_q = blocks_of(Q, q_bits)
     part = tile // (GROUP * images * tiles_p * tiles_q)
     t = tile % (GROUP * images * tiles_p * tiles_q)
-    group = tl.minimum(tiles_n - part * GROUP, GROUP)
+    group = tl.minimum(tl.cdiv(K, BLOCK_N) - part * GROUP, GROUP)
     n0 = (part * GROUP + t % group) * BLOCK_N
     t = t // group
     g = t % G
-    img = t // G % (images // G) * BLOCK_IMG
+    img = t // G % (images // G) << img_bits
     t = t // images
     q = t % tiles_q
     p = t // tiles_q
     if not STREAM:  # from the middle outwards
         p = from_middle(p, tiles_p)
         q = from_middle(q, tiles_q)
-    p0 = p * BLOCK_P
-    q0 = q * BLOCK_Q
-    r_lo, nr = live_taps(p0, tl.minimum(p0 + BLOCK_P, P) - 1, H, off_h, 1, dil_h, R)
-    s_lo, ns = live_taps(q0, tl.minimum(q0 + BLOCK_Q, Q) - 1, W, off_w, 1, dil_w, S)
-    return g, img, p0, q0, n0, r_lo, nr, s_lo, ns, nr * ns * blocks
+    r_lo, nr = live_taps_of(p, H, off_h, dil_h, R, P, p_bits)
+    s_lo, ns = live_taps_of(q, W, off_w, dil_w, S, Q, q_bits)
+    return (
+        g, img, p << p_bits, q << q_bits, n0, r_lo, nr, s_lo, ns, nr * ns * tl.cdiv(C, BLOCK_K)
+    )
+
+
+@triton.jit
+def edged_tile(
+    tile, before, geo, edge, BLOCK_IMG: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr,
+    EDGE_IMG: tl.constexpr, EDGE_P: tl.constexpr, EDGE_Q: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr, STREAM: tl.constexpr,
+):
+    """`correlation_tile` of a tile; those from `before` on are the edge's."""
+    on_edge = tile >= before
+    part, img_bits, p_bits, q_bits, first = part_of_map(
+        on_edge, geo, edge, BLOCK_IMG, BLOCK_P, BLOCK_Q, EDGE_IMG, EDGE_P, EDGE_Q
+    )
+    if EDGE_IMG:
+        tile -= tl.where(on_edge, before, 0)
+    g, img, p0, q0, n0, r_lo, nr, s_lo, ns, steps = correlation_tile(
+        tile, part, img_bits, p_bits, q_bits, BLOCK_N, BLOCK_K, STREAM
+    )
+    return g, img, p0, q0 + first, n0, r_lo, nr, s_lo, ns, steps
 
 
 @triton.jit
 def correlation_start(
-    step, geo, BLOCK_IMG: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    step, geo, img_bits, p_bits, q_bits, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):
-    """(tile, step of the tile) of a step of the sequence."""
+    """(tile, step of the tile) of a step of the sequence; tiles as in `correlation_tile`."""
     (
         N, H, W, P, Q, C, K, G, R, S, FILTER_S, off_h, off_w, dil_h, dil_w, tap_r, tap_s, step_r,
         step_s, group_steps, sum_w, GROUP
     ) = geo
-    blocks, images, tiles_p, tiles_q, tiles_n = correlation_size(
-        geo, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_N, BLOCK_K
-    )
+    blocks = tl.cdiv(C, BLOCK_K)
+    images = blocks_of(N, img_bits) * G
+    tiles_p = blocks_of(P, p_bits)
+    tiles_q = blocks_of(Q, q_bits)
     part = step // group_steps
     step -= part * group_steps
-    inner = images * tl.minimum(tiles_n - part * GROUP, GROUP)  # tiles of the same pixels
+    # tiles of the same pixels
+    inner = images * tl.minimum(tl.cdiv(K, BLOCK_N) - part * GROUP, GROUP)
     unit = inner * blocks * sum_w
-    p, before = find_block(step, unit, tiles_p, H, off_h, dil_h, R, P, BLOCK_P)
+    p, before = find_block(step, unit, tiles_p, H, off_h, dil_h, R, P, p_bits)
     step -= before * unit
-    _, nr = live_taps(p * BLOCK_P, tl.minimum(p * BLOCK_P + BLOCK_P, P) - 1, H, off_h, 1, dil_h, R)
+    _, nr = live_taps_of(p, H, off_h, dil_h, R, P, p_bits)
     unit = inner * blocks * nr
-    q, before = find_block(step, unit, tiles_q, W, off_w, dil_w, S, Q, BLOCK_Q)
+    q, before = find_block(step, unit, tiles_q, W, off_w, dil_w, S, Q, q_bits)
     step -= before * unit
-    _, ns = live_taps(q * BLOCK_Q, tl.minimum(q * BLOCK_Q + BLOCK_Q, Q) - 1, W, off_w, 1, dil_w, S)
+    _, ns = live_taps_of(q, W, off_w, dil_w, S, Q, q_bits)
     steps = blocks * nr * ns
     return part * GROUP * images * tiles_p * tiles_q + (
         p * tiles_q + q
@@ -178,22 +231,37 @@ def correlation_start(
 
 @triton.jit
 def correlation_share(
-    geo, total, BLOCK_IMG: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STREAM: tl.constexpr,
+    geo, edge, total, BLOCK_IMG: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr,
+    EDGE_IMG: tl.constexpr, EDGE_P: tl.constexpr, EDGE_Q: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr, STREAM: tl.constexpr,
 ):
-    """(first tile, where in it this program begins, its steps at most, tiles); total: steps of all
-    tiles."""
-    blocks, images, tiles_p, tiles_q, tiles_n = correlation_size(
-        geo, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_N, BLOCK_K
-    )
-    tiles = images * tiles_p * tiles_q * tiles_n
+    """(first tile, where in it this program begins, its steps at most, tiles, those before the
+    edge's); total: steps of all tiles."""
+    (
+        N, H, W, P, Q, C, K, G, R, S, FILTER_S, off_h, off_w, dil_h, dil_w, tap_r, tap_s, step_r,
+        step_s, group_steps, sum_w, GROUP
+    ) = geo
+    split, main_total, edge_group_steps, edge_sum_w = edge
+    columns = split if EDGE_IMG else Q
+    others = tl.cdiv(K, BLOCK_N) * G
+    before = tl.cdiv(N, BLOCK_IMG) * tl.cdiv(P, BLOCK_P) * tl.cdiv(columns, BLOCK_Q) * others
+    tiles = before
+    if EDGE_IMG:
+        tiles += tl.cdiv(N, EDGE_IMG) * tl.cdiv(P, EDGE_P) * tl.cdiv(Q - split, EDGE_Q) * others
     if not STREAM:
-        return tl.program_id(0), 0, 2147483647, tiles
+        return tl.program_id(0), 0, 2147483647, tiles, before
     else:
         much = steps_of_share(total)
         first = tl.minimum(share_of_program() * much, total)
-        tile, begin = correlation_start(first, geo, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_N, BLOCK_K)
-        return tile, begin, tl.minimum(total - first, much), tiles
+        on_edge = first >= main_total
+        part, img_bits, p_bits, q_bits, _ = part_of_map(
+            on_edge, geo, edge, BLOCK_IMG, BLOCK_P, BLOCK_Q, EDGE_IMG, EDGE_P, EDGE_Q
+        )
+        step = first - tl.where(on_edge, main_total, 0) if EDGE_IMG else first
+        tile, begin = correlation_start(step, part, img_bits, p_bits, q_bits, BLOCK_N, BLOCK_K)
+        if EDGE_IMG:
+            tile += tl.where(on_edge, before, 0)
+        return tile, begin, tl.minimum(total - first, much), tiles, before
 
 
 # ---- the ring
@@ -378,14 +446,14 @@ def add_parts(t, part_ptr, share, count, column, size, step_m, step_n):
 
 @gluon.jit
 def store_columns(
-    y, bias_ptr, buf, t, i0, i1, i2, i3, sizes, strides, BOX_1: gl.constexpr,
-    BOX_2: gl.constexpr, EPILOGUE: gl.constexpr, TMA_STORE: gl.constexpr, ROWS_FIRST: gl.constexpr,
-    ALIGN_Y: gl.constexpr, SLOTS: gl.constexpr,
+    y, y_edge, on_edge, bias_ptr, buf, t, i0, i1, i2, i3, sizes, strides, BOX_1: gl.constexpr,
+    BOX_2: gl.constexpr, EDGE_1: gl.constexpr, EDGE_2: gl.constexpr, EPILOGUE: gl.constexpr,
+    TMA_STORE: gl.constexpr, ROWS_FIRST: gl.constexpr, ALIGN_Y: gl.constexpr, SLOTS: gl.constexpr,
 ):
     """t [rows of a box with sides ..., BOX_1, BOX_2, columns] and the epilogue -> y at these
     coordinates, through a buffer, one of SLOTS that take turns: by descriptor, or through y's
     strides within `sizes`, where rows (ROWS_FIRST) or runs of ALIGN_Y columns are neighbours in
-    memory."""
+    memory. on_edge: whether the sides are EDGE_1, EDGE_2 and the descriptor y_edge."""
     COLUMNS: gl.constexpr = t.shape[1]
     n_0, n_1, n_2, n_3 = sizes
     s_0, s_1, s_2, s_3, y0 = strides
@@ -395,7 +463,10 @@ def store_columns(
     buf.store(t.to(y.dtype if TMA_STORE else y.dtype.element_ty))
     if TMA_STORE:
         fence_async_shared()
-        tma_store(y, [i0, i1, i2, i3], buf.reshape(y.block_type.shape))
+        if on_edge if EDGE_2 else False:
+            tma_store(y_edge, [i0, i1, i2, i3], buf.reshape(y_edge.block_type.shape))
+        else:
+            tma_store(y, [i0, i1, i2, i3], buf.reshape(y.block_type.shape))
     else:
         ROWS: gl.constexpr = t.shape[0]
         LANES: gl.constexpr = 32 if ALIGN_Y <= 2 else COLUMNS // ALIGN_Y
@@ -409,6 +480,10 @@ def store_columns(
         j0 = m // (BOX_1 * BOX_2)
         j1 = m // BOX_2 % BOX_1
         j2 = m % BOX_2
+        if EDGE_2:
+            j0 = gl.where(on_edge, m // (EDGE_1 * EDGE_2), j0)
+            j1 = gl.where(on_edge, m // EDGE_2 % EDGE_1, j1)
+            j2 = gl.where(on_edge, m % EDGE_2, j2)
         in_y = ((j0 < n_0 - i0) & (j1 < n_1 - i1) & (j2 < n_2 - i2))[:, None] & (
             n // ALIGN_Y < (n_3 - i3) // ALIGN_Y
         )[None, :]
@@ -427,9 +502,10 @@ def store_columns(
 
 @gluon.jit
 def store_result(
-    y, bias_ptr, bufs, t, i0, i1, i2, i3, sizes, strides, BOX_1: gl.constexpr,
-    BOX_2: gl.constexpr, EPILOGUE: gl.constexpr, TMA_STORE: gl.constexpr, ROWS_FIRST: gl.constexpr,
-    ALIGN_Y: gl.constexpr, FIRST: gl.constexpr, SLOTS: gl.constexpr, SLOT: gl.constexpr,
+    y, y_edge, on_edge, bias_ptr, bufs, t, i0, i1, i2, i3, sizes, strides, BOX_1: gl.constexpr,
+    BOX_2: gl.constexpr, EDGE_1: gl.constexpr, EDGE_2: gl.constexpr, EPILOGUE: gl.constexpr,
+    TMA_STORE: gl.constexpr, ROWS_FIRST: gl.constexpr, ALIGN_Y: gl.constexpr, FIRST: gl.constexpr,
+    SLOTS: gl.constexpr, SLOT: gl.constexpr,
 ):
     """`store_columns` of t [rows, columns], 128 bytes of columns at a time, through SLOTS buffers
     from FIRST on."""
@@ -438,26 +514,26 @@ def store_result(
     if COLUMNS > STORED:
         left, right = halves(t)
         store_result(
-            y, bias_ptr, bufs, left, i0, i1, i2, i3, sizes, strides, BOX_1, BOX_2, EPILOGUE,
-            TMA_STORE, ROWS_FIRST, ALIGN_Y, FIRST, SLOTS, SLOT
+            y, y_edge, on_edge, bias_ptr, bufs, left, i0, i1, i2, i3, sizes, strides, BOX_1, BOX_2,
+            EDGE_1, EDGE_2, EPILOGUE, TMA_STORE, ROWS_FIRST, ALIGN_Y, FIRST, SLOTS, SLOT
         )
         store_result(
-            y, bias_ptr, bufs, right, i0, i1, i2, i3 + COLUMNS // 2, sizes, strides, BOX_1,
-            BOX_2, EPILOGUE, TMA_STORE, ROWS_FIRST, ALIGN_Y, FIRST, SLOTS,
+            y, y_edge, on_edge, bias_ptr, bufs, right, i0, i1, i2, i3 + COLUMNS // 2, sizes, strides,
+            BOX_1, BOX_2, EDGE_1, EDGE_2, EPILOGUE, TMA_STORE, ROWS_FIRST, ALIGN_Y, FIRST, SLOTS,
             SLOT + COLUMNS // (2 * STORED)
         )
     else:
         store_columns(
-            y, bias_ptr, bufs.index(FIRST + SLOT % SLOTS), t, i0, i1, i2, i3, sizes, strides,
-            BOX_1, BOX_2, EPILOGUE, TMA_STORE, ROWS_FIRST, ALIGN_Y, SLOTS
+            y, y_edge, on_edge, bias_ptr, bufs.index(FIRST + SLOT % SLOTS), t, i0, i1, i2, i3, sizes,
+            strides, BOX_1, BOX_2, EDGE_1, EDGE_2, EPILOGUE, TMA_STORE, ROWS_FIRST, ALIGN_Y, SLOTS
         )
 
 
 @triton.jit
 def share_of_pass(
-    geo, total, WGRAD: tl.constexpr, STREAM: tl.constexpr, BLOCK_IMG: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    geo, edge, total, WGRAD: tl.constexpr, STREAM: tl.constexpr, BLOCK_IMG: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr, EDGE_IMG: tl.constexpr, EDGE_P: tl.constexpr,
+    EDGE_Q: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):
     """`reduction_share` or `correlation_share`."""
     if WGRAD:
@@ -466,18 +542,19 @@ def share_of_pass(
         )
     else:
         return correlation_share(
-            geo, total, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_N, BLOCK_K, STREAM
+            geo, edge, total, BLOCK_IMG, BLOCK_P, BLOCK_Q, EDGE_IMG, EDGE_P, EDGE_Q, BLOCK_N,
+            BLOCK_K, STREAM
         )
 
 
 @triton.jit
 def place_of_tile(
-    tile, geo, WGRAD: tl.constexpr, STREAM: tl.constexpr, BLOCK_IMG: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    tile, before, geo, edge, WGRAD: tl.constexpr, STREAM: tl.constexpr, BLOCK_IMG: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr, EDGE_IMG: tl.constexpr, EDGE_P: tl.constexpr,
+    EDGE_Q: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):
     """(coordinates of the result where a tile begins, its ends, steps of the tile): of dw (k, r, s,
-    c), else (image, row, column, channel)."""
+    c), else (image, row, column, channel). The tiles from `before` on are the edge's."""
     if WGRAD:
         N, H, W, P, Q, C, K, G, R, S, off_h, off_w, dil_h, dil_w, sum_w = geo
         g, k0, n0, r, s, p_lo, q_lo, boxes_p, boxes_q, steps = reduction_tile(
@@ -489,20 +566,39 @@ def place_of_tile(
             N, H, W, P, Q, C, K, G, R, S, FILTER_S, off_h, off_w, dil_h, dil_w, tap_r, tap_s,
             step_r, step_s, group_steps, sum_w, GROUP
         ) = geo
-        g, img, p0, q0, n0, r_lo, nr, s_lo, ns, steps = correlation_tile(
-            tile, geo, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_N, BLOCK_K, STREAM
+        g, img, p0, q0, n0, r_lo, nr, s_lo, ns, steps = edged_tile(
+            tile, before, geo, edge, BLOCK_IMG, BLOCK_P, BLOCK_Q, EDGE_IMG, EDGE_P, EDGE_Q, BLOCK_N,
+            BLOCK_K, STREAM
         )
         return img, p0, q0, g * K + n0, (N, P, Q, (g + 1) * K), steps
 
 
+@triton.jit
+def first_row(
+    i0, i1, i2, on_edge, row, BOX_1: tl.constexpr, BOX_2: tl.constexpr, EDGE_1: tl.constexpr,
+    EDGE_2: tl.constexpr,
+):
+    """Coordinates of a row of a tile that begins at i0, i1, i2; sides as in `store_columns`."""
+    if EDGE_2:
+        i0 += tl.where(on_edge, row // (EDGE_1 * EDGE_2), row // (BOX_1 * BOX_2))
+        i1 += tl.where(on_edge, row // EDGE_2 % EDGE_1, row // BOX_2 % BOX_1)
+        i2 += tl.where(on_edge, row % EDGE_2, row % BOX_2)
+    else:
+        i0 += row // (BOX_1 * BOX_2)
+        i1 += row // BOX_2 % BOX_1
+        i2 += row % BOX_2
+    return i0, i1, i2
+
+
 @gluon.jit
 def consume(
-    y, bias_ptr, part_ptr, strides, a_bufs, b_bufs, y_bufs, full, empty, order, geo,
+    y, y_edge, bias_ptr, part_ptr, strides, a_bufs, b_bufs, y_bufs, full, empty, order, geo, edge,
     total, WGRAD: gl.constexpr, TRANSPOSED: gl.constexpr, EPILOGUE: gl.constexpr,
     TMA_STORE: gl.constexpr, ROWS_FIRST: gl.constexpr, ALIGN_Y: gl.constexpr,
     PINGPONG: gl.constexpr, STREAM: gl.constexpr, BLOCK_IMG: gl.constexpr, BLOCK_P: gl.constexpr,
-    BLOCK_Q: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr,
-    STAGES: gl.constexpr, ME: gl.constexpr,
+    BLOCK_Q: gl.constexpr, EDGE_IMG: gl.constexpr, EDGE_P: gl.constexpr, EDGE_Q: gl.constexpr,
+    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
+    ME: gl.constexpr,
 ):
     """Consumer ME of any pass: multiplies its tiles, or its half of each, and stores them."""
     ROWS: gl.constexpr = BLOCK_M if PINGPONG else BLOCK_M // 2
@@ -518,8 +614,9 @@ def consume(
     prev = STAGES - 1
     turn = 0
     go = 1 - ME
-    tile, begin, left, tiles = share_of_pass(
-        geo, total, WGRAD, STREAM, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_M, BLOCK_N, BLOCK_K
+    tile, begin, left, tiles, before = share_of_pass(
+        geo, edge, total, WGRAD, STREAM, BLOCK_IMG, BLOCK_P, BLOCK_Q, EDGE_IMG, EDGE_P, EDGE_Q,
+        BLOCK_M, BLOCK_N, BLOCK_K
     )
     if STREAM:
         share = share_of_program()
@@ -529,7 +626,8 @@ def consume(
         much = steps_of_share(total)
     while (tile < tiles) & (left > 0):
         i0, i1, i2, i3, sizes, steps = place_of_tile(
-            tile, geo, WGRAD, STREAM, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_M, BLOCK_N, BLOCK_K
+            tile, before, geo, edge, WGRAD, STREAM, BLOCK_IMG, BLOCK_P, BLOCK_Q, EDGE_IMG, EDGE_P,
+            EDGE_Q, BLOCK_M, BLOCK_N, BLOCK_K
         )
         count = gl.minimum(steps - begin, left)
         mine = True
@@ -547,10 +645,13 @@ def consume(
                 wait_for_parts(flag_ptr, share, parts)
                 acc = add_parts(acc, part_ptr, share, parts, 0, BLOCK_M * BLOCK_N, BLOCK_N, 1)
             if begin == 0:  # with STREAM a program stores the tiles that it begins
+                i0, i1, i2 = first_row(
+                    i0, i1, i2, tile >= before, ROW, BOX_1, BOX_2, EDGE_P, EDGE_Q
+                )
                 store_result(
-                    y, bias_ptr, y_bufs, acc, i0 + ROW // (BOX_1 * BOX_2),
-                    i1 + ROW // BOX_2 % BOX_1, i2 + ROW % BOX_2, i3, sizes, strides, BOX_1, BOX_2,
-                    EPILOGUE, TMA_STORE, ROWS_FIRST, ALIGN_Y, SLOTS * ME, SLOTS, 0
+                    y, y_edge, tile >= before, bias_ptr, y_bufs, acc, i0, i1, i2, i3, sizes,
+                    strides, BOX_1, BOX_2, EDGE_P, EDGE_Q, EPILOGUE, TMA_STORE, ROWS_FIRST, ALIGN_Y,
+                    SLOTS * ME, SLOTS, 0
                 )
             elif STREAM:
                 # to stay in L2 until it is added
@@ -571,19 +672,25 @@ def consume(
 # ---- fprop and dgrad
 @gluon.jit
 def produce(
-    x, w, a_bufs, b_bufs, full, empty, geo, total, TRANSPOSED: gl.constexpr, STREAM: gl.constexpr,
-    BLOCK_IMG: gl.constexpr, BLOCK_P: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_N: gl.constexpr,
+    x, x_edge, w, a_bufs, b_bufs, full, empty, geo, edge, total, TRANSPOSED: gl.constexpr,
+    STREAM: gl.constexpr, BLOCK_IMG: gl.constexpr, BLOCK_P: gl.constexpr, BLOCK_Q: gl.constexpr,
+    EDGE_IMG: gl.constexpr, EDGE_P: gl.constexpr, EDGE_Q: gl.constexpr, BLOCK_N: gl.constexpr,
     BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
 ):
     stage = 0
     phase = 1
-    tile, begin, left, tiles = correlation_share(
-        geo, total, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_N, BLOCK_K, STREAM
+    tile, begin, left, tiles, before = correlation_share(
+        geo, edge, total, BLOCK_IMG, BLOCK_P, BLOCK_Q, EDGE_IMG, EDGE_P, EDGE_Q, BLOCK_N, BLOCK_K,
+        STREAM
     )
     while (tile < tiles) & (left > 0):
+        place = edged_tile(
+            tile, before, geo, edge, BLOCK_IMG, BLOCK_P, BLOCK_Q, EDGE_IMG, EDGE_P, EDGE_Q, BLOCK_N,
+            BLOCK_K, STREAM
+        )
         count, stage, phase = produce_tile(
-            x, w, a_bufs, b_bufs, full, empty, geo, tile, begin, left, 0, stage, phase, TRANSPOSED,
-            STREAM, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_N, BLOCK_K, STAGES
+            x, x_edge, w, a_bufs, b_bufs, full, empty, geo, place, tile >= before, begin, left, 0,
+            stage, phase, TRANSPOSED, EDGE_IMG > 0, BLOCK_K, STAGES
         )
         if STREAM:
             left -= count
@@ -595,19 +702,16 @@ def produce(
 
 @gluon.jit
 def produce_tile(
-    x, w, a_bufs, b_bufs, full, empty, geo, tile, begin, left, c0, stage, phase,
-    TRANSPOSED: gl.constexpr, STREAM: gl.constexpr, BLOCK_IMG: gl.constexpr, BLOCK_P: gl.constexpr,
-    BLOCK_Q: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
+    x, x_edge, w, a_bufs, b_bufs, full, empty, geo, place, on_edge, begin, left, c0, stage, phase,
+    TRANSPOSED: gl.constexpr, EDGED: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
 ):
-    """Loads the boxes of a tile from its step `begin` on, at most `left` steps; channels of x are
-    read from c0 on. Returns (steps, stage, phase)."""
+    """Loads the boxes of a tile, `correlation_tile` of it being place, from its step `begin` on, at
+    most `left` steps; channels of x are read from c0 on. Returns (steps, stage, phase)."""
     (
         N, H, W, P, Q, C, K, G, R, S, FILTER_S, off_h, off_w, dil_h, dil_w, tap_r, tap_s, step_r,
         step_s, group_steps, sum_w, GROUP
     ) = geo
-    g, img, p0, q0, n0, r_lo, nr, s_lo, ns, steps = correlation_tile(
-        tile, geo, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_N, BLOCK_K, STREAM
-    )
+    g, img, p0, q0, n0, r_lo, nr, s_lo, ns, steps = place
     count = gl.minimum(steps - begin, left)
     taps = gl.maximum(nr * ns, 1)
     r = begin % taps // gl.maximum(ns, 1)
@@ -628,7 +732,11 @@ def produce_tile(
         mbarrier.wait(empty.index(stage), phase)
         bar = full.index(stage)
         mbarrier.expect(bar, x.block_type.nbytes + w.block_type.nbytes)
-        tma_load(x, [img, h, v, c0 + g * C + c], bar, a_bufs.index(stage))
+        if on_edge if EDGED else False:
+            a_buf = a_bufs.index(stage).reshape(x_edge.block_type.shape)
+            tma_load(x_edge, [img, h, v, c0 + g * C + c], bar, a_buf)
+        else:
+            tma_load(x, [img, h, v, c0 + g * C + c], bar, a_bufs.index(stage))
         if TRANSPOSED:
             tma_load(w, [g * C + c, tap, n0], bar, b_bufs.index(stage))
         else:
@@ -649,15 +757,18 @@ def produce_tile(
 
 @gluon.jit(do_not_specialize=RUNTIME, launch_metadata=launch_metadata)
 def correlate_hopper(
-    x, w, bias_ptr, y, part_ptr, N, H, W, P, Q, C, K, G, R, S, FILTER_S, off_h, off_w,
-    dil_h, dil_w, tap_r, tap_s, step_r, step_s, group_steps, sum_w, total, GROUP, sy_n, sy_p, sy_q,
-    sy_k, y0, TRANSPOSED: gl.constexpr, EPILOGUE: gl.constexpr, TMA_STORE: gl.constexpr,
+    x, x_edge, w, bias_ptr, y, y_edge, part_ptr, N, H, W, P, Q, C, K, G, R, S, FILTER_S, off_h,
+    off_w, dil_h, dil_w, tap_r, tap_s, step_r, step_s, group_steps, sum_w, main_total,
+    edge_group_steps, edge_sum_w, total, GROUP, split, sy_n, sy_p, sy_q, sy_k, y0,
+    TRANSPOSED: gl.constexpr, EPILOGUE: gl.constexpr, TMA_STORE: gl.constexpr,
     ROWS_FIRST: gl.constexpr, ALIGN_Y: gl.constexpr, PINGPONG: gl.constexpr, STREAM: gl.constexpr,
-    BLOCK_IMG: gl.constexpr, BLOCK_P: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_N: gl.constexpr,
-    BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
+    BLOCK_IMG: gl.constexpr, BLOCK_P: gl.constexpr, BLOCK_Q: gl.constexpr, EDGE_IMG: gl.constexpr,
+    EDGE_P: gl.constexpr, EDGE_Q: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr,
+    STAGES: gl.constexpr,
 ):
-    """For STREAM group_steps: steps of GROUP channel tiles; sum_w: live taps of all tiles of a row;
-    total: steps of all tiles."""
+    """Columns from `split` on, fewer than BLOCK_Q, are the edge (EDGE_IMG > 0), with boxes of its
+    own. For STREAM group_steps: steps of GROUP channel tiles; sum_w: live taps of all tiles of a
+    row; total: steps of all tiles, main_total of those before the edge's."""
     a_bufs, b_bufs, y_bufs, full, empty, order = ring(
         x, w, BLOCK_IMG * BLOCK_P * BLOCK_Q, BLOCK_N, PINGPONG, STAGES
     )
@@ -665,6 +776,7 @@ def correlate_hopper(
         N, H, W, P, Q, C, K, G, R, S, FILTER_S, off_h, off_w, dil_h, dil_w, tap_r, tap_s, step_r,
         step_s, group_steps, sum_w, GROUP
     )
+    edge = (split, main_total, edge_group_steps, edge_sum_w)
     strides = (sy_n, sy_p, sy_q, sy_k, y0)
     M: gl.constexpr = BLOCK_IMG * BLOCK_P * BLOCK_Q
     # constexprs that go through a tuple variable become tensors: the arguments are written out
@@ -673,31 +785,31 @@ def correlate_hopper(
             (
                 consume,
                 (
-                    y, bias_ptr, part_ptr, strides, a_bufs, b_bufs, y_bufs, full, empty,
-                    order, geo, total, False, TRANSPOSED, EPILOGUE, TMA_STORE, ROWS_FIRST, ALIGN_Y,
-                    PINGPONG, STREAM,
-                    BLOCK_IMG, BLOCK_P, BLOCK_Q, M, BLOCK_N, BLOCK_K, STAGES, 0
+                    y, y_edge, bias_ptr, part_ptr, strides, a_bufs, b_bufs, y_bufs, full, empty,
+                    order, geo, edge, total, False, TRANSPOSED, EPILOGUE, TMA_STORE, ROWS_FIRST,
+                    ALIGN_Y, PINGPONG, STREAM, BLOCK_IMG, BLOCK_P, BLOCK_Q, EDGE_IMG, EDGE_P, EDGE_Q,
+                    M, BLOCK_N, BLOCK_K, STAGES, 0
                 ),
             ),
             (
                 consume,
                 (
-                    y, bias_ptr, part_ptr, strides, a_bufs, b_bufs, y_bufs, full, empty,
-                    order, geo, total, False, TRANSPOSED, EPILOGUE, TMA_STORE, ROWS_FIRST, ALIGN_Y,
-                    PINGPONG, STREAM,
-                    BLOCK_IMG, BLOCK_P, BLOCK_Q, M, BLOCK_N, BLOCK_K, STAGES, 1
+                    y, y_edge, bias_ptr, part_ptr, strides, a_bufs, b_bufs, y_bufs, full, empty,
+                    order, geo, edge, total, False, TRANSPOSED, EPILOGUE, TMA_STORE, ROWS_FIRST,
+                    ALIGN_Y, PINGPONG, STREAM, BLOCK_IMG, BLOCK_P, BLOCK_Q, EDGE_IMG, EDGE_P, EDGE_Q,
+                    M, BLOCK_N, BLOCK_K, STAGES, 1
                 ),
             ),
             (
                 produce,
                 (
-                    x, w, a_bufs, b_bufs, full, empty, geo, total, TRANSPOSED, STREAM, BLOCK_IMG,
-                    BLOCK_P, BLOCK_Q, BLOCK_N, BLOCK_K, STAGES
+                    x, x_edge, w, a_bufs, b_bufs, full, empty, geo, edge, total, TRANSPOSED, STREAM,
+                    BLOCK_IMG, BLOCK_P, BLOCK_Q, EDGE_IMG, EDGE_P, EDGE_Q, BLOCK_N, BLOCK_K, STAGES
                 ),
             ),
         ],
         [4, 1],
-        [240, 24],
+        [232, 40],
     )
 
 
@@ -785,12 +897,12 @@ def reduction_share(
     N, H, W, P, Q, C, K, G, R, S, off_h, off_w, dil_h, dil_w, sum_w = geo
     tiles = tl.cdiv(K, BLOCK_M) * tl.cdiv(C, BLOCK_N) * G
     if not STREAM:
-        return tl.program_id(0), 0, 2147483647, tiles * R * S
+        return tl.program_id(0), 0, 2147483647, tiles * R * S, tiles * R * S
     else:
         much = steps_of_share(total)
         first = tl.minimum(share_of_program() * much, total)
         tile, begin = reduction_start(first, geo, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_M, BLOCK_N)
-        return tile, begin, tl.minimum(total - first, much), tiles * R * S
+        return tile, begin, tl.minimum(total - first, much), tiles * R * S, tiles * R * S
 
 
 @triton.jit
@@ -820,7 +932,7 @@ def produce_boxes(
 ):
     stage = 0
     phase = 1
-    tile, begin, left, tiles = reduction_share(
+    tile, begin, left, tiles, _ = reduction_share(
         geo, total, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_M, BLOCK_N, STREAM
     )
     box = 0
@@ -900,17 +1012,17 @@ def wgrad_hopper(
             (
                 consume,
                 (
-                    dw, part_ptr, part_ptr, strides, a_bufs, b_bufs, y_bufs, full, empty,
-                    order, geo, total, True, False, "", TMA_STORE, False, 1, PINGPONG, STREAM,
-                    BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_M, BLOCK_N, 0, STAGES, 0
+                    dw, dw, part_ptr, part_ptr, strides, a_bufs, b_bufs, y_bufs, full, empty, order,
+                    geo, 0, total, True, False, "", TMA_STORE, False, 1, PINGPONG, STREAM, BLOCK_IMG,
+                    BLOCK_P, BLOCK_Q, 0, 0, 0, BLOCK_M, BLOCK_N, 0, STAGES, 0
                 ),
             ),
             (
                 consume,
                 (
-                    dw, part_ptr, part_ptr, strides, a_bufs, b_bufs, y_bufs, full, empty,
-                    order, geo, total, True, False, "", TMA_STORE, False, 1, PINGPONG, STREAM,
-                    BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_M, BLOCK_N, 0, STAGES, 1
+                    dw, dw, part_ptr, part_ptr, strides, a_bufs, b_bufs, y_bufs, full, empty, order,
+                    geo, 0, total, True, False, "", TMA_STORE, False, 1, PINGPONG, STREAM, BLOCK_IMG,
+                    BLOCK_P, BLOCK_Q, 0, 0, 0, BLOCK_M, BLOCK_N, 0, STAGES, 1
                 ),
             ),
             (
@@ -996,7 +1108,8 @@ def find_correlation(
             sizes, b + 1, BRANCHES, SUM, False, BLOCK_IMG, BLOCK_P, BLOCK_Q, 0, BLOCK_N
         )
         g, img, p0, q0, n0, r_lo, nr, s_lo, ns, much = correlation_tile(
-            tile - first, geo, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_N, BLOCK_K, False
+            tile - first, geo, bits_of(BLOCK_IMG), bits_of(BLOCK_P), bits_of(BLOCK_Q), BLOCK_N,
+            BLOCK_K, False
         )
         mine = (tile >= first) & (tile < last)
         i0 = tl.where(mine, img, i0)
@@ -1058,9 +1171,10 @@ def consume_branches(
                 TRANSPOSED, PINGPONG, STAGES, ME
             )
             store_result(
-                y, bias_ptr, y_bufs, acc, i0 + ROW // (BLOCK_P * BLOCK_Q),
+                y, y, False, bias_ptr, y_bufs, acc, i0 + ROW // (BLOCK_P * BLOCK_Q),
                 i1 + ROW // BLOCK_Q % BLOCK_P, i2 + ROW % BLOCK_Q, i3, (N, P, Q, end), strides,
-                BLOCK_P, BLOCK_Q, EPILOGUE, TMA_STORE, ROWS_FIRST, ALIGN_Y, SLOTS * ME, SLOTS, 0
+                BLOCK_P, BLOCK_Q, 0, 0, EPILOGUE, TMA_STORE, ROWS_FIRST, ALIGN_Y, SLOTS * ME, SLOTS,
+                0
             )
         else:  # the other consumer's stages
             stage, phase = skip(stage, phase, steps, STAGES)
@@ -1099,10 +1213,13 @@ def produce_branches(
             )
             # of other branches no step
             much = gl.where((tile >= first) & (tile < last), 2147483647, 0)
+            place = correlation_tile(
+                tile - first, geo, bits_of(BLOCK_IMG), bits_of(BLOCK_P), bits_of(BLOCK_Q), BLOCK_N,
+                BLOCK_K, False
+            )
             _, stage, phase = produce_tile(
-                x, filters[b], a_bufs, b_bufs, full, empty, geo, tile - first, 0, much,
-                BRANCHES[10 * b + 4], stage, phase, TRANSPOSED, False, BLOCK_IMG, BLOCK_P, BLOCK_Q,
-                BLOCK_N, BLOCK_K, STAGES
+                x, x, filters[b], a_bufs, b_bufs, full, empty, geo, place, False, 0, much,
+                BRANCHES[10 * b + 4], stage, phase, TRANSPOSED, False, BLOCK_K, STAGES
             )
         tile, step = next_tile(tile, step)
 
@@ -1221,8 +1338,8 @@ def store_filter(
     TAP: gl.constexpr = C if CHANNELS_LAST else 1
     CHANNEL: gl.constexpr = 1 if CHANNELS_LAST else R * S
     store_result(
-        dw, None, y_bufs, acc, i0, i1, i2, i3, ((i0 // K + 1) * K, R, S, C),
-        (R * S * C, S * TAP, TAP, CHANNEL, 0), 1, 1, False, TMA_STORE, False, 1, FIRST, SLOTS, 0
+        dw, dw, False, None, y_bufs, acc, i0, i1, i2, i3, ((i0 // K + 1) * K, R, S, C),
+        (R * S * C, S * TAP, TAP, CHANNEL, 0), 1, 1, 0, 0, False, TMA_STORE, False, 1, FIRST, SLOTS, 0
     )
 
 
