@@ -294,7 +294,7 @@ class Search:
         for side in np.unique(
             boxes(count, *(min(up(s), count) for s in self.sides), True)[2]
         ).tolist():
-            if side < w.out and w.out % side:
+            if side < w.out and 0 < 2 * (w.out % side) <= side:
                 main, rest = split_axis(w, side)
                 (work, box), (more, edge) = best(main, w.out, side), best(rest, rest.out)
                 found.append((work + more, box, edge))
@@ -314,6 +314,7 @@ class Search:
         return np.minimum(count // 8, min(128, 2**26 // max(nbytes, 1)))
 
 
+@lru_cache(maxsize=1024)
 def split_axis(axis: Axis, side: int) -> tuple[Axis, Axis]:
     """An axis' outputs in whole blocks of `side`, and the others: the edge."""
     main = axis.out // side * side

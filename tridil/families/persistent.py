@@ -74,8 +74,8 @@ def rectangles(
     c: Mapping[str, Any], axes: tuple[Axis, Axis]
 ) -> list[tuple[dict[str, Any], tuple[Axis, Axis]]]:
     """(fields, axes) of the parts of a correlation that have boxes of their own; c: fields of a
-    config."""
-    if not c.get("EDGE_IMG"):
+    config, or of many with one BLOCK_Q, all or none with an edge."""
+    if not np.any(c.get("EDGE_IMG", 0)):
         return [(dict(c), axes)]
     h, w = axes
     main, rest = split_axis(w, int(np.ravel(c["BLOCK_Q"])[0]))
@@ -595,28 +595,29 @@ class Persistent(Gemm):
     # ---- work
     def _programs(self, problem, pass_, c, tile, axes, flat) -> Any:
         count = Gemm._programs(self, problem, pass_, c, tile, axes, flat)
-        for i, parts, sides in self._edged(c, tile, axes):
-            found = [
+        for some, parts, sides in self._edged(c, tile, axes):
+            count[some] = sum(
                 Gemm._programs(self, problem, pass_, one, sides, pair, flat) for one, pair in parts
-            ]
-            count[i] = sum(found)[0]
+            )
         return count
 
     def _steps(self, problem, pass_, c, tile, axes, flat) -> tuple[Any, Any]:
         total, most = Gemm._steps(self, problem, pass_, c, tile, axes, flat)
-        for i, parts, sides in self._edged(c, tile, axes):
-            found = [
+        for some, parts, sides in self._edged(c, tile, axes):
+            (main, longest), (rest, longest_rest) = (
                 Gemm._steps(self, problem, pass_, one, sides, pair, flat) for one, pair in parts
-            ]
-            total[i] = sum(many for many, _ in found)[0]
-            most[i] = max(longest[0] for _, longest in found)
+            )
+            total[some], most[some] = main + rest, np.maximum(longest, longest_rest)
         return total, most
 
     def _edged(self, c: Fields, tile: Tiles, axes: tuple[Axis, Axis]) -> Iterator[Any]:
-        """(index, `rectangles`, tile) of the configs with an edge."""
-        for i in np.flatnonzero(c.get("EDGE_IMG", 0)):
-            one = {name: values[i : i + 1] for name, values in c.items()}
-            yield i, rectangles(one, axes), [side[i : i + 1] for side in tile]
+        """(which, their `rectangles`, tiles) of the configs with an edge, those of one BLOCK_Q at a
+        time."""
+        edged = np.asarray(c.get("EDGE_IMG", 0)) > 0
+        for side in np.unique(c["BLOCK_Q"][edged]).tolist() if edged.any() else ():
+            some = edged & (c["BLOCK_Q"] == side)
+            of_these = {name: values[some] for name, values in c.items()}
+            yield some, rectangles(of_these, axes), [values[some] for values in tile]
 
     def programs(
         self, problem: Problem, pass_: str, config: Config, axes: tuple[Axis, Axis]
