@@ -549,7 +549,7 @@ def test_candidates_and_the_default(pass_, available):
     assert {cfg.STREAM for cfg in found} == {cfg.PINGPONG for cfg in found} == {
         False,
         True,
-    } and len(found) <= 20
+    } and len(found) <= 28
     assert all(cfg.PROGRAMS <= 132 for cfg in found)
     assert {(128, 256, 64), (256, 128, 64), (128, 128, 64)} <= {
         config.tile(cfg, pass_) for cfg in found
@@ -637,6 +637,12 @@ def test_a_gluon_that_lacks_a_name_is_no_error(monkeypatch):
             "STREAM needs a live tap in every tile",
         ),
         ({}, "fprop", replace(P, padding=((40, 12), (12, 12))), None),
+        (
+            {"STREAM": True, "EDGE_IMG": 1, "EDGE_P": 64, "EDGE_Q": 1},
+            "fprop",
+            replace(P, w=33, padding=((12, 12), (12, 44))),
+            "STREAM needs a live tap in every tile",
+        ),
         ({"STREAM": True}, "wgrad", replace(P, h=9, w=9), None),
         ({"EDGE_IMG": 1, "EDGE_P": 16, "EDGE_Q": 4}, "dgrad", P, None),
         ({"EDGE_IMG": 1, "EDGE_P": 16, "EDGE_Q": 4}, "fprop", replace(P, w=64), "got 64"),
@@ -710,6 +716,16 @@ def test_the_edge_of_a_map_has_boxes_of_its_own(available):
         assert executed < most * without, (side, executed / without)
     found = hopper.FAMILY.options(replace(P, h=64, w=64), "dgrad", "cuda:90", "tf32")
     assert found and not any(c.EDGE_IMG for c in found)
+    for empty in (replace(P, n=0), replace(P, n=0, w=65)):
+        assert cost_model.best(empty, "fprop", H100)
+    from test_multi_rate import aspp
+
+    branches = aspp(1, 128, 33, 128, (1, 3))
+    options = hopper.FAMILY.branch_options(branches, "fprop", "cuda:90", "ieee")
+    assert options and not any(c.EDGE_IMG for c in options)
+    pixels = config.tile(options[0], "fprop")[0]
+    edged = replace(options[0], EDGE_IMG=1, EDGE_P=pixels, EDGE_Q=1)
+    assert "without an edge" in hopper.FAMILY.unfit(edged, branches, "fprop", "cuda:90")
 
 
 def test_workspace_is_a_tile_a_program(available):
@@ -849,6 +865,9 @@ MUTANTS = {
     "the edge's boxes are the others'": [
         ("        if on_edge if EDGED else False:\n", "        if False:\n")
     ],
+    "columns of the edge are the others', by pointer": [
+        ("gl.where(on_edge, m % EDGE_2, j2)", "j2")
+    ],
     "the edge begins at the first column": [("q0 + first, n0", "q0, n0")],
     "rows of the edge are the others'": [
         ("tl.where(on_edge, row // EDGE_2 % EDGE_1, row // BOX_2 % BOX_1)", "row // BOX_2 % BOX_1")
@@ -924,21 +943,28 @@ def survives(module, monkeypatch, device, branches):
             ("dgrad", make("dgrad", **one)),
             ("fprop", make("fprop", STREAM=True, EDGE_IMG=1, EDGE_P=16, EDGE_Q=4)),
             ("dgrad", make("dgrad", **one, EDGE_IMG=1, EDGE_P=32, EDGE_Q=4)),
+            ("fprop", make("fprop", EDGE_IMG=1, EDGE_P=16, EDGE_Q=4), dict(layout="nchw")),
+            (
+                "dgrad",
+                make("dgrad", BLOCK_P=16, BLOCK_Q=4, EDGE_IMG=1, EDGE_P=64, EDGE_Q=1),
+                dict(h=28, w=10, stride=(2, 2), dilation=(2, 2)),
+            ),
             ("wgrad", make("wgrad", STREAM=True, PROGRAMS=7)),
         ],
     )
 
 
 def survive(module, monkeypatch, device, runs):
-    """Whether kernels of a module give right results. runs: (pass, config), some with a padding."""
+    """Whether kernels of a module give right results. runs: (pass, config), some with a change of the
+    problem."""
     monkeypatch.setattr(
         launch, "kernel_of", lambda item: getattr(module, item.kernel.partition(":")[2])
     )
     launch._prepare.cache_clear()
     try:
-        for pass_, cfg, *padding in runs:
+        for pass_, cfg, *change in runs:
             p = Problem(2, 136, 14, 11, 72, 3, 3, padding=((3, 3), (3, 3)), dilation=(3, 3))
-            p = replace(p, padding=padding[0]) if padding else p
+            p = replace(p, **change[0]) if change else p
             check(p, pass_, cfg, testing.random_tensors(p, device, 0))
     # wrong results, deadlocks, faults
     except Exception as e:

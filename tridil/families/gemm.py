@@ -273,8 +273,8 @@ class Search:
         return int(b[least]), int(p[least]), int(q[least])
 
     def edged(self, count: int) -> tuple[tuple[int, int, int], tuple[int, int, int]] | None:
-        """The boxes of a tile of `count` rows and of the edge (`split_axis`), where these execute
-        fewer multiply-accumulates than one does by 3%."""
+        """The boxes of a tile of `count` rows and of the edge (`split_axis`), at most half a box
+        wide, where these execute fewer multiply-accumulates than one does by 3%."""
         if self.pass_ == "wgrad" or any(len(axes) != 1 for axes in self.axes):
             return None
         (h,), (w,) = self.axes
@@ -298,7 +298,7 @@ class Search:
                 main, rest = split_axis(w, side)
                 (work, box), (more, edge) = best(main, w.out, side), best(rest, rest.out)
                 found.append((work + more, box, edge))
-        if not found or min(found)[0] > 0.97 * whole:
+        if not found or min(found)[0] >= 0.97 * whole:
             return None
         return min(found)[1:]
 

@@ -275,14 +275,17 @@ class Persistent(Gemm):
         return [found.but(STREAM=streams > 0, PROGRAMS=programs)]
 
     def _with_edges(self, problem: Problem, pass_: str, whole: Options) -> Options:
-        """The options, the edge with boxes of its own where that executes less."""
-        fields = {name: whole.c[name].copy() for name in (*BOX, *NO_EDGE)}
+        """The options, and those with boxes of their own for the edge, where that executes less."""
         pixels = self._tiles(whole.c, pass_)[0]
-        for m in np.unique(pixels).tolist():
-            if boxes := search(problem, pass_).edged(m):
-                for name, side in zip(fields, (*boxes[0], *boxes[1])):
-                    fields[name][pixels == m] = side
-        return whole.but(**fields)
+        edged = {m: search(problem, pass_).edged(m) for m in np.unique(pixels).tolist()}
+        more = [i for i, m in enumerate(pixels.tolist()) if edged[m]]
+        found = whole.some(np.array([*range(len(whole)), *more], np.int64))
+        fields = {name: found.c[name].copy() for name in (*BOX, *NO_EDGE)}
+        for at, i in enumerate(more, len(whole)):
+            box, edge = edged[pixels[i]] or ((), ())
+            for name, side in zip(fields, (*box, *edge)):
+                fields[name][at] = side
+        return found.but(**fields)
 
     def _whole(self, problem: Problem, pass_: str, target: str, precision: str) -> Options | None:
         """Those whose tiles programs do not share."""
@@ -401,7 +404,7 @@ class Persistent(Gemm):
             walked = np.concatenate(parts)
         total = max(int(walked.sum()), 1)
         if tiles <= c["PROGRAMS"]:
-            return walked.max() / total, 1
+            return walked.max(initial=0) / total, 1
         loads = np.bincount(np.arange(tiles) % c["PROGRAMS"], walked)
         return loads.max() / total, -(-tiles // c["PROGRAMS"])
 

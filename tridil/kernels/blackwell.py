@@ -256,7 +256,8 @@ def correlate_blackwell(
                 multiply,
                 (
                     a_bufs, b_bufs, sums, full, empty, ready, read, geo, edge, total, False,
-                    TRANSPOSED, STREAM, BLOCK_IMG, BLOCK_P, BLOCK_Q, EDGE_IMG, EDGE_P, EDGE_Q, M, BLOCK_N, BLOCK_K, STAGES
+                    TRANSPOSED, STREAM, BLOCK_IMG, BLOCK_P, BLOCK_Q, EDGE_IMG, EDGE_P, EDGE_Q, M,
+                    BLOCK_N, BLOCK_K, STAGES
                 ),
             ),
             (

@@ -6,8 +6,8 @@ Operands as in kernels/tma.py, but w is always a descriptor over (K, R*S, C). Th
 tile, each its half of the rows, or (PINGPONG) take turns: one multiplies while the other stores.
 The tiles of a launch are a sequence. A program takes every num_programs-th one, those in the middle
 of the map, where most taps are live, first; or (STREAM) all programs take equally many steps, a
-contiguous part of the sequence of (tile, step): the one that begins a tile stores it, after it has
-added what later programs wrote of it as fp32 parts, in their order. Within a tile the taps are
+contiguous part of the sequence of (tile, step): the one that begins a tile stores it, the others
+write fp32 parts of it, which are added in a tree, always the same. Within a tile the taps are
 innermost, so that a block of channels is read while it is in L2. The columns of a map beyond the
 last whole box, its edge, may have boxes of another shape, whose tiles end the sequence.
 """
@@ -767,7 +767,7 @@ def correlate_hopper(
     STAGES: gl.constexpr,
 ):
     """Columns from `split` on, fewer than BLOCK_Q, are the edge (EDGE_IMG > 0), with boxes of its
-    own. For STREAM group_steps: steps of GROUP channel tiles; sum_w: live taps of all tiles of a
+    own; without an edge split is Q. For STREAM group_steps: steps of GROUP channel tiles; sum_w: live taps of all tiles of a
     row; total: steps of all tiles, main_total of those before the edge's."""
     a_bufs, b_bufs, y_bufs, full, empty, order = ring(
         x, w, BLOCK_IMG * BLOCK_P * BLOCK_Q, BLOCK_N, PINGPONG, STAGES
@@ -892,8 +892,8 @@ def reduction_share(
     geo, total, BLOCK_IMG: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STREAM: tl.constexpr,
 ):
-    """(first tile, where in it this program begins, its steps at most, tiles); total: steps of all
-    tiles."""
+    """(first tile, where in it this program begins, its steps at most, tiles, tiles again: there is
+    no edge); total: steps of all tiles."""
     N, H, W, P, Q, C, K, G, R, S, off_h, off_w, dil_h, dil_w, sum_w = geo
     tiles = tl.cdiv(K, BLOCK_M) * tl.cdiv(C, BLOCK_N) * G
     if not STREAM:
@@ -901,7 +901,9 @@ def reduction_share(
     else:
         much = steps_of_share(total)
         first = tl.minimum(share_of_program() * much, total)
-        tile, begin = reduction_start(first, geo, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_M, BLOCK_N)
+        # a program without steps begins nowhere
+        step = tl.minimum(first, total - 1)
+        tile, begin = reduction_start(step, geo, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_M, BLOCK_N)
         return tile, begin, tl.minimum(total - first, much), tiles * R * S, tiles * R * S
 
 
