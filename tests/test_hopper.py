@@ -353,7 +353,7 @@ def reduction_shares(
     STREAM: tl.constexpr,
 ):
     geo = (N, H, W, P, Q, C, K, G, R, S, off_h, off_w, dil_h, dil_w, sum_w)
-    tile, begin, left, count, _ = kernels.reduction_share(
+    tile, begin, left, count = kernels.reduction_share(
         geo, total, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_M, BLOCK_N, STREAM
     )
     out_ptr += 4 * tl.program_id(0)

@@ -361,9 +361,8 @@ class Gemm(Family):
     """The work and the time of tiles. A family adds what its loop costs (`step_clocks`) and its
     legality, candidates and launches.
 
-    least: steps that wgrad takes for a tap that reads padding only. joins: whether a
-    launch can run several branches (`branch_plan`). sums_in_registers: whether those of a
-    tile are.
+    least: steps that wgrad takes for a tap that reads padding only. joins: whether a launch can run
+    several branches (`branch_plan`). sums_in_registers: whether those of a tile are.
     """
 
     least = 0

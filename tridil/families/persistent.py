@@ -79,7 +79,7 @@ def rectangles(
         return [(dict(c), axes)]
     h, w = axes
     main, rest = split_axis(w, int(np.ravel(c["BLOCK_Q"])[0]))
-    edge = {f"BLOCK_{side}": c[f"EDGE_{side}"] for side in ("IMG", "P", "Q")}
+    edge = {name: c[of_edge] for name, of_edge in zip(BOX, NO_EDGE)}
     return [(dict(c) | NO_EDGE, (h, main)), (dict(c) | edge | NO_EDGE, (h, rest))]
 
 

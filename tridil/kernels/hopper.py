@@ -535,11 +535,12 @@ def share_of_pass(
     BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr, EDGE_IMG: tl.constexpr, EDGE_P: tl.constexpr,
     EDGE_Q: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):
-    """`reduction_share` or `correlation_share`."""
+    """`correlation_share`, or `reduction_share`, which has no edge."""
     if WGRAD:
-        return reduction_share(
+        tile, begin, left, tiles = reduction_share(
             geo, total, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_M, BLOCK_N, STREAM
         )
+        return tile, begin, left, tiles, tiles
     else:
         return correlation_share(
             geo, edge, total, BLOCK_IMG, BLOCK_P, BLOCK_Q, EDGE_IMG, EDGE_P, EDGE_Q, BLOCK_N,
@@ -892,19 +893,19 @@ def reduction_share(
     geo, total, BLOCK_IMG: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STREAM: tl.constexpr,
 ):
-    """(first tile, where in it this program begins, its steps at most, tiles, tiles again: there is
-    no edge); total: steps of all tiles."""
+    """(first tile, where in it this program begins, its steps at most, tiles); total: steps of all
+    tiles."""
     N, H, W, P, Q, C, K, G, R, S, off_h, off_w, dil_h, dil_w, sum_w = geo
     tiles = tl.cdiv(K, BLOCK_M) * tl.cdiv(C, BLOCK_N) * G
     if not STREAM:
-        return tl.program_id(0), 0, 2147483647, tiles * R * S, tiles * R * S
+        return tl.program_id(0), 0, 2147483647, tiles * R * S
     else:
         much = steps_of_share(total)
         first = tl.minimum(share_of_program() * much, total)
         # a program without steps begins nowhere
         step = tl.minimum(first, total - 1)
         tile, begin = reduction_start(step, geo, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_M, BLOCK_N)
-        return tile, begin, tl.minimum(total - first, much), tiles * R * S, tiles * R * S
+        return tile, begin, tl.minimum(total - first, much), tiles * R * S
 
 
 @triton.jit
@@ -934,7 +935,7 @@ def produce_boxes(
 ):
     stage = 0
     phase = 1
-    tile, begin, left, tiles, _ = reduction_share(
+    tile, begin, left, tiles = reduction_share(
         geo, total, BLOCK_IMG, BLOCK_P, BLOCK_Q, BLOCK_M, BLOCK_N, STREAM
     )
     box = 0
