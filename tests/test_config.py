@@ -50,18 +50,18 @@ def count_macs(p, pass_, cfg):
                     boxes = len(range(*h.live_out(r), bp)) * len(range(*w.live_out(s), bq)) * images
                     total += boxes * step * len(range(0, c, n)) * n * len(range(0, k, m)) * m
             continue
-        for i in range(0, h.out, bp):
-            for j in range(0, w.out, bq):
-                taps = live(h, i, bp) * live(w, j, bq)
-                total += (
-                    images
-                    * m
-                    * taps
-                    * len(range(0, reduced, step))
-                    * step
-                    * len(range(0, cols, n))
-                    * n
-                )
+        # the columns of a map's edge have boxes of their own
+        parts = [(0, w.out, bi, bp, bq)]
+        if getattr(cfg, "EDGE_IMG", 0):
+            whole = w.out // bq * bq
+            edge = (whole, w.out, cfg.EDGE_IMG, cfg.EDGE_P, cfg.EDGE_Q)
+            parts = [(0, whole, bi, bp, bq), edge]
+        for first, end, count, rows, columns in parts:
+            tiles = len(range(0, p.n, count)) * len(range(0, cols, n))
+            for i in range(0, h.out, rows):
+                for j in range(first, end, columns):
+                    taps = live(h, i, rows) * live(w, j, min(columns, end - j))
+                    total += tiles * m * n * taps * len(range(0, reduced, step)) * step
     return total * p.groups
 
 
