@@ -280,6 +280,20 @@ def test_derivatives_are_those_of_the_branches(branches, backend, device, poison
     torch.testing.assert_close(*second, rtol=1e-4, atol=1e-4)
 
 
+def test_dgrad_and_wgrad_share_a_copy_of_dy(device, monkeypatch, seed):
+    launch = pytest.importorskip("tridil.launch")
+    branches = aspp(c=8, k=8, size=5, dtype="float32", layout="nchw", rates=(2, 4))
+    x, ws, _, dy = tensors(branches, device)
+    leaves = [t.requires_grad_() for t in (x, *ws)]
+    y = multi_rate_conv2d(x, ws, None, **run(branches, backend="triton"))
+    copied, copy = [], launch._copy
+    monkeypatch.setattr(launch, "_copy", lambda t, *a: copied.append(t.data_ptr()) or copy(t, *a))
+    got = torch.autograd.grad(y, leaves, dy)
+    assert copied.count(dy.data_ptr()) == 1 and copied.count(x.data_ptr()) == 1
+    expected = torch.autograd.grad(plain(branches, x, ws, None), leaves, dy)
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
 def test_only_what_needs_a_gradient(backend, device, seed):
     branches = aspp(c=8, k=8, size=6, dtype="float32", rates=(2, 0))
     x, ws, bias, dy = tensors(branches, device)

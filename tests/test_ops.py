@@ -13,7 +13,18 @@ pytest.importorskip("triton")
 from torch.autograd import gradcheck, gradgradcheck
 from torch.nn import functional as F
 
-from tridil import dilated_conv1d, dilated_conv2d, drivers, launch, ops, passes, reference, testing
+from tridil import (
+    choice,
+    config,
+    dilated_conv1d,
+    dilated_conv2d,
+    drivers,
+    launch,
+    ops,
+    passes,
+    reference,
+    testing,
+)
 from tridil.problem import PASSES, Problem
 
 OPS = {pass_: getattr(torch.ops.tridil, pass_) for pass_ in PASSES}
@@ -452,6 +463,33 @@ def test_saved_tensors_are_checked_for_changes(device, seed):
         w.add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.sum().backward()
+
+
+@pytest.mark.parametrize("dim", [1, 2])
+@pytest.mark.parametrize("asked, count", [("xw", 5), ("x", 4), ("w", 4)])
+def test_dgrad_and_wgrad_share_a_copy_of_dy(dim, asked, count, monkeypatch, device, seed):
+    """Kernels that read channels_last copy x and w, then dy once, and w or x again."""
+    p = Problem(2, 64, 1, 9, 64, 1, 3, padding=((0, 0), (2, 2)), dilation=(1, 2), layout="nchw")
+    x, w, _, dy = testing.random_tensors(p, device, seed)
+    function = dilated_conv2d
+    if dim == 1:
+        function, (x, w, dy) = dilated_conv1d, (t.squeeze(2) for t in (x, w, dy))
+    padding, dilation = (2, 2) if dim == 1 else ((0, 2), (1, 2))
+    x.requires_grad_("x" in asked), w.requires_grad_("w" in asked)
+    copied, copy = [], launch._copy
+    monkeypatch.setattr(launch, "_copy", lambda t, *a: copied.append(t.data_ptr()) or copy(t, *a))
+    wanted = [t for t in (x, w) if t.requires_grad]
+    options = {pass_: config.candidates(p, pass_, drivers.target()) for pass_ in PASSES}
+    gather = {pass_: next(c for c in options[pass_] if c.kernel == "gather") for pass_ in PASSES}
+    with choice.override(**gather):
+        y = function(x, w, None, 1, padding, dilation, backend="triton")
+        got = dict(zip(asked, torch.autograd.grad(y, wanted, dy)))
+    assert copied.count(dy.data_ptr()) == 1 and len(copied) == count
+    dy, x, w = (t.detach().view(*t.shape[:2], 1, -1) for t in (dy, x, w))
+    for role, grad in got.items():
+        expected = reference.dgrad(p, dy, w) if role == "x" else reference.wgrad(p, dy, x)
+        torch.testing.assert_close(grad.view(expected.shape), expected.to(grad.dtype))
+    assert not vars(launch._shared)
 
 
 @pytest.fixture

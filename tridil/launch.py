@@ -3,7 +3,9 @@ reads, launches. The explicit path: problem, pass, config."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -161,21 +163,43 @@ def plan(
     return family.plan(problem, pass_, config, precision, epilogue)
 
 
+# of the tensor that `one_copy_of` is about: its address, and its copies so far
+_shared = threading.local()
+
+
+@contextmanager
+def one_copy_of(t: torch.Tensor) -> Iterator[None]:
+    """Within the context, passes that read t in the same format share one copy; nobody may write t
+    meanwhile."""
+    _shared.address, _shared.copies = t.data_ptr(), {}
+    try:
+        yield
+    finally:
+        del _shared.address, _shared.copies
+
+
 def _operand(layout: str, alignment: int) -> Callable[[torch.Tensor], torch.Tensor]:
     """What gives a tensor dense memory in a format: those that have it themselves, copies of
     others, and of those whose base is not aligned."""
     memory_format = FORMATS[layout]
 
     def operand(t):
-        if not t.is_contiguous(memory_format=memory_format):
-            t = t.detach().contiguous(memory_format=memory_format)
-        return (
-            t.detach().clone(memory_format=memory_format)
-            if alignment > 1 and t.data_ptr() % alignment
-            else t
-        )
+        if t.is_contiguous(memory_format=memory_format):
+            if alignment == 1 or t.data_ptr() % alignment == 0:
+                return t
+        elif getattr(_shared, "address", None) == t.data_ptr():
+            key = layout, t.shape, t.stride()
+            if key not in _shared.copies:
+                _shared.copies[key] = _copy(t, memory_format)
+            return _shared.copies[key]
+        return _copy(t, memory_format)
 
     return operand
+
+
+def _copy(t, memory_format):
+    """Newly allocated, so that its base is aligned."""
+    return t.detach().clone(memory_format=memory_format)
 
 
 def fprop(

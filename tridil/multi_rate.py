@@ -443,8 +443,9 @@ def _of_filters(w, dy, x, geometry):
 def _back_fprop(ctx, grad):
     x, *w = ctx.saved_tensors
     needs_x, needs_w, needs_bias, *_ = ctx.needs_input_grad
-    dx = torch.ops.tridil.branches_dgrad(grad, w, x.shape, *ctx.geometry) if needs_x else None
-    dw = _of_filters(w, grad, x, ctx.geometry) if _any(needs_w) else [None] * len(w)
+    with passes.one_copy_of(grad) if ops.is_plain_backward(x, w[0], grad) else nullcontext():
+        dx = torch.ops.tridil.branches_dgrad(grad, w, x.shape, *ctx.geometry) if needs_x else None
+        dw = _of_filters(w, grad, x, ctx.geometry) if _any(needs_w) else [None] * len(w)
     dbias = grad.sum((0, 2, 3)) if needs_bias else None
     return dx, dw, dbias, *[None] * len(ctx.geometry)
 

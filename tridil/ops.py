@@ -4,6 +4,7 @@ call each other. Imports no Triton."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import partial, reduce
 from typing import Any, ClassVar
 
@@ -72,7 +73,8 @@ def _apply(plain, pass_, a, b, third, geometry, channels_last, auto):
     return function.run(a, b, third, geometry, channels_last, auto)
 
 
-def _is_plain_backward(a, b, c) -> bool:
+def is_plain_backward(a: torch.Tensor, b: torch.Tensor, c: torch.Tensor) -> bool:
+    """`is_plain` of what a derivative sees, and no batch of torch.func over it."""
     return is_plain(a, b, c) and not (
         private.is_batched(a) or private.is_batched(b) or private.is_batched(c)
     )
@@ -160,11 +162,12 @@ def _backward(pass_, ctx, grad):
     if grad is None:
         return (None,) * 7
     (a, b), needs = ctx.saved_tensors, _wanted(ctx)
-    tensors, plain = dict(zip(ROLES[pass_], (a, b, grad))), _is_plain_backward(a, b, grad)
-    grads = [
-        _derivative(pass_, ctx, role, tensors, plain) if need else None
-        for role, need in zip(ROLES[pass_][:2], needs)
-    ]
+    tensors, plain = dict(zip(ROLES[pass_], (a, b, grad))), is_plain_backward(a, b, grad)
+    with passes.one_copy_of(grad) if plain and all(needs[:2]) else nullcontext():
+        grads = [
+            _derivative(pass_, ctx, role, tensors, plain) if need else None
+            for role, need in zip(ROLES[pass_][:2], needs)
+        ]
     dbias = grad.sum((0, *range(2, grad.dim()))) if pass_ == "fprop" and needs[2] else None
     return *grads, dbias, None, None, None, None
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache, partial
 from typing import Any
 
@@ -65,6 +65,11 @@ def driver_device(device: torch.device) -> int | None:
     """The device of Triton's driver, where tensors are not on a GPU that says it. Raises where
     Triton is missing or has no driver."""
     return None if device.type == "cuda" else _launch().device()
+
+
+def one_copy_of(t: torch.Tensor) -> AbstractContextManager[None]:
+    """Within the context, kernels that read t in the same memory format share one copy."""
+    return _launch().one_copy_of(t) if _launch.cache_info().currsize else nullcontext()
 
 
 def run(
