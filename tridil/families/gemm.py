@@ -744,8 +744,9 @@ class Gemm(Family):
                 c,
                 axes,
                 count,
-                total * step,
-                most / splits * step,
+                total,
+                most / splits,
+                step,
                 fit,
                 alone,
                 device,
@@ -785,13 +786,14 @@ class Gemm(Family):
         count: np.ndarray,
         total: np.ndarray,
         most: np.ndarray,
+        step: np.ndarray,
         fit: np.ndarray,
         alone: np.ndarray,
         device: Device,
     ) -> np.ndarray:
-        """Clocks of one launch of each config: `count` programs whose steps take `total` clocks in
-        sum and `most` in the longest."""
-        return waves_of(count, total, most, device.sms, fit, alone)
+        """Clocks of one launch of each config: `count` programs with `total` steps of `step` clocks
+        in sum and `most` in the longest."""
+        return waves_of(count, total * step, most * step, device.sms, fit, alone)
 
     def sums(self, problem: Problem, pass_: str, c: Fields, tile: Tiles) -> np.ndarray:
         """Bytes that partial results and their sum move after the steps."""

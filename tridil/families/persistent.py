@@ -269,6 +269,8 @@ class Persistent(Gemm):
         )
         # a program takes eight steps or four, so that it multiplies more than it adds up
         programs = np.where(total >= 8 * sms, sms, np.minimum(sms, total // 4))
+        # as few as take equally many
+        programs = -(-total // np.maximum(-(-total // np.maximum(programs, 1)), 1))
         tiles_, streams = np.nonzero(np.array([total >= 0, total >= 8]).T)
         found = whole.some(tiles_)
         programs = np.where(streams, programs[tiles_], found.c["PROGRAMS"])
@@ -356,27 +358,29 @@ class Persistent(Gemm):
         count: np.ndarray,
         total: np.ndarray,
         most: np.ndarray,
+        step: np.ndarray,
         fit: np.ndarray,
         alone: np.ndarray,
         device: Device,
     ) -> np.ndarray:
         m, n, _ = self._tiles(c, pass_)
         rows = zip(*(values.tolist() for values in c.values()))
-        sizes = (values.tolist() for values in (total, count, m, n))
+        sizes = (values.tolist() for values in (total, step, count, m, n))
         found = []
-        for row, most, tiles, m, n in zip(rows, *sizes):
+        for row, total, step, tiles, m, n in zip(rows, *sizes):
             one = dict(zip(c, row))
             programs = one["PROGRAMS"]
             if one["STREAM"]:
                 # the parts of a tile are added in a tree, in each level one, which an SM reads
                 # through L2; one is counted with the sums
                 part = 4 * m * n / (device.l2_clock * assumed.L2)
-                most = most / programs + max(np.log2(programs / tiles + 1) - 1, 0) * part
+                levels = max(np.log2(programs / tiles + 1) - 1, 0)
+                most = -(-total // programs) * step + levels * part
                 tiles = tiles / programs + 1
             else:
                 programs = min(programs, tiles)
                 share, tiles = self.busiest(problem, pass_, one, axes, tiles)
-                most *= share
+                most = share * total * step
             each = most + tiles * self.tile_clocks(one, m, n)
             found.append(-(-programs // device.sms) * each + assumed.PROGRAM)
         return np.array(found)
