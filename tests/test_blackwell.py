@@ -3,6 +3,7 @@ GPU or a driver that runs it on CPU tensors. Its steps are those of test_hopper.
 
 import json
 from dataclasses import replace
+from math import prod
 from pathlib import Path
 
 import pytest
@@ -97,7 +98,10 @@ def test_candidates_and_the_default(pass_, available, monkeypatch):  # noqa: F81
     wide = replace(P, c=2048)
     found = [cfg for cfg in config.candidates(wide, pass_, "cuda:100") if cfg.kernel == "blackwell"]
     assert {cfg.STREAM for cfg in found} == {False, True} and len(found) <= 28
-    assert {cfg.PROGRAMS for cfg in found} == {148}
+    for cfg in found:  # with STREAM as few as take equally many steps
+        steps = config.executed_macs(wide, pass_, cfg) // prod(config.tile(cfg, pass_))
+        least = [n for n in range(1, 149) if -(-steps // n) == -(-steps // 148)][0]
+        assert cfg.PROGRAMS == (least if cfg.STREAM else 148)
     assert {config.tile(cfg, pass_)[:2] for cfg in found} >= {(256, 256), (128, 256)}
     for target in devices.TARGETS:
         kinds = {cfg.kernel for cfg in config.candidates(wide, pass_, target)}
