@@ -25,7 +25,7 @@ from tridil import config, cost_model, devices, drivers
 from tridil.families import blackwell
 from tridil.families.persistent import NO_EDGE
 from tridil.kernels import blackwell as kernels
-from tridil.problem import PASSES
+from tridil.problem import PASSES, Problem
 
 compiled = pytest.mark.skipif(
     drivers.interpreted() or drivers.target() != blackwell.TARGET,
@@ -102,6 +102,13 @@ def test_candidates_and_the_default(pass_, available, monkeypatch):  # noqa: F81
         steps = config.executed_macs(wide, pass_, cfg) // prod(config.tile(cfg, pass_))
         least = [n for n in range(1, 149) if -(-steps // n) == -(-steps // 148)][0]
         assert cfg.PROGRAMS == (least if cfg.STREAM else 148)
+    # each class of a strided dgrad is a launch of its own steps
+    strided = Problem(4, 256, 49, 64, 128, 3, 3, (2, 2), ((1, 1), (1, 1)))
+    for cfg in config.candidates(strided, "dgrad", "cuda:100"):
+        if cfg.kernel == "blackwell" and cfg.STREAM:
+            tile = prod(config.tile(cfg, "dgrad"))
+            steps = config.executed_macs(strided, "dgrad", cfg) // tile
+            assert cfg.PROGRAMS == min(148, 148 if steps >= 8 * 148 else steps // 4)
     assert {config.tile(cfg, pass_)[:2] for cfg in found} >= {(256, 256), (128, 256)}
     for target in devices.TARGETS:
         kinds = {cfg.kernel for cfg in config.candidates(wide, pass_, target)}

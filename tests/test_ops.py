@@ -492,6 +492,28 @@ def test_dgrad_and_wgrad_share_a_copy_of_dy(dim, asked, count, monkeypatch, devi
     assert not vars(launch._shared)
 
 
+def test_a_backward_within_a_backward(device, seed):
+    """Hooks of saved tensors run within a pass of a derivative."""
+    x, w, _, dy = testing.random_tensors(CASES["dead taps"], device, seed)
+    leaves = [t.requires_grad_() for t in (x, w)]
+    y, inner = dilated_conv2d(x, w, None, 1, 9, 9, backend="triton"), []
+
+    def pack(t):
+        if not inner:
+            inner.append(None)
+            with torch.enable_grad():
+                again = dilated_conv2d(x, w, None, 1, 9, 9, backend="triton")
+                inner[:] = torch.autograd.grad(again, leaves, dy)
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        outer = torch.autograd.grad(y, leaves, dy, create_graph=True)
+    expected = torch.autograd.grad(F.conv2d(x, w, None, 1, 9, 9), leaves, dy)
+    torch.testing.assert_close(inner, list(expected))
+    torch.testing.assert_close(outer, expected)
+    assert not vars(launch._shared)
+
+
 @pytest.fixture
 def prepared(monkeypatch, forget):
     """(problem, pass, config, precision) of what is prepared; nothing runs."""

@@ -171,11 +171,13 @@ _shared = threading.local()
 def one_copy_of(t: torch.Tensor) -> Iterator[None]:
     """Within the context, passes that read t in the same format share one copy; nobody may write t
     meanwhile."""
+    before = vars(_shared).copy()  # hooks may run a backward within another
     _shared.address, _shared.copies = t.data_ptr(), {}
     try:
         yield
     finally:
-        del _shared.address, _shared.copies
+        vars(_shared).clear()
+        vars(_shared).update(before)
 
 
 def _operand(layout: str, alignment: int) -> Callable[[torch.Tensor], torch.Tensor]:

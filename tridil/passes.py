@@ -4,6 +4,7 @@ Imports no Triton until kernels run."""
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache, partial
@@ -68,8 +69,10 @@ def driver_device(device: torch.device) -> int | None:
 
 
 def one_copy_of(t: torch.Tensor) -> AbstractContextManager[None]:
-    """Within the context, kernels that read t in the same memory format share one copy."""
-    return _launch().one_copy_of(t) if _launch.cache_info().currsize else nullcontext()
+    """Within the context, kernels that read t in the same memory format share one copy; before
+    kernels ran there is nothing to share."""
+    launch = sys.modules.get(f"{__package__}.launch")
+    return launch.one_copy_of(t) if launch else nullcontext()
 
 
 def run(

@@ -269,8 +269,8 @@ class Persistent(Gemm):
         )
         # a program takes eight steps or four, so that it multiplies more than it adds up
         programs = np.where(total >= 8 * sms, sms, np.minimum(sms, total // 4))
-        # as few as take equally many
-        programs = -(-total // np.maximum(-(-total // np.maximum(programs, 1)), 1))
+        if len(problem.axes(pass_)) == 1:  # as few as take equally many; launches differ
+            programs = -(-total // np.maximum(-(-total // np.maximum(programs, 1)), 1))
         tiles_, streams = np.nonzero(np.array([total >= 0, total >= 8]).T)
         found = whole.some(tiles_)
         programs = np.where(streams, programs[tiles_], found.c["PROGRAMS"])
