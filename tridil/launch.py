@@ -3,9 +3,9 @@ reads, launches. The explicit path: problem, pass, config."""
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import lru_cache
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -164,20 +164,20 @@ def plan(
 
 
 # of the tensor that `one_copy_of` is about: its address, and its copies so far
-_shared = threading.local()
+_shared: ContextVar[tuple[int, dict[Any, torch.Tensor]] | None] = ContextVar(
+    "_shared", default=None
+)
 
 
 @contextmanager
 def one_copy_of(t: torch.Tensor) -> Iterator[None]:
     """Within the context, passes that read t in the same format share one copy; nobody may write t
     meanwhile."""
-    before = vars(_shared).copy()  # hooks may run a backward within another
-    _shared.address, _shared.copies = t.data_ptr(), {}
+    token = _shared.set((t.data_ptr(), {}))
     try:
         yield
     finally:
-        vars(_shared).clear()
-        vars(_shared).update(before)
+        _shared.reset(token)  # hooks may run a backward within another
 
 
 def _operand(layout: str, alignment: int) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -186,15 +186,17 @@ def _operand(layout: str, alignment: int) -> Callable[[torch.Tensor], torch.Tens
     memory_format = FORMATS[layout]
 
     def operand(t):
-        if t.is_contiguous(memory_format=memory_format):
-            if alignment == 1 or t.data_ptr() % alignment == 0:
-                return t
-        elif getattr(_shared, "address", None) == t.data_ptr():
-            key = layout, t.shape, t.stride()
-            if key not in _shared.copies:
-                _shared.copies[key] = _copy(t, memory_format)
-            return _shared.copies[key]
-        return _copy(t, memory_format)
+        if t.is_contiguous(memory_format=memory_format) and (
+            alignment == 1 or t.data_ptr() % alignment == 0
+        ):
+            return t
+        address, copies = _shared.get() or (None, {})
+        if t.data_ptr() != address:
+            return _copy(t, memory_format)
+        key = layout, t.shape, t.stride()
+        if key not in copies:
+            copies[key] = _copy(t, memory_format)
+        return copies[key]
 
     return operand
 

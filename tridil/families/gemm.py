@@ -277,26 +277,27 @@ class Search:
         wide, where these execute fewer multiply-accumulates than one does by 3%."""
         if self.pass_ == "wgrad" or any(len(axes) != 1 for axes in self.axes):
             return None
-        (h,), (w,) = self.axes
+        (w,) = self.axes[1]
 
-        def best(axis: Axis, width: int, wanted: int = 0) -> tuple[int, tuple[int, int, int]]:
-            sides = (min(up(side), count) for side in (self.sides[0], h.out, width))
-            b, p, q = boxes(count, *sides, True)
-            if wanted:
-                b, p, q = (side[q == wanted] for side in (b, p, q))
+        def boxes_of(width: int) -> Sequence[np.ndarray]:
+            return boxes(count, *(min(up(side), count) for side in (*self.sides[:2], width)), True)
+
+        def fewest(axis: Axis, sides: Sequence[np.ndarray]) -> tuple[int, tuple[int, int, int]]:
+            """(work, box) of the first that executes the fewest."""
+            b, p, q = sides
             work = -(-self.problem.n // b) * self.steps[0][np.minimum(p, len(self.steps[0]) - 1)]
             work = work * axis.steps(q)
             least = work.argmin()
             return int(work[least]), (int(b[least]), int(p[least]), int(q[least]))
 
-        whole, _ = best(w, w.out)
+        options = boxes_of(w.out)
+        whole, _ = fewest(w, options)
         found = []
-        for side in np.unique(
-            boxes(count, *(min(up(s), count) for s in self.sides), True)[2]
-        ).tolist():
+        for side in np.unique(options[2]).tolist():
             if side < w.out and 0 < 2 * (w.out % side) <= side:
                 main, rest = split_axis(w, side)
-                (work, box), (more, edge) = best(main, w.out, side), best(rest, rest.out)
+                work, box = fewest(main, [sides[options[2] == side] for sides in options])
+                more, edge = fewest(rest, boxes_of(rest.out))
                 found.append((work + more, box, edge))
         if not found or min(found)[0] >= 0.97 * whole:
             return None

@@ -270,7 +270,8 @@ class Persistent(Gemm):
         # a program takes eight steps or four, so that it multiplies more than it adds up
         programs = np.where(total >= 8 * sms, sms, np.minimum(sms, total // 4))
         if len(problem.axes(pass_)) == 1:  # as few as take equally many; launches differ
-            programs = -(-total // np.maximum(-(-total // np.maximum(programs, 1)), 1))
+            longest = -(-total // np.maximum(programs, 1))
+            programs = -(-total // np.maximum(longest, 1))
         tiles_, streams = np.nonzero(np.array([total >= 0, total >= 8]).T)
         found = whole.some(tiles_)
         programs = np.where(streams, programs[tiles_], found.c["PROGRAMS"])
@@ -279,12 +280,13 @@ class Persistent(Gemm):
     def _with_edges(self, problem: Problem, pass_: str, whole: Options) -> Options:
         """The options, and those with boxes of their own for the edge, where that executes less."""
         pixels = self._tiles(whole.c, pass_)[0]
-        edged = {m: search(problem, pass_).edged(m) for m in np.unique(pixels).tolist()}
-        more = [i for i, m in enumerate(pixels.tolist()) if edged[m]]
+        found_of = {m: search(problem, pass_).edged(m) for m in np.unique(pixels).tolist()}
+        edged = {m: boxes for m, boxes in found_of.items() if boxes}
+        more = [i for i, m in enumerate(pixels.tolist()) if m in edged]
         found = whole.some(np.array([*range(len(whole)), *more], np.int64))
         fields = {name: found.c[name].copy() for name in (*BOX, *NO_EDGE)}
         for at, i in enumerate(more, len(whole)):
-            box, edge = edged[pixels[i]] or ((), ())
+            box, edge = edged[pixels[i]]
             for name, side in zip(fields, (*box, *edge)):
                 fields[name][at] = side
         return found.but(**fields)

@@ -768,8 +768,9 @@ def correlate_hopper(
     STAGES: gl.constexpr,
 ):
     """Columns from `split` on, fewer than BLOCK_Q, are the edge (EDGE_IMG > 0), with boxes of its
-    own; without an edge split is Q. For STREAM group_steps: steps of GROUP channel tiles; sum_w: live taps of all tiles of a
-    row; total: steps of all tiles, main_total of those before the edge's."""
+    own; without an edge split is Q. For STREAM group_steps: steps of GROUP channel tiles; sum_w:
+    live taps of all tiles of a row; total: steps of all tiles, main_total of those before the
+    edge's."""
     a_bufs, b_bufs, y_bufs, full, empty, order = ring(
         x, w, BLOCK_IMG * BLOCK_P * BLOCK_Q, BLOCK_N, PINGPONG, STAGES
     )
